@@ -1,0 +1,78 @@
+"""Multiaddrs: checking what users give, choosing what others are told."""
+
+import ipaddress
+from collections.abc import Iterable
+
+import base58
+from hivemind.p2p import PeerID
+from hivemind.utils.multiaddr import Multiaddr
+
+from protocol.errors import BadUsage
+
+_EXAMPLE = "/ip4/192.0.2.1/tcp/31337/p2p/Qm…"
+
+
+def split_peer_address(address: str) -> tuple[PeerID, Multiaddr]:
+    """The peer ID in an address like /ip4/…/tcp/…/p2p/ID, and the rest of it. Raises `BadUsage`."""
+    location, separator, peer_id = address.rpartition("/p2p/")
+    try:
+        if not separator or not location or len(base58.b58decode(peer_id)) < 34:
+            raise ValueError
+        return PeerID.from_base58(peer_id), Multiaddr(location)
+    except Exception as error:  # hivemind's Multiaddr raises errors of many kinds
+        raise BadUsage(f"{address!r} is not the address of a peer; expected one like {_EXAMPLE}.") from error
+
+
+def check_announced(address: str, peer_id: str) -> str:
+    """The address `address`, which others are to reach the peer `peer_id` at, without /p2p. Raises `BadUsage`."""
+    location, separator, named = address.partition("/p2p/")
+    if separator and named != peer_id:
+        raise BadUsage(f"{address!r} names another peer; this one is {peer_id}.")
+    try:
+        parts = _parts(Multiaddr(location))
+        if "0" in (parts.get("tcp"), parts.get("udp")):
+            raise ValueError
+    except Exception as error:
+        raise BadUsage(f"{address!r} cannot be announced; expected one like /ip4/192.0.2.1/tcp/31337.") from error
+    return location
+
+
+def listening_address(host: str, port: int) -> str:
+    """The multiaddr of an IP address and a TCP port. Raises `BadUsage`."""
+    try:
+        version = ipaddress.ip_address(host).version
+    except ValueError as error:
+        raise BadUsage(f"{host!r} is not an IP address to listen on; 0.0.0.0 stands for all of them.") from error
+    if not 0 <= port < 2**16:
+        raise BadUsage(f"{port} is not a port number (0 to 65535; 0: any free one).")
+    return f"/ip{version}/{host}/tcp/{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the IP address `host` is reachable from this machine alone."""
+    return ipaddress.ip_address(host).is_loopback
+
+
+def for_others(visible: Iterable[Multiaddr], peer_id: str) -> list[str]:
+    """The full addresses among `visible` that others can join with.
+
+    Loopback addresses only if there is nothing else; no unspecified and no link-local ones.
+    """
+    by_scope: dict[bool, list[str]] = {True: [], False: []}
+    for address in visible:
+        ip = _ip_of(address)
+        if ip is not None and (ip.is_unspecified or ip.is_link_local):
+            continue
+        text = str(address).partition(f"/p2p/{peer_id}")[0] + f"/p2p/{peer_id}"
+        by_scope[ip is not None and ip.is_loopback].append(text)
+    return by_scope[False] or by_scope[True]
+
+
+def _ip_of(address: Multiaddr) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    parts = _parts(address)
+    text = parts.get("ip4") or parts.get("ip6")
+    return ipaddress.ip_address(text) if text else None
+
+
+def _parts(address: Multiaddr) -> dict[str, str]:
+    return {protocol.name: value for protocol, value in address.items()}

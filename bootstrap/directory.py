@@ -1,0 +1,180 @@
+"""The directory of peers: what members announce in the DHT, and looking it up."""
+
+import asyncio
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from hivemind.dht import DHTNode
+
+from bootstrap.neighbours import Neighbours
+from bootstrap.storage import MAX_LIFETIME
+from bootstrap.validator import MODELS_KEY, model_key
+from protocol.errors import BadRequest, SwarmError
+from protocol.records import MAX_RECORD_BYTES, ModelId, PeerRecord, PeerState
+
+PERIOD = 20.0
+"""Seconds between two announcements of a peer."""
+LIFETIME = 60.0
+"""Seconds for which an announcement holds."""
+RETRY = 5.0
+"""Seconds until the next attempt after an announcement that failed."""
+MAX_MODELS = 256
+WITHDRAW_TIMEOUT = 1.5
+_log = logging.getLogger(__name__)
+R = TypeVar("R", ModelId, PeerRecord)
+
+
+class Directory:
+    """Announces and looks up peers in a DHT. All methods raise `PeerUnreachable` when this member is cut off."""
+
+    def __init__(self, node: DHTNode, neighbours: Neighbours):
+        self._node = node
+        self._neighbours = neighbours
+        self._expirations: dict[str, float] = {}
+
+    async def announce(self, record: PeerRecord, lifetime: float) -> bool:
+        """Announce `record` for `lifetime` seconds, instead of what this member announced before for that model.
+
+        Returns whether the DHT took it. Raises `BadRequest` for a record or a lifetime that is too long.
+        """
+        if len(record.to_bytes()) > MAX_RECORD_BYTES or not 0 < lifetime < MAX_LIFETIME:
+            raise BadRequest(
+                f"A record may have {MAX_RECORD_BYTES} bytes and hold for {MAX_LIFETIME:g} s; this one has "
+                f"{len(record.to_bytes())} and {lifetime:g} s."
+            )
+        return await self._store(record, time.time() + lifetime)
+
+    async def withdraw(self, record: PeerRecord) -> None:
+        """Take the announcement back: from now on nobody sees the peer."""
+        # Of two records the DHT keeps the one that expires later, so this one lives as long as what it replaces.
+        await self._store(record.model_copy(update={"state": PeerState.OFFLINE}), time.time() + 1.0)
+
+    async def peers(self, config_hash: str) -> list[PeerRecord]:
+        """The peers that serve blocks of a model, as the DHT's members hold them now; sorted by start, then ID."""
+        key = model_key(config_hash)
+        return _peers((await self._look_up([key]))[key])
+
+    async def models(self) -> dict[ModelId, list[PeerRecord]]:
+        """Every model of the swarm with its peers; a model without peers is left out."""
+        listed = _parse((await self._look_up([MODELS_KEY]))[MODELS_KEY], ModelId)
+        keys = sorted({model_key(model.config_hash) for model in listed})[:MAX_MODELS]
+        found = (await self._look_up(keys)).values() if keys else ()
+        return {_usual_model(records): records for records in map(_peers, found) if records}
+
+    async def _store(self, record: PeerRecord, expiration: float) -> bool:
+        await self._neighbours.ensure()
+        key = model_key(record.model.config_hash)
+        expiration = max(expiration, self._expirations.get(key, 0.0) + 0.001)
+        self._expirations[key] = expiration
+        stored = await self._node.store_many(
+            [key, MODELS_KEY],
+            [record.to_bytes(), record.model.to_bytes()],
+            expiration,
+            subkeys=[record.peer_id, record.peer_id],
+        )
+        return all(stored.values()) and not self._neighbours.cut_off
+
+    async def _look_up(self, keys: Collection[str]) -> dict[str, dict[str, Any]]:
+        await self._neighbours.ensure()
+        found = await self._search(keys)
+        if self._neighbours.cut_off:
+            # The last member that we knew fell silent during the search, and all that is left is what we hold.
+            await self._neighbours.ensure()
+            found = await self._search(keys)
+        return found
+
+    async def _search(self, keys: Collection[str]) -> dict[str, dict[str, Any]]:
+        # Not a number: no answer is ever late enough to end the search, so every replica's records are merged, and a
+        # member that claims an infinite expiration time cannot hide what the others hold.
+        found = await self._node.get_many(keys, sufficient_expiration_time=math.nan)
+        return {key: value.value if value is not None else {} for key, value in found.items()}
+
+
+class Announcer:
+    """Keeps a peer announced: every `period` seconds and whenever `refresh` is called."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        record: Callable[[], PeerRecord],
+        period: float = PERIOD,
+        lifetime: float = LIFETIME,
+    ):
+        self._directory = directory
+        self._record = record
+        self._period = period
+        self._lifetime = lifetime
+        self._due = asyncio.Event()
+        self._failed = False
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Announce from now on."""
+        self._task = asyncio.create_task(self._run())
+
+    def refresh(self) -> None:
+        """Announce at once: the record has changed."""
+        self._due.set()
+
+    async def stop(self) -> None:
+        """Stop, and withdraw the record as far as the swarm can be reached. May be called again."""
+        task, self._task = self._task, None
+        if task is None:
+            return
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        try:
+            await asyncio.wait_for(self._directory.withdraw(self._record()), WITHDRAW_TIMEOUT)
+        except (SwarmError, TimeoutError) as error:
+            _log.warning("This peer could not be withdrawn; its record will expire (%s).", error)
+
+    async def _run(self) -> None:
+        while True:
+            self._due.clear()
+            problem = await self._announce()
+            self._report(problem)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._due.wait(), min(self._period, RETRY) if problem else self._period)
+
+    async def _announce(self) -> str:
+        """Announce once; returns what went wrong, or nothing."""
+        try:
+            taken = await self._directory.announce(self._record(), self._lifetime)
+        except Exception as error:  # the peer must stay announced whatever happens once
+            return str(error) or type(error).__name__
+        return "" if taken else "the DHT did not take the record; is this machine's clock right?"
+
+    def _report(self, problem: str) -> None:
+        if problem and not self._failed:
+            _log.warning("Announcing this peer failed and will be tried again: %s", problem)
+        elif self._failed and not problem:
+            _log.warning("This peer is announced again.")
+        self._failed = bool(problem)
+
+
+def _parse(values: dict[str, Any], kind: type[R]) -> list[R]:
+    """The records in a look-up's result; what is none is left out."""
+    records = []
+    for peer_id, value in values.items():
+        try:
+            records.append(kind.from_bytes(value.value))
+        except BadRequest as error:
+            _log.debug("Ignored a record of peer %s: %s", peer_id, error)
+    return records
+
+
+def _peers(values: dict[str, Any]) -> list[PeerRecord]:
+    now = time.time()
+    current = {peer_id: value for peer_id, value in values.items() if value.expiration_time > now}
+    records = [record for record in _parse(current, PeerRecord) if record.state != PeerState.OFFLINE]
+    return sorted(records, key=lambda record: (record.start, record.peer_id))
+
+
+def _usual_model(records: Iterable[PeerRecord]) -> ModelId:
+    """Peers may call one model by different names: the most usual."""
+    return Counter(record.model for record in records).most_common(1)[0][0]

@@ -1,0 +1,185 @@
+"""A member of a swarm: p2pd, DHT node, directory and transport under one life."""
+
+import asyncio
+import logging
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from hivemind.dht import DHTNode
+from hivemind.utils.logging import use_hivemind_log_handler
+
+from bootstrap.addresses import check_announced, for_others, is_loopback, listening_address, split_peer_address
+from bootstrap.daemon import Connection, Daemon, DaemonFailed
+from bootstrap.directory import Directory
+from bootstrap.identity import Identity
+from bootstrap.neighbours import Neighbours, create_node
+from bootstrap.validator import SignedRecords
+from protocol.errors import BadUsage, PeerFailed, PeerUnreachable
+from protocol.transport.base import Transport
+from protocol.transport.libp2p import LibP2PTransport
+
+UPKEEP_PERIOD = 10.0
+"""Seconds between two looks at our own addresses and at lost initial peers."""
+_LEAVE_TIMEOUT = 0.5
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MemberOptions:
+    """How to take part in a swarm."""
+
+    initial_peers: tuple[str, ...] = ()
+    """Full multiaddrs (with /p2p/ID) of members; none: found a swarm."""
+    host: str = "0.0.0.0"
+    """The IP address to listen on."""
+    port: int = 0
+    """The TCP port to listen on; 0: any free one."""
+    announce_addresses: tuple[str, ...] = ()
+    """Multiaddrs under which others reach this member, instead of those it sees itself."""
+    identity_path: Path | None = None
+    """An identity file, made if there is none; None: a new identity that is forgotten."""
+    client_mode: bool = False
+    """Listen nowhere and serve no DHT queries."""
+    use_relay: bool = True
+    """Reach peers through relays."""
+    use_auto_relay: bool = True
+    """Become reachable through the initial peers as relays when behind a NAT."""
+    join_timeout: float = 12.0
+    """Seconds for the whole of `Member.join`."""
+
+
+class Member:
+    """A running member; made by `join`."""
+
+    def __init__(self, identity: Identity, daemon: Daemon, p2p: Connection, node: DHTNode, neighbours: Neighbours):
+        self.peer_id: str = identity.peer_id
+        self.addresses: list[str] = []
+        """Full multiaddrs that others can join with; kept up to date. Empty for a client."""
+        self.transport: Transport = LibP2PTransport(p2p)
+        self.directory = Directory(node, neighbours)
+        self.lost = asyncio.Event()
+        """Set when p2pd has died: nothing works any more, all calls fail at once. Not set by `shutdown`."""
+        self.daemon_process_id = daemon.process_id
+        self._daemon = daemon
+        self._p2p = p2p
+        self._node = node
+        self._neighbours = neighbours
+        self._resources = AsyncExitStack()
+        self._ending: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def join(cls, options: MemberOptions) -> Self:
+        """Join the swarm of `options.initial_peers`, or found one.
+
+        Raises `BadUsage` for options that cannot be right, `PeerUnreachable` when no initial peer answers in time,
+        `PeerFailed` when p2pd cannot be started. Leaves nothing behind when it fails or is cancelled.
+        """
+        for address in options.initial_peers:
+            split_peer_address(address)
+        try:
+            async with asyncio.timeout(options.join_timeout), AsyncExitStack() as resources:
+                member = await cls._start(options, resources)
+                member._resources = resources.pop_all()
+                return member
+        except TimeoutError as error:
+            peers = ", ".join(options.initial_peers) or "none given"
+            raise PeerUnreachable(
+                f"Joining took over {options.join_timeout:g} s; the initial peers ({peers}) do not answer."
+            ) from error
+
+    @classmethod
+    async def _start(cls, options: MemberOptions, resources: AsyncExitStack) -> Self:
+        quiet_hivemind()
+        identity = Identity.load_or_create(options.identity_path)
+        resources.callback(identity.close)
+        daemon = await _start_daemon(options, identity)
+        resources.push_async_callback(daemon.stop)
+        try:
+            p2p = await Connection.replicate(daemon.control)
+        except (OSError, EOFError) as error:
+            raise PeerFailed("p2pd ended right after its start.") from error
+        resources.push_async_callback(p2p.shutdown)
+        node = await create_node(p2p, SignedRecords(identity), options.client_mode)
+        neighbours = Neighbours(p2p, node, options.initial_peers)
+        await neighbours.join()
+        member = cls(identity, daemon, p2p, node, neighbours)
+        if not options.client_mode:
+            await member._refresh_addresses()
+        for task in (member._watch(), member._keep_up(listens=not options.client_mode)):
+            resources.callback(asyncio.create_task(task).cancel)
+        return member
+
+    async def shutdown(self) -> None:
+        """Leave the swarm: pending calls fail, p2pd ends, its files go. May be called again."""
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end())
+        await asyncio.shield(self._ending)
+
+    async def _end(self) -> None:
+        with suppress(Exception):
+            await asyncio.wait_for(self._node.shutdown(), _LEAVE_TIMEOUT)
+        self._p2p.broken.set()
+        await self._resources.aclose()
+
+    async def _watch(self) -> None:
+        await self._daemon.gone.wait()
+        self._p2p.broken.set()
+        self.lost.set()
+        _log.error("The p2pd process has died; this member has lost its swarm.")
+
+    async def _keep_up(self, listens: bool) -> None:
+        while True:
+            await asyncio.sleep(UPKEEP_PERIOD)
+            try:
+                await self._neighbours.rejoin()
+                if listens:
+                    await self._refresh_addresses()
+            except (OSError, EOFError) as error:
+                _log.debug("p2pd did not answer: %r", error)
+
+    async def _refresh_addresses(self) -> None:
+        self.addresses = for_others(await self._p2p.visible_addresses(), self.peer_id)
+
+
+def quiet_hivemind() -> None:
+    """Hand hivemind's log messages, warnings and worse, to the program's own logging; it has a handler of its own."""
+    use_hivemind_log_handler("nowhere")
+    logging.getLogger("hivemind").setLevel(logging.WARNING)
+    logging.addLevelName(logging.WARNING, "WARNING")
+
+
+async def _start_daemon(options: MemberOptions, identity: Identity) -> Daemon:
+    arguments = [
+        f"-id={identity.path}",
+        f"-relay={int(options.use_relay)}",
+        "-connManager=1",
+        *(_client_arguments() if options.client_mode else _listening_arguments(options, identity.peer_id)),
+    ]
+    try:
+        return await Daemon.start(arguments, options.join_timeout)
+    except DaemonFailed as error:
+        if "listen" in str(error) and not options.client_mode:
+            raise BadUsage(f"Cannot listen on {options.host}, port {options.port}: {error}.") from error
+        raise PeerFailed(f"p2pd did not start: {error}.") from error
+
+
+def _client_arguments() -> list[str]:
+    return ["-dhtClient=1", "-noListenAddrs=1", "-autonat=0", "-natPortMap=0", "-relayService=0"]
+
+
+def _listening_arguments(options: MemberOptions, peer_id: str) -> list[str]:
+    arguments = [
+        "-dhtServer=1",
+        "-autonat=1",
+        f"-hostAddrs={listening_address(options.host, options.port)}",
+        f"-natPortMap={int(not is_loopback(options.host))}",
+    ]
+    if options.announce_addresses:
+        announced = [check_announced(address, peer_id) for address in options.announce_addresses]
+        arguments.append(f"-announceAddrs={','.join(announced)}")
+    if options.use_auto_relay and options.initial_peers:
+        # Without names of its own, p2pd would turn to the public IPFS network for relays.
+        arguments += ["-autoRelay=1", f"-trustedRelays={','.join(options.initial_peers)}"]
+    return arguments

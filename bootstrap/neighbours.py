@@ -1,0 +1,143 @@
+"""Staying in touch: the first contact with a swarm's members, and finding them again."""
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import suppress
+
+from hivemind.dht import DHTNode
+from hivemind.dht.protocol import ValidationError
+from hivemind.dht.routing import DHTID
+from hivemind.dht.validation import RecordValidatorBase
+from hivemind.p2p import P2PDaemonError, PeerID
+from hivemind.utils.multiaddr import Multiaddr
+
+from bootstrap.addresses import split_peer_address
+from bootstrap.daemon import Connection
+from bootstrap.storage import RecordStorage
+from protocol.errors import PeerUnreachable
+
+GRACE = 0.5
+"""Seconds for the other initial peers once one has answered."""
+_SEARCH_TIMEOUT = 3.0
+_log = logging.getLogger(__name__)
+
+
+async def create_node(p2p: Connection, validator: RecordValidatorBase, client_mode: bool) -> DHTNode:
+    """A DHT node that keeps no cache and takes only the records that `validator` does."""
+    node = await DHTNode.create(
+        p2p,
+        # The same after a restart, so that the others' routing tables stay right.
+        node_id=DHTID.generate(source=p2p.peer_id.to_bytes()),
+        client_mode=client_mode,
+        record_validator=validator,
+        cache_locally=False,
+        cache_nearest=0,
+        cache_on_store=False,
+        cache_refresh_before_expiry=0,
+        reuse_get_requests=False,
+    )
+    node.protocol.storage = node.protocol.cache = RecordStorage()
+    return node
+
+
+class Neighbours:
+    """The members that this one knows, first of all the `initial_peers` (full multiaddrs)."""
+
+    def __init__(self, p2p: Connection, node: DHTNode, initial_peers: Iterable[str]):
+        self._p2p = p2p
+        self._node = node
+        self._initial: dict[PeerID, list[Multiaddr]] = defaultdict(list)
+        for peer_id, address in map(split_peer_address, initial_peers):
+            if peer_id != p2p.peer_id:
+                self._initial[peer_id].append(address)
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether this member has lost its swarm. A founder may be alone."""
+        return self._p2p.broken.is_set() or bool(self._initial and not self._known())
+
+    async def ensure(self) -> None:
+        """Find the swarm again if it is lost. Raises `PeerUnreachable` when that fails."""
+        if self._p2p.broken.is_set():
+            raise PeerUnreachable("This process has left the swarm: its p2pd process is gone.")
+        if self.cut_off:
+            await self.rejoin()
+        if self.cut_off:
+            raise PeerUnreachable(f"No member of the swarm answers any more, {self._names()} included.")
+
+    async def join(self) -> None:
+        """Meet the initial peers, then the members nearest to us. Raises `PeerUnreachable` when none answers."""
+        if not self._initial:
+            return
+        tasks = {asyncio.create_task(self._meet(peer_id)): peer_id for peer_id in self._initial}
+        try:
+            await _first_success(tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        failures = {tasks[task]: error for task in tasks if task.done() and (error := task.exception())}
+        if not self._known():
+            raise PeerUnreachable(f"None of the initial peers answers: {self._explain(failures)}.")
+        for peer_id, error in failures.items():
+            _log.warning("Initial peer %s does not answer: %s", peer_id, error)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._node.find_nearest_nodes([self._node.node_id]), _SEARCH_TIMEOUT)
+
+    async def rejoin(self) -> None:
+        """Try those initial peers again that are not known any more: they may have been restarted."""
+        missing = [peer_id for peer_id in self._initial if peer_id not in self._known()]
+        await asyncio.gather(*map(self._meet, missing), return_exceptions=True)
+
+    async def _meet(self, peer_id: PeerID) -> None:
+        """Connect to an initial peer and exchange DHT IDs with it. Raises `PeerUnreachable`."""
+        try:
+            await self._p2p.dial(peer_id, self._initial[peer_id])
+            dht_id = await self._node.protocol.call_ping(peer_id, validate=True, strict=True)
+        except ValidationError as error:
+            raise PeerUnreachable(_explain_refusal(str(error))) from error
+        except (P2PDaemonError, OSError, EOFError) as error:
+            raise PeerUnreachable(_shorten(str(error))) from error
+        if dht_id is None:
+            raise PeerUnreachable("it is no member of a swarm, or too slow")
+        # Before the ping's own, deferred update: `check` must see it now.
+        await self._node.protocol.update_routing_table(dht_id, peer_id)
+        self._node.blacklist.register_success(peer_id)
+
+    def _known(self) -> set[PeerID]:
+        return set(self._node.protocol.routing_table.peer_id_to_uid)
+
+    def _names(self) -> str:
+        return ", ".join(f"{address}/p2p/{peer_id}" for peer_id in self._initial for address in self._initial[peer_id])
+
+    def _explain(self, failures: dict[PeerID, BaseException]) -> str:
+        reasons = [
+            f"{address}/p2p/{peer_id} ({failures.get(peer_id, 'no answer in time')})"
+            for peer_id in self._initial
+            for address in self._initial[peer_id]
+        ]
+        return "; ".join(reasons)
+
+
+async def _first_success(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Wait until one of `tasks` has succeeded and the others have had `GRACE` seconds, or all have failed."""
+    pending = set(tasks)
+    while pending:
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        if any(task.exception() is None for task in done):
+            if pending:
+                await asyncio.wait(pending, timeout=GRACE)
+            return
+
+
+def _explain_refusal(message: str) -> str:
+    if "local time" in message:
+        return "its clock and this machine's differ by more than 3 s; set both, by NTP for instance"
+    return "it cannot reach this machine in return"
+
+
+def _shorten(message: str) -> str:
+    """The last line of a libp2p error: the cause."""
+    lines = [line.strip(" *") for line in message.splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "no connection"

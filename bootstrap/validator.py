@@ -1,0 +1,103 @@
+"""What may stand in a swarm's DHT: records signed by the identity that they speak of, and nothing else."""
+
+import json
+import struct
+from functools import lru_cache
+
+import msgpack  # type: ignore[import-untyped]
+from hivemind.dht.routing import DHTID
+from hivemind.dht.validation import DHTRecord, RecordValidatorBase
+
+from bootstrap.identity import Identity, verify
+from protocol.records import MAX_RECORD_BYTES
+
+MODELS_KEY = "swarmtune.models"
+_CONTEXT = b"swarmtune record 1\0"
+_MAX_OVERHEAD = 2048
+
+
+def model_key(config_hash: str) -> str:
+    """The DHT key under which the peers of a model announce themselves."""
+    return f"swarmtune.model.{config_hash}"
+
+
+def _key_id(key: str) -> bytes:
+    return bytes(DHTID.generate(source=key).to_bytes())
+
+
+_MODELS_KEY_ID = _key_id(MODELS_KEY)
+
+
+class SignedRecords(RecordValidatorBase):  # type: ignore[misc]
+    """Signs this member's records and checks everyone's.
+
+    A stored value is msgpack `[public key, signature, payload]`; the signature covers key, subkey, payload and
+    expiration time. What it accepts depends on the record alone, not on the time or on this program's version beyond
+    the names below: hivemind drops a whole answer for one record that the reader refuses, so members must agree.
+    """
+
+    def __init__(self, identity: Identity):
+        self._identity = identity
+
+    def sign_value(self, record: DHTRecord) -> bytes:
+        """The stored form of `record.value`."""
+        signature = self._identity.sign(_signed_bytes(record.key, record.subkey, record.value, record.expiration_time))
+        packed: bytes = msgpack.packb([self._identity.public_key, signature, record.value])
+        return packed
+
+    def validate(self, record: DHTRecord) -> bool:
+        """Whether `record` is well formed, belongs under its key, and is signed by the identity in its subkey."""
+        if not isinstance(record.expiration_time, float):
+            return False
+        return _is_valid(record.key, record.subkey, record.value, record.expiration_time)
+
+    def strip_value(self, record: DHTRecord) -> bytes:
+        """The payload of a valid record."""
+        payload: bytes = _unpack(record.value)[2]
+        return payload
+
+
+@lru_cache(maxsize=2048)
+def _is_valid(key: bytes, subkey: bytes, value: bytes, expiration: float) -> bool:
+    # Cached: a look-up meets the same record once for each replica.
+    try:
+        if len(value) > MAX_RECORD_BYTES + _MAX_OVERHEAD:
+            return False
+        peer_id = msgpack.unpackb(subkey, raw=False)
+        public_key, signature, payload = _unpack(value)
+        if not isinstance(peer_id, str) or msgpack.packb(peer_id) != subkey:
+            return False
+        belongs = _belongs(key, peer_id, json.loads(_data(payload)))
+    except (ValueError, TypeError, LookupError, RecursionError, msgpack.UnpackException):
+        return False
+    return belongs and verify(peer_id, public_key, _signed_bytes(key, subkey, payload, expiration), signature)
+
+
+def _unpack(value: bytes) -> tuple[bytes, bytes, bytes]:
+    public_key, signature, payload = msgpack.unpackb(value, raw=False, use_list=True)
+    if not all(isinstance(part, bytes) for part in (public_key, signature, payload)):
+        raise ValueError("not a signed record")
+    return public_key, signature, payload
+
+
+def _data(payload: bytes) -> bytes:
+    """The bytes in a payload, which is what hivemind makes of bytes: msgpack."""
+    data = msgpack.unpackb(payload, raw=False)
+    if not isinstance(data, bytes) or len(data) > MAX_RECORD_BYTES:
+        raise ValueError("not bytes")
+    return data
+
+
+def _belongs(key: bytes, peer_id: str, content: object) -> bool:
+    """Whether `content` may stand under `key`: a model in the list of models, or the peer's record for a model."""
+    if not isinstance(content, dict):
+        return False
+    if key == _MODELS_KEY_ID:
+        return isinstance(content.get("config_hash"), str)
+    config_hash = content["model"]["config_hash"]
+    return content.get("peer_id") == peer_id and isinstance(config_hash, str) and key == _key_id(model_key(config_hash))
+
+
+def _signed_bytes(key: bytes, subkey: bytes, payload: bytes, expiration: float) -> bytes:
+    lengths = struct.pack("<3Id", len(key), len(subkey), len(payload), expiration)
+    return b"".join((_CONTEXT, lengths, key, subkey, payload))

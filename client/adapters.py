@@ -1,0 +1,219 @@
+"""The adapters that PEFT put on the ghosts, as bundles for the wire.
+
+Collecting them costs milliseconds on a large model, so a snapshot is kept until something about it has changed.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from client.ghost import GhostTensor
+from protocol.adapters import DROPOUTS, METHODS, AdapterSpec, Manifest, bundle_hash
+from protocol.errors import BadAdapter
+
+_REFUSED: dict[str, Any] = {
+    "bias": "none", "target_parameters": None, "layer_replication": None, "use_qalora": False,
+    "alora_invocation_tokens": None, "velora_config": None, "monteclora_config": None, "arrow_config": None,
+    "kasa_config": None, "use_bdlora": None, "megatron_config": None, "use_effective_conv2d": False,
+}  # fmt: skip
+"""Options that change a model in ways that do not travel, and the values at which they do not."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What one span needs of the adapters."""
+
+    manifest: str
+    tensors: Mapping[str, torch.Tensor]
+    """Numbered, as `PutAdapter` carries them."""
+    key: bytes
+    """Content hash."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The active adapters on all blocks, at one moment."""
+
+    specs: tuple[AdapterSpec, ...]
+    scaling: Mapping[str, Mapping[str, float]]
+    tensors: Mapping[str, torch.Tensor]
+    """`BLOCK.PATH` -> parameter or buffer; the parameters themselves, for autograd."""
+    has_dropout: bool
+    _bundles: dict[range, Bundle | None] = field(default_factory=dict)
+
+    @cached_property
+    def trainable(self) -> tuple[str, ...]:
+        """The names of the tensors that are being trained."""
+        return tuple(name for name, tensor in self.tensors.items() if tensor.requires_grad)
+
+    def bundle(self, blocks: range) -> Bundle | None:
+        """The bundle for a span; `None` when no adapter is on its blocks."""
+        if blocks not in self._bundles:
+            self._bundles[blocks] = self._make_bundle(blocks)
+        return self._bundles[blocks]
+
+    def _make_bundle(self, blocks: range) -> Bundle | None:
+        specs = tuple(spec for spec in (_restrict(spec, blocks) for spec in self.specs) if spec)
+        if not specs:
+            return None
+        mine = {name: tensor for name, tensor in self.tensors.items() if _block(name) in blocks}
+        unique = {id(tensor): tensor for tensor in mine.values()}
+        numbers = {key: number for number, key in enumerate(unique)}
+        manifest = Manifest(
+            adapters=specs,
+            scaling={name: dict(factors) for name, factors in self.scaling.items() if _block(name) in blocks},
+            tensors={name: numbers[id(tensor)] for name, tensor in mine.items()},
+            trainable=tuple(name for name in self.trainable if name in mine),
+        ).to_json()
+        values = [tensor.detach() for tensor in unique.values()]
+        named = {str(number): value for number, value in enumerate(values)}
+        return Bundle(manifest, named, bundle_hash(manifest, values))
+
+
+class AdapterSource:
+    """Watches the ghost blocks of a model for adapters."""
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList):
+        self._model, self._blocks = model, blocks
+        self._watch: _Watch | None = None
+        self._snapshot: Snapshot | None = None
+
+    def snapshot(self) -> Snapshot | None:
+        """The active adapters now; `None` without any. Raises `BadAdapter` for what cannot travel."""
+        if self._watch is None or self._watch.changed():
+            self._watch = _Watch(self._blocks)
+            self._snapshot = self._collect(self._watch.layers)
+        return self._snapshot
+
+    def _collect(self, layers: Mapping[str, BaseTunerLayer]) -> Snapshot | None:
+        self._refuse_foreign_changes()
+        first = next(iter(layers.values()), None)
+        if first is None or first.disable_adapters:
+            return None
+        configs: Mapping[str, PeftConfig] = self._model.peft_config  # type: ignore[assignment]
+        specs = []
+        for name in first.active_adapters:
+            targets = {path: layer for path, layer in layers.items() if name in _adapters_of(layer)}
+            if targets:
+                specs.append(_spec(name, configs[name], targets))
+        active = {spec.name for spec in specs}
+        return Snapshot(
+            tuple(specs),
+            {path: _scaling(layer, active) for path, layer in layers.items() if _scaling(layer, active)},
+            dict(self._tensors(layers, active)),
+            any(isinstance(m, nn.Dropout) and m.p > 0 for m in self._blocks.modules())
+            or any(spec.options.get(option) for spec in specs for option in DROPOUTS),
+        )
+
+    @staticmethod
+    def _tensors(layers: Mapping[str, BaseTunerLayer], active: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        for path, layer in layers.items():
+            members = (*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False))
+            for name, tensor in members:
+                owner = name.split(".")[1:2]
+                if not isinstance(tensor.data, GhostTensor) and owner and owner[0] in active:
+                    yield f"{path}.{name}", tensor
+
+    def _refuse_foreign_changes(self) -> None:
+        for name, parameter in self._blocks.named_parameters():
+            if parameter.requires_grad and isinstance(parameter.data, GhostTensor):
+                raise BadAdapter(
+                    f"{name} is a weight of the remote blocks and cannot be trained (requires_grad was turned on); "
+                    "train an adapter on it instead."
+                )
+
+
+class _Watch:
+    """Notices cheaply whether modules, adapters' state or tensors have changed since it was made."""
+
+    def __init__(self, blocks: nn.ModuleList):
+        self.layers = {n: m for n, m in blocks.named_modules() if isinstance(m, BaseTunerLayer)}
+        self._dicts = [
+            (members, len(members), list(members.items()))
+            for module in blocks.modules()
+            for members in (module._modules, module._parameters, module._buffers)
+            if members
+        ]
+        tensors = [
+            tensor
+            for layer in self.layers.values()
+            for tensor in (*layer.parameters(), *layer.buffers())
+            if not isinstance(tensor.data, GhostTensor)
+        ]
+        self._tensors = [(tensor, tensor._version, tensor.requires_grad) for tensor in tensors]
+        self._states = [(layer, *_state(layer)) for layer in self.layers.values()]
+
+    def changed(self) -> bool:
+        """Whether anything is not as it was."""
+        for members, length, items in self._dicts:
+            if len(members) != length or any(members.get(key) is not value for key, value in items):
+                return True
+        if any(t._version != version or t.requires_grad != trained for t, version, trained in self._tensors):
+            return True
+        return any(_state(layer) != (active, disabled, scaling) for layer, active, disabled, scaling in self._states)
+
+
+def _state(layer: BaseTunerLayer) -> tuple[list[str], bool, dict[str, float]]:
+    return list(layer.active_adapters), layer.disable_adapters, dict(getattr(layer, "scaling", {}))
+
+
+def _adapters_of(layer: BaseTunerLayer) -> set[str]:
+    return {name for attribute in layer.adapter_layer_names for name in getattr(layer, attribute, {})}
+
+
+def _scaling(layer: BaseTunerLayer, active: set[str]) -> dict[str, float]:
+    factors = getattr(layer, "scaling", None)
+    return {k: float(v) for k, v in factors.items() if k in active} if isinstance(factors, dict) else {}
+
+
+def _spec(name: str, config: PeftConfig, targets: Mapping[str, BaseTunerLayer]) -> AdapterSpec:
+    method = config.peft_type.value if hasattr(config.peft_type, "value") else str(config.peft_type)
+    if method not in METHODS:
+        raise BadAdapter(f"PEFT method {method} does not work through a swarm; expected one of {', '.join(METHODS)}.")
+    values = config.to_dict()
+    for option, harmless in _REFUSED.items():
+        if values.get(option) and values[option] != harmless:
+            raise BadAdapter(f"{option}={values[option]!r} of {method} does not work through a swarm; leave it out.")
+    options = {key: _plain(values[key]) for key in METHODS[method] if key in values}
+    for pattern, attribute in (("rank_pattern", "r"), ("alpha_pattern", _ALPHA.get(method, "alpha"))):
+        if options.get(pattern):
+            options[pattern] = _resolve(name, targets, attribute)
+    if "feedforward_modules" in options:
+        options["feedforward_modules"] = sorted(t for t, layer in targets.items() if layer.is_feedforward)
+    return AdapterSpec(name=name, method=method, options=options, targets=tuple(targets))
+
+
+_ALPHA = {"LORA": "lora_alpha", "ADALORA": "lora_alpha"}
+
+
+def _resolve(adapter: str, targets: Mapping[str, BaseTunerLayer], attribute: str) -> dict[str, Any]:
+    """A pattern option as it came out, module by module: no pattern of a client's is ever run by a peer."""
+    found = {path: getattr(layer, attribute, {}) for path, layer in targets.items()}
+    return {path: values[adapter] for path, values in found.items() if adapter in values}
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
+
+
+def _block(name: str) -> int:
+    return int(name.partition(".")[0])
+
+
+def _restrict(spec: AdapterSpec, blocks: range) -> AdapterSpec | None:
+    targets = tuple(target for target in spec.targets if _block(target) in blocks)
+    if not targets:
+        return None
+    options = dict(spec.options)
+    for key in ("rank_pattern", "alpha_pattern"):
+        if options.get(key):
+            options[key] = {path: value for path, value in options[key].items() if path in targets}
+    if "feedforward_modules" in options:
+        options["feedforward_modules"] = [path for path in options["feedforward_modules"] if path in targets]
+    return AdapterSpec(name=spec.name, method=spec.method, options=options, targets=targets)

@@ -1,0 +1,43 @@
+"""Options of the network."""
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from protocol.errors import BadUsage
+
+
+class SwarmConfig(BaseModel):
+    """How a client uses a swarm. Given whole, or field by field as keyword arguments of `from_pretrained`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    initial_peers: tuple[str, ...] = Field(min_length=1)
+    """Addresses of any members of the swarm: /ip4/…/tcp/…/p2p/…"""
+    allowed_peers: frozenset[str] | None = None
+    """IDs of the only peers to go through; None: all."""
+    blocked_peers: frozenset[str] = frozenset()
+    """IDs of peers never to go through."""
+    silence_timeout: float = Field(default=10.0, gt=0)
+    """Seconds without a sign of life after which a peer counts as lost. Peers at work give one every 2 s."""
+    look_up_period: float = Field(default=10.0, gt=0)
+    """Seconds for which the directory of peers is taken to be unchanged."""
+    max_attempts: int = Field(default=20, gt=0)
+    """How often a failed piece of work is tried again on other peers before its error is raised."""
+    micro_batch_tokens: int = Field(default=1024, gt=0)
+    """Training batches of more tokens are split by rows into pieces of about this size, in flight at once."""
+
+    @classmethod
+    def make(cls, config: "SwarmConfig | None", **options: object) -> "SwarmConfig":
+        """The configuration from a whole one or from keyword arguments. Raises `BadUsage`."""
+        given = {key: value for key, value in options.items() if value is not None}
+        if config is not None and given:
+            raise BadUsage(f"Give either a SwarmConfig or {', '.join(given)}, not both.")
+        if config is not None:
+            return config
+        if isinstance(given.get("initial_peers"), str):
+            given["initial_peers"] = (given["initial_peers"],)
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            field = ".".join(str(part) for part in problem["loc"])
+            raise BadUsage(f"Option {field} of the swarm: {problem['msg']}.") from error

@@ -1,0 +1,61 @@
+"""What was sent into a span during a generation, so that its KV cache can be made again elsewhere."""
+
+import torch
+
+from protocol import swarm_pb2 as pb
+
+_COMPACT_AFTER = 64
+
+
+class History:
+    """Tensors of shape (batch, tokens, ...) in order, under the edits that the KV cache went through."""
+
+    def __init__(self) -> None:
+        self._events: list[torch.Tensor | pb.CacheEdit] = []
+
+    def append(self, tensor: torch.Tensor) -> None:
+        """New tokens."""
+        self._events.append(tensor)
+        if len(self._events) > _COMPACT_AFTER:
+            self.replay()
+
+    def edit(self, edits: list[pb.CacheEdit]) -> None:
+        """What the cache goes through before the next tokens."""
+        self._events.extend(edits)
+
+    def replay(self) -> torch.Tensor | None:
+        """All tokens as the cache holds them now: (batch, tokens, ...); `None` when there are none."""
+        result: torch.Tensor | None = None
+        pending: list[torch.Tensor] = []
+        for event in self._events:
+            if isinstance(event, torch.Tensor):
+                pending.append(event)
+                continue
+            result = _edited(_joined(result, pending), event)
+            pending = []
+        result = _joined(result, pending)
+        self._events = [] if result is None else [result]
+        return result
+
+    def fork(self) -> "History":
+        """A copy that goes its own way."""
+        twin = History()
+        twin._events = list(self._events)
+        return twin
+
+
+def _joined(first: torch.Tensor | None, rest: list[torch.Tensor]) -> torch.Tensor | None:
+    parts = rest if first is None else [first, *rest]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0] if parts else None
+
+
+def _edited(tensor: torch.Tensor | None, edit: pb.CacheEdit) -> torch.Tensor | None:
+    if tensor is None:
+        return None
+    kind = edit.WhichOneof("edit")
+    if kind == "crop":
+        return tensor[:, : tensor.shape[1] - edit.crop]
+    if kind == "repeat_interleave":
+        return tensor.repeat_interleave(edit.repeat_interleave, 0)
+    rows = edit.reorder.index if kind == "reorder" else edit.select.index
+    return tensor[list(rows)]

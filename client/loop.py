@@ -1,0 +1,68 @@
+"""The client's event loop: one background thread of the user's process, shared by all models in it."""
+
+import asyncio
+import atexit
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+try:
+    from uvloop import new_event_loop
+except ImportError:  # Windows
+    from asyncio import new_event_loop
+
+T = TypeVar("T")
+
+
+class BackgroundLoop:
+    """An event loop in a daemon thread, started at first use and stopped at exit."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closers: list[Any] = []
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run `coroutine` on the loop and wait for it. Ctrl-C cancels it."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._running())
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run `coroutine` on the loop without waiting."""
+        asyncio.run_coroutine_threadsafe(coroutine, self._running())
+
+    def call(self, function: Any, *arguments: Any) -> None:
+        """Have the loop call `function`; does nothing when it has stopped. May be called from a finalizer."""
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(function, *arguments)
+
+    def at_exit(self, close: Any) -> None:
+        """Await `close()` on the loop before the process ends."""
+        self._closers.append(close)
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None:
+                self._loop = new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="swarm", daemon=True).start()
+                atexit.register(self._stop)
+            return self._loop
+
+    def _stop(self) -> None:
+        async def close_all() -> None:
+            await asyncio.wait_for(asyncio.gather(*(close() for close in self._closers), return_exceptions=True), 3)
+
+        loop = self._running()
+        try:
+            asyncio.run_coroutine_threadsafe(close_all(), loop).result(4)
+        except (TimeoutError, asyncio.TimeoutError):
+            pass
+        loop.call_soon_threadsafe(loop.stop)
+
+
+LOOP = BackgroundLoop()

@@ -1,0 +1,42 @@
+"""Row norms of remote weights, fetched for all blocks at the first question (DoRA asks for one module at a time)."""
+
+import torch
+from transformers import PreTrainedModel
+
+from client.loop import LOOP
+from client.swarm import Retries, Swarm
+from client.work import read_norms
+from protocol.errors import SwarmError
+from protocol.model.anatomy import BlockList
+
+
+class NormCache:
+    """Answers for `GhostTensor`s."""
+
+    def __init__(self, swarm: Swarm, skeleton: PreTrainedModel, where: BlockList):
+        blocks = where.of(skeleton)
+        self._swarm = swarm
+        self._names = {name for name, parameter in blocks.named_parameters() if parameter.ndim == 2}
+        self._known: dict[tuple[str, bool, tuple[int, ...], torch.dtype], torch.Tensor] = {}
+
+    def read(self, name: str, transposed: bool, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The 2-norm over `dims` of the weight `name`, transposed first if asked, cast to `dtype`."""
+        key = (name, transposed, dims, dtype)
+        if key not in self._known:
+            LOOP.run(self._fetch(name.partition(".")[2], transposed, dims, dtype))
+        return self._known[key].clone()
+
+    async def _fetch(self, path: str, transposed: bool, dims: tuple[int, ...], dtype: torch.dtype) -> None:
+        """The norms of the weights with this path, in every block that has one."""
+        retries = Retries(self._swarm)
+        route = await retries.find_route(0, self._swarm.model_id.num_blocks, "forward")
+        while route:
+            hop = route.pop(0)
+            names = [f"{i}.{path}" for i in range(hop.start, hop.end) if f"{i}.{path}" in self._names]
+            try:
+                found = await read_norms(self._swarm.connections, hop, names, transposed, dims, dtype) if names else {}
+            except SwarmError as error:
+                retries.failed(hop.peer, error)
+                route = [*await retries.find_route(hop.start, hop.end, "forward"), *route]
+                continue
+            self._known |= {(name, transposed, dims, dtype): norm for name, norm in found.items()}

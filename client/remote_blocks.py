@@ -1,0 +1,201 @@
+"""The remote blocks as one differentiable function of hidden states, and the pseudo-layer that models run."""
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from client.adapters import AdapterSource, Snapshot
+from client.cache import RemoteLayer, adopt
+from client.calls import Trace, run_backward, run_forward
+from client.ghost import GhostBlocks
+from client.loop import LOOP
+from client.session import Session
+from client.swarm import Swarm
+from client.work import Work
+from protocol.errors import BadUsage
+
+_SHIPPED = ("attention_mask", "position_ids")
+_REFUSED = {
+    "output_attentions": "attention weights stay on the peers",
+    "output_hidden_states": "the hidden states between blocks stay on the peers",
+    "output_router_logits": "router logits stay on the peers",
+    "cu_seq_lens_q": "packed sequences must be given by position_ids alone (padding_free=False)",
+}
+
+
+class RemoteBlocks:
+    """Blocks that run on peers: call it on hidden states, for any range, with autograd."""
+
+    def __init__(self, swarm: Swarm, adapters: AdapterSource, ghosts: GhostBlocks):
+        self._swarm, self._adapters, self._ghosts = swarm, adapters, ghosts
+        self._drops = _has_dropout(ghosts)
+
+    def __len__(self) -> int:
+        return len(self._ghosts)
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        start: int = 0,
+        end: int | None = None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states (batch, tokens, hidden size) after blocks [start, end), in the dtype that they came in.
+
+        `attention_mask` (batch, tokens) and `position_ids` (batch or 1, tokens) as for the whole model. Gradients reach
+        `hidden_states` and the active adapters of these blocks. Raises `BadUsage` for a range that is not there.
+        """
+        end = len(self) if end is None else end
+        if not 0 <= start < end <= len(self):
+            raise BadUsage(f"Blocks {start}:{end} do not lie in this model's 0:{len(self)}.")
+        work = self.describe(attention_mask, position_ids)
+        return self.apply(work, range(start, end), hidden_states)
+
+    def describe(self, mask: torch.Tensor | None, positions: torch.Tensor | None) -> Work:
+        """The work for one forward through the model, in the state that it is in now."""
+        _check_2d("attention_mask", mask)
+        _check_2d("position_ids", positions)
+        adapters = self._adapters.snapshot()
+        training = self._ghosts.training
+        drops = training and (self._drops or bool(adapters and adapters.has_dropout))
+        return Work(
+            mask=mask,
+            positions=positions,
+            training=training,
+            dropout_seed=int(torch.randint(2**31, ()).item()) if drops else None,
+            autocast=torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None,
+            adapters=adapters,
+        )
+
+    def apply(self, work: Work, blocks: range, hidden: torch.Tensor) -> torch.Tensor:
+        """Take hidden states through `blocks`, differentiably."""
+        trained = {}
+        if work.adapters:
+            own = (name for name in work.adapters.trainable if int(name.partition(".")[0]) in blocks)
+            trained = {f"adapter.{name}": work.adapters.tensors[name] for name in own}
+        for block, (key, value) in work.prefix.items():
+            trained |= {f"prefix.{block}.key": key, f"prefix.{block}.value": value}
+        return _RemoteCall.apply(self._swarm, work, blocks, tuple(trained), hidden, *trained.values())  # type: ignore[no-any-return]
+
+    def new_session(self) -> Session:
+        """A generation over all blocks."""
+        return Session(self._swarm, range(len(self)))
+
+
+class _RemoteCall(torch.autograd.Function):
+    """Forward on the peers, backward on the peers; the tensors are the adapters' and the prefix's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, swarm: Swarm, work: Work, blocks: range, names: tuple[str, ...], hidden: torch.Tensor, *tensors: Any
+    ) -> torch.Tensor:
+        keep = any(ctx.needs_input_grad)
+        output, ctx.traces = LOOP.run(run_forward(swarm, _detached(work), blocks, hidden.detach(), keep))
+        ctx.swarm, ctx.names = swarm, names
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        traces: list[Trace] = ctx.traces
+        hidden, gradients = LOOP.run(run_backward(ctx.swarm, traces, grads[0]))
+        found = [gradients.get(name) for name in ctx.names]
+        cast = [g if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)]
+        return None, None, None, None, hidden, *cast
+
+
+class PseudoLayer:
+    """What the trunk's loop over blocks runs: all of them at once, on the swarm."""
+
+    def __init__(self, remote: RemoteBlocks, ghosts: GhostBlocks):
+        self._remote, self._ghosts = remote, ghosts
+        self._raw: dict[str, torch.Tensor] = {}
+        self.returns_tuple = False
+        self.probing = True
+        """While the trunk is being tried out, hidden states pass through."""
+
+    def capture(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook on the trunk: the mask and positions as the user gave them.
+
+        Raises `BadUsage` for what remote blocks cannot give.
+        """
+        if args:
+            names = list(inspect.signature(type(trunk).forward).parameters)[1:]
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        for option, reason in _REFUSED.items():
+            if kwargs.get(option) is not None and kwargs[option] is not False:
+                raise BadUsage(f"{option} does not work through a swarm: {reason}.")
+        self._raw = {name: kwargs[name] for name in _SHIPPED if kwargs.get(name) is not None}
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.probing:
+            cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+            hidden_states = self._run(hidden_states, cache)
+        return (hidden_states, None) if self.returns_tuple else hidden_states
+
+    def _run(self, hidden: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+        if any(block._forward_pre_hooks for block in self._ghosts._modules.values() if block is not None):
+            raise BadUsage("adapter_names= (another adapter per row) does not work through a swarm; use one call each.")
+        work = self._remote.describe(self._raw.get("attention_mask"), self._raw.get("position_ids"))
+        blocks = range(len(self._remote))
+        if cache is None:
+            return self._remote.apply(work, blocks, hidden)
+        layer, prefix = adopt(cache)
+        if prefix:
+            work = replace(work, prefix=prefix)
+        is_first = bool(prefix) or not layer.length
+        if torch.is_grad_enabled() and _needs_grad(work, hidden) and (is_first or work.training):
+            if not is_first:
+                raise BadUsage("A backward through an earlier call's cache is not possible; pass use_cache=False.")
+            return self._train(work, blocks, hidden, layer)
+        return self._generate(work, hidden, layer)
+
+    def _train(self, work: Work, blocks: range, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
+        """A forward with gradients. Transformers made a cache for it, which is filled only if it comes to be used."""
+        layer.length += hidden.shape[1]
+        layer.unsent = (_detached(work), hidden.detach())
+        return self._remote.apply(work, blocks, hidden)
+
+    def _generate(self, work: Work, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
+        if layer.session is None:
+            layer.session = self._remote.new_session()
+            if layer.unsent is not None:
+                layer.session.step(*layer.unsent, [], layer.keep_past)
+                layer.unsent = None
+        output = layer.session.step(_detached(work), hidden.detach(), layer.take_edits(), layer.keep_past)
+        layer.length += hidden.shape[1]
+        return output
+
+
+def _needs_grad(work: Work, hidden: torch.Tensor) -> bool:
+    prefix = (tensor for pair in work.prefix.values() for tensor in pair)
+    return hidden.requires_grad or any(t.requires_grad for t in prefix) or bool(work.adapters and work.adapters.trainable)
+
+
+def _detached(work: Work) -> Work:
+    if not work.prefix:
+        return work
+    prefix = {block: (key.detach(), value.detach()) for block, (key, value) in work.prefix.items()}
+    return replace(work, prefix=prefix)
+
+
+def _has_dropout(blocks: nn.Module) -> bool:
+    """Whether the blocks themselves are random in training mode."""
+    for module in blocks.modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            return True
+        rates = (getattr(module, name, 0.0) for name in ("dropout", "attention_dropout", "hidden_dropout"))
+        if any(isinstance(rate, float) and rate > 0 for rate in rates):
+            return True
+    return False
+
+
+def _check_2d(name: str, tensor: torch.Tensor | None) -> None:
+    if tensor is not None and tensor.ndim != 2:
+        raise BadUsage(f"{name} has {tensor.ndim} dimensions; through a swarm it must be 2-D, (batch, tokens).")

@@ -1,0 +1,121 @@
+"""Which peers to go through: the chain of spans with the least expected time, and who is banned for how long."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from protocol.errors import NoRoute
+from protocol.records import PeerRecord
+
+_FIRST_BAN, _LONGEST_BAN = 2.0, 300.0
+_UNMEASURED_RTT = 0.02
+_SWITCH = 0.0005
+"""Seconds that a hop costs beside its round trip: prefer few."""
+
+
+@dataclass(frozen=True)
+class Hop:
+    """A part of a route: blocks [start, end) on one peer."""
+
+    peer: PeerRecord
+    start: int
+    end: int
+
+    def __str__(self) -> str:
+        return f"{self.start}:{self.end}@{self.peer.name or self.peer.peer_id[-6:]}"
+
+
+Cost = Callable[[PeerRecord, int], float]
+"""Seconds that a peer takes for so many of its blocks, way there and back included."""
+
+
+def find_route(peers: Iterable[PeerRecord], start: int, end: int, cost: Cost) -> list[Hop]:
+    """The cheapest chain of hops over blocks [start, end): shortest path over block boundaries (dynamic programming).
+
+    Raises `NoRoute`, naming the blocks that nobody serves.
+    """
+    useful = [peer for peer in peers if peer.start < end and peer.end > start]
+    borders = sorted({start, end} | {b for p in useful for b in (p.start, p.end) if start < b < end})
+    best: dict[int, tuple[float, list[Hop]]] = {start: (0.0, [])}
+    for here in borders:
+        if here not in best:
+            continue
+        so_far, hops = best[here]
+        for peer in useful:
+            if not peer.start <= here < peer.end:
+                continue
+            for there in borders:
+                if here < there <= peer.end:
+                    total = so_far + cost(peer, there - here)
+                    if there not in best or total < best[there][0]:
+                        best[there] = (total, [*hops, Hop(peer, here, there)])
+    if end not in best:
+        raise NoRoute(_describe_holes(useful, start, end))
+    return best[end][1]
+
+
+def holes(peers: Iterable[PeerRecord], start: int, end: int) -> list[range]:
+    """The runs of blocks in [start, end) that none of `peers` serves."""
+    served = {block for peer in peers for block in range(peer.start, peer.end)}
+    missing: list[range] = []
+    for block in range(start, end):
+        if block in served:
+            continue
+        if missing and missing[-1].stop == block:
+            missing[-1] = range(missing[-1].start, block + 1)
+        else:
+            missing.append(range(block, block + 1))
+    return missing
+
+
+def _describe_holes(peers: list[PeerRecord], start: int, end: int) -> str:
+    spans = ", ".join(f"{hole.start}:{hole.stop}" for hole in holes(peers, start, end))
+    return (
+        f"Blocks {spans or f'{start}:{end}'} are served by nobody that can be reached; "
+        "start a peer for them (`peer serve MODEL --blocks ...`) or try again later."
+    )
+
+
+@dataclass
+class _Ban:
+    until: float
+    length: float
+
+
+@dataclass
+class Health:
+    """What this client learned of peers by using them."""
+
+    _bans: dict[str, _Ban] = field(default_factory=dict)
+    _round_trips: dict[str, float] = field(default_factory=dict)
+
+    def ban(self, peer_id: str, at_least: float = 0.0) -> None:
+        """Keep away from a peer for a while, twice as long each time it fails again (exponential back-off)."""
+        last = self._bans.get(peer_id)
+        length = min(last.length * 2, _LONGEST_BAN) if last else _FIRST_BAN
+        self._bans[peer_id] = _Ban(time.monotonic() + max(length, at_least), length)
+
+    def succeed(self, peer_id: str) -> None:
+        """A peer answered: forget its failures."""
+        self._bans.pop(peer_id, None)
+
+    def is_banned(self, peer_id: str) -> bool:
+        """Whether to keep away from a peer now."""
+        ban = self._bans.get(peer_id)
+        return ban is not None and time.monotonic() < ban.until
+
+    def measured(self, peer_id: str, round_trip: float) -> None:
+        """Take in a measured round trip (seconds): the least of late is the link's."""
+        known = self._round_trips.get(peer_id)
+        self._round_trips[peer_id] = round_trip if known is None else min(round_trip, 0.8 * known + 0.2 * round_trip)
+
+    def decode_cost(self, peer: PeerRecord, blocks: int) -> float:
+        """Expected seconds of one decode step."""
+        return self._hop_cost(peer) + blocks / peer.speed.decode
+
+    def forward_cost(self, peer: PeerRecord, blocks: int) -> float:
+        """Expected seconds of a forward of 512 tokens."""
+        return self._hop_cost(peer) + 512 * blocks / peer.speed.forward
+
+    def _hop_cost(self, peer: PeerRecord) -> float:
+        return self._round_trips.get(peer.peer_id, _UNMEASURED_RTT) + _SWITCH

@@ -1,0 +1,175 @@
+"""A generation: KV caches on the peers of a route, and their replacement when a peer fails."""
+
+import weakref
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from client.history import History
+from client.loop import LOOP
+from client.routing import Hop
+from client.swarm import Retries, Swarm
+from client.work import Prefix, Work, answered_hidden, call_with_adapter
+from protocol import swarm_pb2 as pb
+from protocol.channel import Channel, Message
+from protocol.errors import PeerFailed, SwarmError
+
+
+@dataclass
+class _Stage:
+    """One hop's session on its peer."""
+
+    hop: Hop
+    channel: Channel
+    number: int = 0
+    """Of the last step done."""
+    history: History = field(default_factory=History)
+    """Hidden states that went in."""
+
+
+class Session:
+    """The KV caches of one generation. Used from the user's thread; its work is done on the loop."""
+
+    def __init__(self, swarm: Swarm, blocks: range):
+        self._swarm, self._blocks = swarm, blocks
+        self._stages: list[_Stage] = []
+        self._positions = History()
+        self._prefix: Prefix = {}
+        weakref.finalize(self, LOOP.call, _close_stages, self._stages)
+
+    def step(self, work: Work, hidden: torch.Tensor, edits: list[pb.CacheEdit], keep_past: bool) -> torch.Tensor:
+        """Hidden states (batch, tokens, hidden size) after all blocks, for tokens that the cache then holds too."""
+        return LOOP.run(self._step(work, hidden, edits, keep_past))
+
+    def fork(self) -> "Session":
+        """A copy of the caches as they are now."""
+        return LOOP.run(self._fork())
+
+    def close(self) -> None:
+        """End the sessions on the peers."""
+        LOOP.call(_close_stages, self._stages)
+
+    async def _step(
+        self, work: Work, hidden: torch.Tensor, edits: list[pb.CacheEdit], keep_past: bool
+    ) -> torch.Tensor:
+        retries = Retries(self._swarm)
+        if work.prefix:
+            self._prefix = work.prefix
+        work = replace(work, prefix=self._prefix)
+        for stage in self._stages:
+            stage.history.edit(edits)
+        self._positions.edit(edits)
+        if not self._stages:
+            route = await retries.find_route(self._blocks.start, self._blocks.stop, "decode")
+            self._stages += await self._open_stages(retries, route)
+        index = 0
+        while index < len(self._stages):
+            stage = self._stages[index]
+            try:
+                output = await self._run(stage, work, hidden, edits, keep_past)
+            except SwarmError as error:
+                retries.failed(stage.hop.peer, error)
+                index, hidden = await self._replace(retries, index, work, hidden, keep_past)
+                continue
+            stage.history.append(hidden)
+            hidden, index = output, index + 1
+        if work.positions is not None:
+            self._positions.append(work.positions)
+        return hidden
+
+    async def _run(
+        self, stage: _Stage, work: Work, hidden: torch.Tensor, edits: list[pb.CacheEdit], keep_past: bool
+    ) -> torch.Tensor:
+        number = stage.number + 1
+        body = pb.Step(context=work.context(stage.hop), number=number, edits=edits, keep_past=keep_past)
+        message = Message(body, work.tensors(stage.hop, hidden, with_prefix=number == 1))
+        answer = await call_with_adapter(stage.channel, message, work.bundle(stage.hop))
+        stage.number = number
+        self._swarm.health.succeed(stage.hop.peer.peer_id)
+        return answered_hidden(answer, hidden, stage.hop.peer.peer_id)
+
+    async def _replace(
+        self, retries: Retries, index: int, work: Work, hidden: torch.Tensor, keep_past: bool
+    ) -> tuple[int, torch.Tensor]:
+        """Put other peers in the place of a failed stage and give them all that it had seen, in one prefill.
+
+        Returns the index of the next stage to run and the hidden states that go into it.
+        """
+        failed = self._stages[index]
+        failed.channel.close()
+        past = failed.history.replay()
+        everything = hidden if past is None else torch.cat([past, hidden], 1)
+        replay = self._whole(work, everything)
+        while True:
+            route = await retries.find_route(failed.hop.start, failed.hop.end, "decode")
+            stages = await self._open_stages(retries, route)
+            flow = everything
+            try:
+                for stage in stages:
+                    output = await self._run(stage, replay, flow, [], keep_past)
+                    stage.history.append(flow)
+                    flow = output
+            except SwarmError as error:
+                _close_stages(stages)
+                retries.failed(stage.hop.peer, error)
+                continue
+            self._stages[index : index + 1] = stages
+            return index + len(stages), flow[:, -hidden.shape[1] :]
+
+    def _whole(self, work: Work, everything: torch.Tensor) -> Work:
+        """`work` for all tokens instead of the new ones."""
+        positions, past = work.positions, self._positions.replay()
+        if positions is not None and past is not None:
+            positions = torch.cat([past.expand(positions.shape[0], -1), positions], 1)
+        prefix = {b: _expanded(pair, everything.shape[0]) for b, pair in work.prefix.items()}
+        return replace(work, positions=positions, prefix=prefix)
+
+    async def _open_stages(self, retries: Retries, route: list[Hop], fork_of: bytes = b"") -> list[_Stage]:
+        """Sessions on the peers of `route`; on others where one refuses."""
+        stages: list[_Stage] = []
+        while route:
+            hop = route.pop(0)
+            try:
+                stages.append(_Stage(hop, await self._open(hop, fork_of)))
+            except SwarmError as error:
+                try:
+                    retries.failed(hop.peer, error)
+                    route = [*await retries.find_route(hop.start, hop.end, "decode"), *route]
+                except SwarmError:
+                    _close_stages(stages)
+                    raise
+        return stages
+
+    async def _open(self, hop: Hop, fork_of: bytes) -> Channel:
+        channel = await self._swarm.connections.open(hop.peer.peer_id)
+        try:
+            await channel.call(Message(pb.OpenSession(start=hop.start, end=hop.end, fork_of=fork_of)))
+        except BaseException:
+            channel.close()
+            raise
+        return channel
+
+    async def _fork(self) -> "Session":
+        twin = Session(self._swarm, self._blocks)
+        twin._positions, twin._prefix = self._positions.fork(), self._prefix
+        for stage in self._stages:
+            answer = await stage.channel.call(Message(pb.ForkSession()))
+            if not isinstance(answer.body, pb.Result) or not answer.body.token:
+                raise PeerFailed(f"Peer {stage.hop.peer.peer_id} did not fork a session.")
+            channel = await self._open(stage.hop, answer.body.token)
+            twin._stages.append(_Stage(stage.hop, channel, stage.number, stage.history.fork()))
+        return twin
+
+
+def _expanded(pair: tuple[torch.Tensor, torch.Tensor], batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A prefix (the same in every row) for the batch as beam search has widened it."""
+    key, value = pair
+    return (key, value) if key.shape[0] == batch else (key[:1].expand(batch, -1, -1, -1), value[:1].expand(batch, -1, -1, -1))
+
+
+def _close_stages(stages: list[_Stage]) -> None:
+    for stage in stages:
+        stage.channel.close()
+    stages.clear()
+
+

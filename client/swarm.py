@@ -1,0 +1,136 @@
+"""The handle to the network: who serves what, by which route, and what to do when a peer fails."""
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING, Literal
+
+from bootstrap.member import Member, MemberOptions
+from client.config import SwarmConfig
+from client.connections import Connections, Wanted
+from client.loop import LOOP
+from client.routing import Health, Hop, find_route
+from protocol.errors import BadAdapter, BadRequest, NoRoute, SwarmError, TooLong, WrongModel
+from protocol.model.checkpoint import Checkpoint
+from protocol.records import PeerRecord
+
+if TYPE_CHECKING:
+    from client.remote_blocks import RemoteBlocks
+
+logger = logging.getLogger(__name__)
+
+Purpose = Literal["decode", "forward"]
+_HOPELESS = (BadRequest, BadAdapter)
+_NEVER_HERE = (WrongModel, TooLong)
+_NOT_HERE = 600.0
+"""Seconds to keep away from a peer that will not do better: other weights, sessions too long for it."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
+
+
+class Swarm:
+    """A client's membership in a swarm, for one model. `connect` makes one."""
+
+    blocks: "RemoteBlocks"
+    """All blocks of the model, callable on hidden states, with autograd."""
+
+    def __init__(self, config: SwarmConfig, checkpoint: Checkpoint, member: Member):
+        self.config, self.model_id = config, checkpoint.model_id
+        self.health = Health()
+        wanted = Wanted(self.model_id.config_hash, checkpoint.digests)
+        self.connections = Connections(member.transport, wanted, self.health, config.silence_timeout)
+        self._member = member
+        self._known: list[PeerRecord] = []
+        self._looked_up = float("-inf")
+        self._look_up = asyncio.Lock()
+
+    @classmethod
+    def connect(cls, config: SwarmConfig, checkpoint: Checkpoint) -> "Swarm":
+        """Join as a client. Raises `BadUsage` for a malformed address, `PeerUnreachable`."""
+
+        async def join() -> Swarm:
+            member = await Member.join(MemberOptions(initial_peers=config.initial_peers, client_mode=True))
+            return cls(config, checkpoint, member)
+
+        swarm = LOOP.run(join())
+        LOOP.at_exit(swarm.close)
+        return swarm
+
+    async def close(self) -> None:
+        """Leave the swarm."""
+        self.connections.close()
+        await self._member.shutdown()
+
+    def peers(self) -> list[PeerRecord]:
+        """The peers that serve this model now."""
+        return LOOP.run(self.fetch_peers(fresh=True))
+
+    def route(self, purpose: Purpose = "decode") -> list[Hop]:
+        """The hops that work would take now. Raises `NoRoute`."""
+        return LOOP.run(self.find_route(0, self.model_id.num_blocks, purpose))
+
+    async def find_route(self, start: int, end: int, purpose: Purpose) -> list[Hop]:
+        """The hops for blocks [start, end). Looks again when what is known does not reach. Raises `NoRoute`."""
+        cost = self.health.decode_cost if purpose == "decode" else self.health.forward_cost
+        try:
+            return find_route(self._usable(await self.fetch_peers()), start, end, cost)
+        except NoRoute:
+            return find_route(self._usable(await self.fetch_peers(fresh=True)), start, end, cost)
+
+    async def fetch_peers(self, fresh: bool = False) -> list[PeerRecord]:
+        """The peers of this model that the configuration allows, as of at most `look_up_period` seconds ago."""
+        asked = time.monotonic()
+        async with self._look_up:
+            if self._looked_up < (asked if fresh else asked - self.config.look_up_period):
+                found = await self._member.directory.peers(self.model_id.config_hash)
+                self._known = [peer for peer in found if self._allows(peer.peer_id)]
+                self._looked_up = time.monotonic()
+        return self._known
+
+    def blame(self, peer: PeerRecord, error: SwarmError) -> None:
+        """Take note that `peer` failed with `error`: keep away from it for a while."""
+        logger.info("peer %s failed: %s", peer.name or peer.peer_id, error)
+        self.connections.forget(peer.peer_id)
+        never = isinstance(error, _NEVER_HERE)
+        self.health.ban(peer.peer_id, at_least=_NOT_HERE if never else error.retry_after)
+
+    def _usable(self, peers: list[PeerRecord]) -> list[PeerRecord]:
+        return [peer for peer in peers if peer.state == "online" and not self.health.is_banned(peer.peer_id)]
+
+    def _allows(self, peer_id: str) -> bool:
+        allowed = self.config.allowed_peers
+        return peer_id not in self.config.blocked_peers and (allowed is None or peer_id in allowed)
+
+
+class Retries:
+    """The attempts at one piece of work: goes round failed peers, waits when there is nobody left to ask."""
+
+    def __init__(self, swarm: Swarm):
+        self._swarm = swarm
+        self._left = swarm.config.max_attempts
+        self._pause = _FIRST_PAUSE
+        self._last: SwarmError | None = None
+
+    def failed(self, peer: PeerRecord, error: SwarmError) -> None:
+        """`peer` failed with `error`; raises it when no other peer could do better, or after too many attempts."""
+        self._left -= 1
+        if isinstance(error, _HOPELESS) or self._left <= 0:
+            raise error
+        self._swarm.blame(peer, error)
+        self._last = error
+
+    async def find_route(self, start: int, end: int, purpose: Purpose) -> list[Hop]:
+        """A route round the peers that failed; waits for one to come back or to turn up.
+
+        Raises `NoRoute` when there was none to begin with, and the last failure when waiting did not help.
+        """
+        while True:
+            try:
+                return await self._swarm.find_route(start, end, purpose)
+            except NoRoute:
+                self._left -= 1
+                if self._last is None:
+                    raise
+                if isinstance(self._last, _NEVER_HERE) or self._left <= 0:
+                    raise self._last from None
+            await asyncio.sleep(self._pause)
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)

@@ -1,0 +1,90 @@
+"""What a piece of work on remote blocks consists of, and how it is put into messages."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from client.adapters import Bundle, Snapshot
+from client.connections import Connections
+from client.routing import Hop
+from protocol import swarm_pb2 as pb
+from protocol.channel import Channel, Message
+from protocol.errors import PeerFailed, UnknownAdapter
+from protocol.tensors import wire_dtype
+
+Prefix = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """How hidden states are to be taken through blocks."""
+
+    mask: torch.Tensor | None = None
+    """(batch, cached + new tokens), as the user gave it."""
+    positions: torch.Tensor | None = None
+    """(batch or 1, new tokens), as the user gave them."""
+    training: bool = False
+    dropout_seed: int | None = None
+    autocast: torch.dtype | None = None
+    adapters: Snapshot | None = None
+    prefix: Prefix = field(default_factory=dict)
+    """Block -> (key, value)."""
+
+    def bundle(self, hop: Hop) -> Bundle | None:
+        """The adapters on a hop's blocks."""
+        return self.adapters.bundle(range(hop.start, hop.end)) if self.adapters else None
+
+    def context(self, hop: Hop) -> pb.Context:
+        """The wire's description of this work on a hop's blocks."""
+        bundle = self.bundle(hop)
+        return pb.Context(
+            start=hop.start,
+            end=hop.end,
+            adapter=bundle.key if bundle else b"",
+            training=self.training,
+            dropout_seed=self.dropout_seed,
+            autocast=wire_dtype(self.autocast),
+        )
+
+    def tensors(self, hop: Hop, hidden: torch.Tensor, with_prefix: bool = True) -> dict[str, torch.Tensor]:
+        """The tensors that go with a request for a hop's blocks."""
+        tensors = {"hidden_states": hidden}
+        if self.mask is not None:
+            tensors["attention_mask"] = self.mask
+        if self.positions is not None:
+            tensors["position_ids"] = self.positions
+        if with_prefix:
+            for block in range(hop.start, hop.end):
+                if block in self.prefix:
+                    tensors[f"prefix.{block}.key"], tensors[f"prefix.{block}.value"] = self.prefix[block]
+        return tensors
+
+
+async def call_with_adapter(channel: Channel, message: Message, bundle: Bundle | None) -> Message:
+    """Call; when the peer does not hold the adapter, put it and call again."""
+    try:
+        return await channel.call(message)
+    except UnknownAdapter:
+        if bundle is None:
+            raise PeerFailed(f"Peer {channel.remote} misses an adapter that the call does not name.") from None
+    await channel.call(Message(pb.PutAdapter(manifest=bundle.manifest), bundle.tensors))
+    return await channel.call(message)
+
+
+def answered_hidden(answer: Message, like: torch.Tensor, remote: str) -> torch.Tensor:
+    """The hidden states in an answer, as `like` in shape and dtype. Raises `PeerFailed` when they are not."""
+    hidden = answer.tensors.get("hidden_states")
+    if hidden is None or hidden.shape != like.shape or not hidden.is_floating_point():
+        raise PeerFailed(f"Peer {remote} answered with something else than hidden states of {list(like.shape)}.")
+    return hidden.to(like.dtype)
+
+
+async def read_norms(
+    connections: Connections, hop: Hop, names: list[str], transposed: bool, dims: tuple[int, ...], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The norms of base weights that a hop's peer holds."""
+    request = pb.ReadWeight(names=names, transposed=transposed, norm_dims=dims, dtype=wire_dtype(dtype))
+    async with connections.channel(hop.peer.peer_id) as channel:
+        answer = await channel.call(Message(request))
+    return {name: answer.tensor(f"value.{i}") for i, name in enumerate(names)}

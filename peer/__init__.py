@@ -1,0 +1,1 @@
+"""Serving a span of a model's blocks to the swarm."""

@@ -1,0 +1,170 @@
+"""Clients' adapters: one PEFT module tree per configuration, tensors put in per call, kept by content hash."""
+
+import copy
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import peft
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
+
+from peer.span import Adapted, Span
+from protocol.adapters import AdapterSpec, Manifest, bundle_hash
+from protocol.errors import BadAdapter, UnknownAdapter
+from protocol.tensors import nbytes
+
+logger = logging.getLogger(__name__)
+
+_MAX_TREES = 16
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A client's adapters for some of the blocks, as it put them."""
+
+    manifest: Manifest
+    tensors: Mapping[str, torch.Tensor]
+    """`BLOCK.PATH` -> tensor, on the span's device."""
+    size: int
+    """Bytes."""
+
+
+class AdapterStore:
+    """The bundles that clients put, the least recently used dropped first. A client holds them all itself."""
+
+    def __init__(self, span: Span, max_bytes: int):
+        self._span = span
+        self._max_bytes = max_bytes
+        self._bundles = OrderedDict[bytes, Bundle]()
+        self._trees = OrderedDict[str, PreTrainedModel]()
+
+    def put(self, manifest_json: str, tensors: Mapping[str, torch.Tensor]) -> bytes:
+        """Keep a bundle; returns its hash. Runs PEFT's construction, so it belongs on the compute thread.
+
+        Raises `BadAdapter` when method, options, names or shapes are not acceptable.
+        """
+        manifest = Manifest.from_json(manifest_json)
+        numbered = _numbered(tensors)
+        key = bundle_hash(manifest_json, numbered)
+        size = nbytes(tensors)
+        if size > self._max_bytes:
+            raise BadAdapter(f"An adapter of {size} bytes is over this peer's limit of {self._max_bytes}.")
+        if any(not 0 <= number < len(numbered) for number in manifest.tensors.values()):
+            raise BadAdapter("The adapter's manifest refers to a tensor that was not sent.")
+        device = [tensor.to(self._span.device) for tensor in numbered]
+        named = {name: device[number] for name, number in manifest.tensors.items()}
+        self._check(manifest, named)
+        self._bundles[key] = Bundle(manifest, named, size)
+        while sum(bundle.size for bundle in self._bundles.values()) > self._max_bytes:
+            self._bundles.popitem(last=False)
+        return key
+
+    def get(self, key: bytes) -> Bundle:
+        """The bundle of this hash. Raises `UnknownAdapter`."""
+        if key not in self._bundles:
+            raise UnknownAdapter(f"No adapter {key.hex()} here; put it and repeat the call.")
+        self._bundles.move_to_end(key)
+        return self._bundles[key]
+
+    def adapt(self, bundle: Bundle, tensors: Mapping[str, torch.Tensor]) -> Adapted:
+        """The tree to run for `bundle`, with `tensors` (its own, or leaves made from them) in place."""
+        tree = self._tree(bundle.manifest)
+        for name, factors in bundle.manifest.scaling.items():
+            tree.get_submodule(f"{self._span.where.path}.{name}").scaling.update(factors)  # type: ignore[union-attr]
+        return Adapted(tree, tensors)
+
+    def _check(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
+        """`functional_call` ignores names that it does not know: find them here, and wrong shapes."""
+        blocks = self._span.where.of(self._tree(manifest))
+        known = dict(blocks.named_parameters(remove_duplicate=False)) | dict(
+            blocks.named_buffers(remove_duplicate=False)
+        )
+        own = {id(p) for p in self._span.model.parameters()} | {id(b) for b in self._span.model.buffers()}
+        expected = {name: tensor for name, tensor in known.items() if id(tensor) not in own}
+        for name, tensor in tensors.items():
+            if name not in expected:
+                raise BadAdapter(f"Tensor {name!r} is no part of the adapter that its configuration describes.")
+            if expected[name].shape != tensor.shape:
+                raise BadAdapter(
+                    f"Adapter tensor {name!r} has shape {list(tensor.shape)}; expected {list(expected[name].shape)}."
+                )
+        if missing := expected.keys() - tensors.keys():
+            raise BadAdapter(f"The adapter came without {len(missing)} of its tensors, such as {min(missing)!r}.")
+        if unknown := set(manifest.trainable) - tensors.keys():
+            raise BadAdapter(f"Trainable tensor {min(unknown)!r} is not in the adapter.")
+        for name, factors in manifest.scaling.items():
+            module = self._module(blocks, name)
+            if not factors.keys() <= getattr(module, "scaling", {}).keys():
+                raise BadAdapter(f"Module {name!r} has no scaling for {', '.join(factors)}.")
+
+    @staticmethod
+    def _module(blocks: torch.nn.Module, name: str) -> torch.nn.Module | None:
+        try:
+            return blocks.get_submodule(name)
+        except AttributeError:
+            return None
+
+    def _tree(self, manifest: Manifest) -> PreTrainedModel:
+        key = manifest.config_key()
+        if key not in self._trees:
+            self._trees[key] = self._build(manifest)
+            while len(self._trees) > _MAX_TREES:
+                self._trees.popitem(last=False)
+        self._trees.move_to_end(key)
+        return self._trees[key]
+
+    def _build(self, manifest: Manifest) -> PreTrainedModel:
+        tree = share_leaves(self._span.model)
+        blocks = self._span.where.of(tree)
+        for spec in manifest.adapters:
+            for target in spec.targets:
+                block = target.partition(".")[0]
+                if not (block.isdigit() and int(block) in self._span.blocks and self._module(blocks, target)):
+                    raise BadAdapter(
+                        f"Adapter target {target!r} is no module of blocks {self._span.start}:{self._span.end}."
+                    )
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    peft.inject_adapter_in_model(self._config(spec), tree, spec.name, low_cpu_mem_usage=True)
+            except Exception as error:  # PEFT's refusals come as many types
+                raise BadAdapter(f"PEFT refuses the {spec.method} adapter {spec.name!r}: {error}") from error
+        active = [spec.name for spec in manifest.adapters]
+        for module in tree.modules():
+            if isinstance(module, BaseTunerLayer):
+                module._active_adapter = active
+                module._disable_adapters = False
+        return tree.eval().requires_grad_(False)  # type: ignore[return-value]
+
+    def _config(self, spec: AdapterSpec) -> peft.PeftConfig:
+        path = self._span.where.path
+        options = dict(spec.options)
+        if "feedforward_modules" in options:
+            options["feedforward_modules"] = [f"{path}.{name}" for name in options["feedforward_modules"]]
+        return peft.get_peft_config(
+            {"peft_type": spec.method, "target_modules": [f"{path}.{name}" for name in spec.targets], **options}
+        )
+
+
+def share_leaves(model: PreTrainedModel) -> PreTrainedModel:
+    """A second module tree over the same weights.
+
+    Leaf modules are shared as objects, not only their tensors: bitsandbytes keeps quantization state on the module
+    from the first forward on.
+    """
+    memo: dict[int, object] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    memo[id(model.config)] = model.config
+    for module in model.modules():
+        is_leaf = next(module.children(), None) is None
+        if is_leaf and next(module.parameters(), None) is not None:
+            memo[id(module)] = module
+    return copy.deepcopy(model, memo)
+
+
+def _numbered(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    try:
+        return [tensors[str(i)] for i in range(len(tensors))]
+    except KeyError as error:
+        raise BadAdapter("An adapter's tensors must be named 0, 1, 2, ...") from error

@@ -1,0 +1,132 @@
+"""Training calls: forward, and backward from kept activations or by computing the forward again."""
+
+import secrets
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from peer.adapters import AdapterStore, Bundle
+from peer.kv_cache import prefix_cache
+from peer.span import Inputs, Mode, Span
+from protocol.errors import UnknownCall
+
+Prefix = dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a forward runs on; a backward needs the same again."""
+
+    inputs: Inputs
+    mode: Mode
+    bundle: Bundle | None
+    prefix: Prefix
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A forward that a backward will follow: its leaves, by the names of their gradients, and its result."""
+
+    leaves: Mapping[str, torch.Tensor]
+    result: torch.Tensor
+    size: int
+    """Bytes of saved activations."""
+    owner: str
+
+
+class Trainer:
+    """Runs training calls on a span, keeping activations within a memory budget."""
+
+    def __init__(self, span: Span, adapters: AdapterStore, max_kept_bytes: int):
+        self._span, self._adapters, self._max_kept = span, adapters, max_kept_bytes
+        self._kept = OrderedDict[int, _Graph]()
+
+    def forward(self, call: Call, owner: str, keep: bool) -> tuple[torch.Tensor, int]:
+        """The hidden states, and the name under which the activations are kept (0: they are not)."""
+        if not keep:
+            with torch.no_grad():
+                return self._run(call, {}), 0
+        graph = self._forward_with_graph(call, owner)
+        if graph.size > self._max_kept:
+            return graph.result.detach(), 0
+        call_id = secrets.randbits(63) | 1
+        self._kept[call_id] = graph
+        while sum(kept.size for kept in self._kept.values()) > self._max_kept:
+            self._kept.popitem(last=False)
+        return graph.result.detach(), call_id
+
+    def backward_kept(self, call_id: int, owner: str, grad: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Gradients of a kept call, which is dropped by it. Raises `UnknownCall`."""
+        graph = self._kept.get(call_id)
+        if graph is None or graph.owner != owner:
+            raise UnknownCall("The activations of this call are no longer kept; send the forward's inputs again.")
+        del self._kept[call_id]
+        return _backward(graph, grad)
+
+    def backward(self, call: Call, grad: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Gradients by computing the forward again, dropout masks included."""
+        return _backward(self._forward_with_graph(call, ""), grad)
+
+    def forget(self, owner: str) -> None:
+        """Drop everything kept for a client that has gone."""
+        for call_id in [i for i, graph in self._kept.items() if graph.owner == owner]:
+            del self._kept[call_id]
+
+    def _forward_with_graph(self, call: Call, owner: str) -> _Graph:
+        leaves = {"hidden_states": call.inputs.hidden.detach().requires_grad_()}
+        for block, (key, value) in call.prefix.items():
+            leaves[f"prefix.{block}.key"] = key.detach().requires_grad_()
+            leaves[f"prefix.{block}.value"] = value.detach().requires_grad_()
+        if call.bundle:
+            for name in call.bundle.manifest.trainable:
+                leaves[f"adapter.{name}"] = call.bundle.tensors[name].detach().requires_grad_()
+        counter = _SavedBytes(self._span)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor):
+            result = self._run(call, leaves)
+        return _Graph(leaves, result, counter.total, owner)
+
+    def _run(self, call: Call, leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        hidden = leaves.get("hidden_states", call.inputs.hidden)
+        inputs = Inputs(hidden, call.inputs.mask, call.inputs.positions)
+        cache = None
+        if call.prefix:
+            prefix = {
+                block: (leaves.get(f"prefix.{block}.key", key), leaves.get(f"prefix.{block}.value", value))
+                for block, (key, value) in call.prefix.items()
+            }
+            cache = prefix_cache(self._span.model.config, call.mode.blocks, prefix)
+        adapted = None
+        if call.bundle:
+            own = call.bundle.tensors
+            adapted = self._adapters.adapt(
+                call.bundle, {name: leaves.get(f"adapter.{name}", tensor) for name, tensor in own.items()}
+            )
+        return self._span.run(inputs, call.mode, cache, adapted)
+
+
+class _SavedBytes:
+    """Counts what autograd saves beyond the span's own weights."""
+
+    def __init__(self, span: Span):
+        self._seen = {p.untyped_storage().data_ptr() for p in span.model.parameters()}
+        self.total = 0
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor
+
+
+def _backward(graph: _Graph, grad: torch.Tensor) -> dict[str, torch.Tensor]:
+    leaves = graph.leaves
+    grad = grad.to(graph.result.device, graph.result.dtype)
+    gradients = torch.autograd.grad(graph.result, list(leaves.values()), grad, allow_unused=True)
+    return {
+        f"grad.{name}": gradient
+        for name, gradient in zip(leaves, gradients, strict=True)
+        if gradient is not None
+    }

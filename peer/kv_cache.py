@@ -1,0 +1,176 @@
+"""Sessions' KV caches: bounded memory, edits, and Transformers' cache seen from the middle of a model."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicCache
+
+from protocol import swarm_pb2 as pb
+from protocol.errors import BadRequest, PeerFull, TooLong
+
+_PAGE = 64
+
+
+class SpanCache(DynamicCache):
+    """A full-length cache of which only the blocks in `blocks` are used.
+
+    The trunk asks it for lengths by way of block 0 or the first block of a kind; such questions about foreign blocks
+    are answered by a block of our own of the same kind.
+    """
+
+    def __init__(self, config: PreTrainedConfig, blocks: range):
+        super().__init__(config=config)
+        self.blocks = blocks
+        self.seen = 0
+        """Tokens so far: all that linear-attention layers know of the length."""
+
+    def own_layers(self) -> list[Any]:
+        """The layers of this span's blocks."""
+        return [self.layers[i] for i in self.blocks]
+
+    def _stand_in(self, index: int) -> int:
+        linear, sliding = self.is_linear, self.is_sliding
+        attention = [i for i in self.blocks if not linear[i]]
+        if index in attention:
+            return index
+        return next((i for i in attention if sliding[i] == sliding[index]), attention[0])
+
+    def _only_linear(self) -> bool:
+        return all(self.is_linear[i] for i in self.blocks)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens in the cache."""
+        return self.seen if self._only_linear() else super().get_seq_length(self._stand_in(layer_idx))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys for a mask."""
+        if self._only_linear():
+            return self.seen + query_length, 0
+        return super().get_mask_sizes(query_length, self._stand_in(layer_idx))
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Where the next query begins."""
+        return self.seen if self._only_linear() else super().get_query_offset(self._stand_in(layer_idx))
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Whether linear-attention layers have state already."""
+        if layer_idx is not None:
+            return super().has_previous_state(layer_idx, state_idx)
+        linear = [i for i in self.blocks if hasattr(self.layers[i], "has_previous_state")]
+        return super().has_previous_state(linear[-1], state_idx) if linear else False
+
+
+def apply_edit(cache: SpanCache, edit: pb.CacheEdit, batch_size: int) -> int:
+    """Apply a client's edit; returns the new batch size. Raises `BadRequest` for one that does not fit the cache."""
+    kind = edit.WhichOneof("edit")
+    if kind == "crop":
+        if edit.crop > cache.seen:
+            raise BadRequest(f"Cannot crop {edit.crop} tokens from a cache of {cache.seen}.")
+        cache.seen -= edit.crop
+        for layer in cache.own_layers():
+            layer.crop(-edit.crop)
+        return batch_size
+    if kind == "repeat_interleave":
+        if not 0 < edit.repeat_interleave * batch_size <= 4096:
+            raise BadRequest(f"Cannot repeat {batch_size} rows {edit.repeat_interleave} times; at most 4096 rows.")
+        for layer in cache.own_layers():
+            layer.batch_repeat_interleave(edit.repeat_interleave)
+        return batch_size * edit.repeat_interleave
+    if kind not in ("reorder", "select"):
+        raise BadRequest("An unknown cache edit; the two ends run different versions.")
+    rows = list(edit.reorder.index if kind == "reorder" else edit.select.index)
+    if not rows or max(rows) >= batch_size or (kind == "reorder" and len(rows) != batch_size):
+        raise BadRequest(f"A cache {kind} to rows {rows[:8]} does not fit a batch of {batch_size}.")
+    for layer in cache.own_layers():
+        method = layer.reorder_cache if kind == "reorder" else layer.batch_select_indices
+        method(torch.tensor(rows))
+    return len(rows)
+
+
+def prefix_cache(
+    config: PreTrainedConfig, blocks: range, prefix: dict[int, tuple[torch.Tensor, torch.Tensor]]
+) -> SpanCache:
+    """A cache that begins with a trainable prefix: block -> (key, value), each (batch, heads, tokens, head size)."""
+    cache = SpanCache(config, blocks)
+    for block, (key, value) in prefix.items():
+        cache.update(key, value, block)
+    cache.seen = next(iter(prefix.values()))[0].shape[2] if prefix else 0
+    return cache
+
+
+class CacheMemory:
+    """The tokens that all sessions together may hold, and the most that one may."""
+
+    def __init__(self, total_tokens: int, max_length: int):
+        self.total_tokens, self.max_length = total_tokens, max_length
+        self._taken = 0
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens of one row that are still to be had."""
+        return self.total_tokens - self._taken
+
+    def take(self, tokens: int) -> None:
+        """Reserve. Raises `PeerFull`."""
+        if tokens > self.free_tokens:
+            raise PeerFull(
+                f"This peer's KV cache has {self.free_tokens} of {self.total_tokens} tokens free, "
+                f"{tokens} more are needed; try again later or use another peer."
+            )
+        self._taken += tokens
+
+    def give_back(self, tokens: int) -> None:
+        """Release what was taken."""
+        self._taken -= tokens
+
+
+@dataclass
+class Session:
+    """One generation's state on this peer."""
+
+    memory: CacheMemory
+    cache: SpanCache
+    batch_size: int = 0
+    number: int = 0
+    """Of the last step run."""
+    answer: torch.Tensor | None = None
+    """Of the last step run: a repeated step is answered by it."""
+    _reserved: int = 0
+
+    def reserve(self, batch_size: int, length: int) -> None:
+        """Make sure that the cache may grow to `length` tokens per row. Raises `TooLong`, `PeerFull`."""
+        if length > self.memory.max_length:
+            raise TooLong(
+                f"A session of {length} tokens is longer than this peer allows ({self.memory.max_length}); "
+                "shorten the prompt or use another peer."
+            )
+        needed = batch_size * -(-length // _PAGE) * _PAGE
+        if needed > self._reserved:
+            self.memory.take(needed - self._reserved)
+            self._reserved = needed
+
+    def fork(self) -> "Session":
+        """A copy that goes its own way. Raises `PeerFull`."""
+        self.memory.take(self._reserved)
+        twin = copy.copy(self)
+        twin.cache = copy.deepcopy(self.cache)
+        return twin
+
+    def close(self) -> None:
+        """Free the memory."""
+        self.memory.give_back(self._reserved)
+        self._reserved = 0
+
+
+def bytes_per_token(caches: Sequence[SpanCache], tokens: int) -> int:
+    """Bytes that one token of one row takes in caches of one row and `tokens` tokens."""
+    total = 0
+    for cache in caches:
+        for layer in cache.own_layers():
+            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+                total += tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
+    return max(1, -(-total // tokens))

@@ -1,0 +1,172 @@
+"""A peer: loads a span, joins the swarm, announces itself, serves until it is told to stop."""
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+
+import psutil
+import torch
+
+from bootstrap.directory import Announcer
+from bootstrap.member import Member, MemberOptions
+from peer.adapters import AdapterStore
+from peer.calls import Trainer
+from peer.kv_cache import CacheMemory
+from peer.loading import load_span
+from peer.scheduler import Scheduler
+from peer.service import Served, Service
+from peer.span import Span
+from peer.throughput import measure
+from protocol.errors import PeerFailed
+from protocol.model.checkpoint import Checkpoint
+from protocol.records import PeerRecord, PeerState, Speed
+from protocol.tensors import Limits
+
+logger = logging.getLogger(__name__)
+
+_ANNOUNCE_PERIOD, _RECORD_LIFETIME = 20.0, 60.0
+_DRAIN = 1.0
+"""Seconds that running calls get to finish when the peer leaves."""
+_CACHE_SHARE = 0.25
+"""Of the memory that is free after loading, for KV caches; the same again for kept activations and for adapters."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What `peer serve` is told."""
+
+    checkpoint: Checkpoint
+    start: int
+    end: int
+    member: MemberOptions = field(default_factory=MemberOptions)
+    dtype: torch.dtype | None = None
+    device: str = "cpu"
+    quantization: str = "none"
+    double_quantization: bool = False
+    name: str = ""
+    max_length: int = 8192
+    """Tokens of one session."""
+    cache_tokens: int | None = None
+    """Tokens of all sessions; None: what a share of the free memory holds."""
+
+
+def own_version() -> str:
+    """The installed version of swarmtune."""
+    try:
+        return version("swarmtune")
+    except PackageNotFoundError:
+        return "0+source"
+
+
+class Server:
+    """A running peer. Make one with `start`."""
+
+    def __init__(self, options: ServeOptions, loaded: "_Loaded", member: Member):
+        self.options, self.member = options, member
+        self.span, self.service = loaded.span, loaded.service
+        self._speed, self._scheduler = loaded.speed, loaded.scheduler
+        self._state = PeerState.ONLINE
+        self._announcer = Announcer(member.directory, self.record, _ANNOUNCE_PERIOD, _RECORD_LIFETIME)
+
+    @classmethod
+    async def start(cls, options: ServeOptions) -> "Server":
+        """Load, join, announce. Raises `UnsupportedModel`, `BadUsage`, `PeerUnreachable`."""
+        joining = asyncio.create_task(Member.join(options.member))
+        try:
+            loaded = await asyncio.to_thread(_load, options)
+        except BaseException:
+            joining.cancel()
+            results = await asyncio.gather(joining, return_exceptions=True)
+            if isinstance(results[0], Member):
+                await results[0].shutdown()
+            raise
+        server = cls(options, loaded, await joining)
+        await server.member.transport.serve(server.service.handle)
+        await server.member.directory.announce(server.record(), _RECORD_LIFETIME)
+        server._announcer.start()
+        return server
+
+    def record(self) -> PeerRecord:
+        """What this peer announces now."""
+        return PeerRecord(
+            peer_id=self.member.peer_id,
+            name=self.options.name,
+            model=self.options.checkpoint.model_id,
+            start=self.span.start,
+            end=self.span.end,
+            state=self._state,
+            dtype=str(self.span.dtype).removeprefix("torch."),
+            quantization=self.options.quantization,
+            addresses=tuple(self.member.addresses)[:20],
+            speed=self._speed,
+            free_cache_tokens=self.service.memory.free_tokens,
+            max_length=self.service.memory.max_length,
+            sessions=self.service.load.sessions,
+            version=own_version(),
+        )
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set, then leave. Raises `PeerFailed` when the p2pd process is lost."""
+        waiting = [asyncio.create_task(stop.wait()), asyncio.create_task(self.member.lost.wait())]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waiting:
+                task.cancel()
+        lost = self.member.lost.is_set()
+        await self.leave()
+        if lost:
+            raise PeerFailed("The p2pd process died, so nobody can reach this peer any more; start the peer again.")
+
+    async def leave(self) -> None:
+        """Withdraw the record, let running calls finish for a moment, close everything."""
+        self.service.draining = True
+        self._state = PeerState.DRAINING
+        await self._announcer.stop()
+        deadline = asyncio.get_running_loop().time() + _DRAIN
+        while self.service.load.calls and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+        self._scheduler.close()
+        await self.member.shutdown()
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    span: Span
+    speed: Speed
+    service: Service
+    scheduler: Scheduler
+
+
+def _load(options: ServeOptions) -> _Loaded:
+    span = load_span(
+        options.checkpoint,
+        options.start,
+        options.end,
+        dtype=options.dtype,
+        device=options.device,
+        quantization=options.quantization,
+        double_quantization=options.double_quantization,
+    )
+    speed, token_bytes = measure(span)
+    share = int(_free_memory(span.device) * _CACHE_SHARE)
+    total = options.cache_tokens if options.cache_tokens is not None else max(options.max_length, share // token_bytes)
+    adapters = AdapterStore(span, max_bytes=share)
+    scheduler = Scheduler()
+    service = Service(
+        Served(options.checkpoint.model_id, options.checkpoint.digests),
+        span,
+        CacheMemory(total, min(options.max_length, total)),
+        adapters,
+        Trainer(span, adapters, max_kept_bytes=share),
+        scheduler,
+        Limits(),
+    )
+    return _Loaded(span, speed, service, scheduler)
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

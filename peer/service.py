@@ -1,0 +1,332 @@
+"""The handlers: check what came, queue it, answer. Stateless about clients beyond what can be made again."""
+
+import asyncio
+import logging
+import secrets
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from peer.adapters import AdapterStore, Bundle
+from peer.calls import Call, Trainer
+from peer.checks import check_inputs, check_mode, check_prefix, prefix_length
+from peer.kv_cache import CacheMemory, Session, SpanCache, apply_edit, prefix_cache
+from peer.scheduler import Priority, Scheduler
+from peer.span import Mode, Span
+from peer.weights import read_norm
+from protocol import swarm_pb2 as pb
+from protocol.channel import VERSION, Channel, Message
+from protocol.errors import BadRequest, Draining, OutOfMemory, PeerFailed, SwarmError, WrongModel
+from protocol.model.checkpoint import same_weights
+from protocol.records import ModelId
+from protocol.tensors import Limits, torch_dtype, wire_dtype
+from protocol.transport.base import Stream
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+HEARTBEAT = 2.0
+"""Seconds between the signs of life that a client gets while its answer is computed."""
+_PATIENCE = 60.0
+_MAX_NAMES = 4096
+
+
+@dataclass(frozen=True)
+class Served:
+    """The model that a service serves blocks of."""
+
+    model_id: ModelId
+    digests: dict[str, str]
+
+
+@dataclass
+class _Connection:
+    """One stream from one client, and the session that lives on it."""
+
+    channel: Channel
+    session: Session | None = None
+    mode: Mode | None = None
+    forks: list[bytes] = field(default_factory=list)
+    """Tokens of the session's copies; those that nobody opened end with this stream."""
+
+
+@dataclass
+class Load:
+    """How busy the service is."""
+
+    sessions: int = 0
+    calls: int = 0
+    streams: Counter[str] = field(default_factory=Counter)
+    """Client -> open streams."""
+
+
+class Service:
+    """Answers clients' requests on one span."""
+
+    def __init__(
+        self,
+        served: Served,
+        span: Span,
+        memory: CacheMemory,
+        adapters: AdapterStore,
+        trainer: Trainer,
+        scheduler: Scheduler,
+        limits: Limits,
+    ):
+        self._served, self._span, self.memory = served, span, memory
+        self._adapters, self._trainer, self._scheduler = adapters, trainer, scheduler
+        self._limits = limits
+        self._forks: dict[bytes, tuple[Session, Mode]] = {}
+        self.load = Load()
+        self.draining = False
+
+    async def handle(self, stream: Stream) -> None:
+        """Serve one stream until its client closes it."""
+        connection = _Connection(Channel(stream, self._limits, _PATIENCE))
+        client = stream.remote
+        self.load.streams[client] += 1
+        try:
+            await self._greet(connection.channel)
+            while True:
+                await self._serve_one(connection)
+        except SwarmError as error:  # the stream is over: broken, or not to be trusted any more
+            logger.debug("stream of %s ended: %s", client, error)
+        finally:
+            self._end_session(connection)
+            self.load.streams[client] -= 1
+            if not self.load.streams[client]:
+                del self.load.streams[client]
+                self._trainer.forget(client)
+
+    async def _greet(self, channel: Channel) -> None:
+        try:
+            message = await channel.receive_request()
+            hello = message.body
+            if not isinstance(hello, pb.Hello):
+                raise BadRequest("A stream must begin with a Hello.")
+            self._check_hello(hello)
+        except SwarmError as error:
+            await channel.fail(error)
+            raise
+        await channel.send(
+            Message(
+                pb.Welcome(
+                    version=VERSION,
+                    weights=self._served.digests,
+                    start=self._span.start,
+                    end=self._span.end,
+                    dtype=wire_dtype(self._span.dtype),
+                    max_length=self.memory.max_length,
+                    max_frame=self._limits.max_payload,
+                )
+            )
+        )
+
+    def _check_hello(self, hello: pb.Hello) -> None:
+        name = self._served.model_id.name
+        if hello.version != VERSION:
+            raise BadRequest(f"The client speaks protocol version {hello.version}, this peer {VERSION}; update one.")
+        if hello.config_hash != self._served.model_id.config_hash:
+            raise WrongModel(f"This peer serves {name}; the client asks for a model of another configuration.")
+        if not same_weights(self._served.digests, hello.weights):
+            raise WrongModel(
+                f"This peer serves {name} with other weights than the client's; "
+                "load the same revision of the model on both ends."
+            )
+
+    async def _serve_one(self, connection: _Connection) -> None:
+        """Answer one request. What is wrong with it is the answer; what breaks the stream is raised."""
+        channel = connection.channel
+        message = await channel.receive_request()
+        self.load.calls += 1
+        try:
+            answer = await self._answer(connection, message)
+        except torch.OutOfMemoryError as error:
+            await channel.fail(OutOfMemory(f"The call did not fit this peer's memory: {error}"))
+        except SwarmError as error:
+            await channel.fail(error)
+        except Exception as error:
+            logger.exception("a call of %s failed", channel.remote)
+            await channel.fail(_told(error))
+        else:
+            await channel.send(answer)
+        finally:
+            self.load.calls -= 1
+
+    async def _answer(self, connection: _Connection, message: Message) -> Message:
+        body = message.body
+        if isinstance(body, pb.Step):
+            return await self._step(connection, message, body)
+        if isinstance(body, pb.Backward):
+            return await self._backward(connection, message, body)
+        if isinstance(body, pb.Ping):
+            return Message(pb.Result())
+        if self.draining:
+            raise Draining("This peer is leaving the swarm and takes no new work.")
+        if isinstance(body, pb.Forward):
+            return await self._forward(connection, message, body)
+        if isinstance(body, pb.OpenSession):
+            return self._open_session(connection, body)
+        if isinstance(body, pb.ForkSession):
+            return self._fork_session(connection)
+        if isinstance(body, pb.PutAdapter):
+            return await self._put_adapter(connection, message, body)
+        if isinstance(body, pb.ReadWeight):
+            return await self._read_weight(connection, body)
+        raise BadRequest(f"A peer does not answer {type(body).__name__} messages.")
+
+    # ---- generation
+
+    def _open_session(self, connection: _Connection, body: pb.OpenSession) -> Message:
+        mode = check_mode(self._span, pb.Context(start=body.start, end=body.end))
+        self._end_session(connection)
+        if body.fork_of:
+            if body.fork_of not in self._forks:
+                raise BadRequest("There is no such forked session here.")
+            connection.session, connection.mode = self._forks.pop(body.fork_of)
+        else:
+            cache = SpanCache(self._span.model.config, mode.blocks)
+            connection.session, connection.mode = Session(self.memory, cache), mode
+        self.load.sessions += 1
+        return Message(pb.Result())
+
+    def _fork_session(self, connection: _Connection) -> Message:
+        session, mode = self._session(connection)
+        token = secrets.token_bytes(16)
+        self._forks[token] = (session.fork(), mode)
+        connection.forks.append(token)
+        return Message(pb.Result(token=token))
+
+    async def _step(self, connection: _Connection, message: Message, body: pb.Step) -> Message:
+        session, mode = self._session(connection)
+        if body.number == session.number and session.answer is not None:
+            return Message(pb.Result(), {"hidden_states": session.answer})
+        if body.number != session.number + 1:
+            raise BadRequest(f"Step {body.number} follows step {session.number}; expected {session.number + 1}.")
+        wanted = check_mode(self._span, body.context)
+        if wanted.blocks != mode.blocks:
+            raise BadRequest("A session's blocks cannot change between its steps.")
+        bundle = self._bundle(body.context)
+        work = partial(self._run_step, session, message, body, wanted, bundle)
+        hidden = await self._compute(connection, Priority.STEP, work)
+        session.number, session.answer = body.number, hidden
+        return Message(pb.Result(), {"hidden_states": hidden})
+
+    @torch.no_grad()
+    def _run_step(
+        self, session: Session, message: Message, body: pb.Step, mode: Mode, bundle: Bundle | None
+    ) -> torch.Tensor:
+        hidden = message.tensor("hidden_states")
+        batch = hidden.shape[0] if hidden.ndim else 0
+        for edit in body.edits:
+            session.batch_size = apply_edit(session.cache, edit, session.batch_size)
+        past = session.cache.seen or prefix_length(message.tensors)
+        inputs = check_inputs(self._span, message, past, self.memory.max_length)
+        if session.number and batch != session.batch_size:
+            raise BadRequest(f"The step has {batch} rows, its session {session.batch_size}.")
+        session.reserve(batch, past + hidden.shape[1])
+        session.batch_size = batch
+        if not session.number:
+            prefix = check_prefix(self._span, mode, message, batch)
+            if prefix:
+                session.cache = prefix_cache(self._span.model.config, mode.blocks, prefix)
+        if body.keep_past:
+            session.cache.activate_past_recording()
+        adapted = self._adapters.adapt(bundle, bundle.tensors) if bundle else None
+        result = self._span.run(inputs, mode, session.cache, adapted)
+        session.cache.seen += hidden.shape[1]
+        return result.to("cpu")
+
+    def _session(self, connection: _Connection) -> tuple[Session, Mode]:
+        if connection.session is None or connection.mode is None:
+            raise BadRequest("No session is open on this stream; open one first.")
+        return connection.session, connection.mode
+
+    def _end_session(self, connection: _Connection) -> None:
+        if connection.session is not None:
+            connection.session.close()
+            connection.session = None
+            self.load.sessions -= 1
+        for token in connection.forks:
+            if token in self._forks:
+                self._forks.pop(token)[0].close()
+        connection.forks.clear()
+
+    # ---- training
+
+    async def _forward(self, connection: _Connection, message: Message, body: pb.Forward) -> Message:
+        call = self._call(message, body.context)
+        work = partial(self._trainer.forward, call, connection.channel.remote, body.keep)
+        hidden, call_id = await self._compute(connection, Priority.CALL, work)
+        return Message(pb.Result(call_id=call_id), {"hidden_states": hidden})
+
+    async def _backward(self, connection: _Connection, message: Message, body: pb.Backward) -> Message:
+        grad = message.tensor("grad")
+        if not grad.is_floating_point() or grad.ndim != 3 or grad.shape[2] != self._span.hidden_size:
+            raise BadRequest(f"grad is {grad.dtype} {list(grad.shape)}; expected the shape of the forward's result.")
+        work: Callable[[], dict[str, torch.Tensor]]
+        if body.call_id:
+            work = partial(self._trainer.backward_kept, body.call_id, connection.channel.remote, grad)
+        else:
+            call = self._call(message, body.context)
+            if call.inputs.hidden.shape != grad.shape:
+                raise BadRequest("grad and hidden_states differ in shape.")
+            work = partial(self._trainer.backward, call, grad)
+        return Message(pb.Result(), await self._compute(connection, Priority.CALL, work))
+
+    def _call(self, message: Message, context: pb.Context) -> Call:
+        mode = check_mode(self._span, context)
+        past = prefix_length(message.tensors)
+        inputs = check_inputs(self._span, message, past, self.memory.max_length)
+        prefix = check_prefix(self._span, mode, message, inputs.hidden.shape[0])
+        return Call(inputs, mode, self._bundle(context), prefix)
+
+    # ---- adapters
+
+    async def _put_adapter(self, connection: _Connection, message: Message, body: pb.PutAdapter) -> Message:
+        work = partial(self._adapters.put, body.manifest, message.tensors)
+        return Message(pb.Result(token=await self._compute(connection, Priority.CALL, work)))
+
+    def _bundle(self, context: pb.Context) -> Bundle | None:
+        return self._adapters.get(context.adapter) if context.adapter else None
+
+    async def _read_weight(self, connection: _Connection, body: pb.ReadWeight) -> Message:
+        dtype = torch_dtype(body.dtype)
+        if dtype is None or not dtype.is_floating_point or len(body.names) > _MAX_NAMES:
+            raise BadRequest(f"ReadWeight needs a floating dtype and at most {_MAX_NAMES} names.")
+        dims = tuple(body.norm_dims)
+
+        def read() -> dict[str, torch.Tensor]:
+            norms = (read_norm(self._span, name, body.transposed, dims, dtype) for name in body.names)
+            return {f"value.{i}": norm for i, norm in enumerate(norms)}
+
+        return Message(pb.Result(), await self._compute(connection, Priority.CALL, read))
+
+    # ---- the compute thread
+
+    async def _compute(self, connection: _Connection, priority: Priority, work: Callable[[], T]) -> T:
+        """Run `work` on the compute thread, telling the client now and then that it is being done."""
+        future = self._scheduler.submit(priority, work)
+        try:
+            while True:
+                done, _ = await asyncio.wait({future}, timeout=HEARTBEAT)
+                if done:
+                    return future.result()
+                await connection.channel.send(Message(pb.Working()))
+        except BaseException:
+            future.cancel()
+            raise
+
+
+def _told(error: Exception) -> SwarmError:
+    """The typed error for a failure of torch's own."""
+    text = str(error)
+    if "can't allocate memory" in text or isinstance(error, MemoryError):
+        return OutOfMemory("The call did not fit this peer's memory; send fewer tokens at once.")
+    return PeerFailed(f"{type(error).__name__}: {text[:300]}")
+
+

@@ -1,0 +1,201 @@
+"""A span: the model's own trunk with the foreign blocks skipped, its stem and tail neutralised.
+
+Hidden states go in as `inputs_embeds` and come out as the trunk's last hidden state, so there is no modelling code
+per architecture: masks, rotary embeddings, sliding windows and caches are Transformers' own.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from protocol.errors import UnsupportedModel
+from protocol.model.anatomy import BlockList, find_blocks, hidden_size
+
+
+class Skip(nn.Module):
+    """A block that is not run: hidden states pass through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.returns_tuple = False
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`hidden_states`, in the form in which this architecture's blocks return them."""
+        return (hidden_states, None) if self.returns_tuple else hidden_states
+
+
+class _Zero(nn.Module):
+    """A position embedding that adds nothing: the client has added it already."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(())
+
+
+class SpanBlocks(nn.ModuleList):
+    """The block list, in which only the `active` blocks are run. Every block keeps its absolute index."""
+
+    active: range
+    skip: tuple[Skip]  # in a tuple: not a submodule
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        for index, block in enumerate(self._modules.values()):
+            yield block if index in self.active else self.skip[0]  # type: ignore[misc]
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return list(self)[index]
+        index = index % len(self)
+        return self._modules[str(index)] if index in self.active else self.skip[0]
+
+
+def cut_to_span(model: PreTrainedModel, start: int, end: int) -> BlockList:
+    """Remove from a model under construction everything but blocks [start, end) and what its trunk needs to run them.
+
+    Rotary embeddings stay; embeddings and learned positions become zero; everything else becomes the identity.
+    """
+    where = find_blocks(model)
+    trunk, skip = where.trunk_of(model), Skip()
+    blocks = SpanBlocks(block if start <= i < end else skip for i, block in enumerate(where.of(model)))
+    blocks.active, blocks.skip = range(start, end), (skip,)
+    for name, child in list(trunk.named_children()):
+        kind = f"{name} {type(child).__name__}".lower()
+        if name == where.attribute:
+            setattr(trunk, name, blocks)
+        elif isinstance(child, nn.Embedding) or ("position" in kind and "rotary" not in kind):
+            setattr(trunk, name, _Zero())
+        elif "rotary" not in kind and "rope" not in kind:
+            setattr(trunk, name, nn.Identity())
+    for name, _ in list(model.named_children()):
+        if not f"{where.path}.".startswith(f"{name}."):
+            setattr(model, name, nn.Identity())
+    model.tie_weights = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    model.all_tied_weights_keys = {}
+    return where
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A module tree with a client's adapters in place of the span's own, and the tensors to run it with."""
+
+    model: PreTrainedModel
+    tensors: Mapping[str, torch.Tensor]
+    """`BLOCK.PATH` -> tensor."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one call runs on."""
+
+    hidden: torch.Tensor
+    """(batch, tokens, hidden size)."""
+    mask: torch.Tensor | None = None
+    """(batch, cached + new tokens), as the user gave it."""
+    positions: torch.Tensor | None = None
+    """(batch or 1, tokens), as the user gave them."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a call is run."""
+
+    blocks: range
+    training: bool = False
+    dropout_seed: int | None = None
+    autocast: torch.dtype | None = None
+
+
+class Span:
+    """Loaded blocks [start, end) of a model. Not thread-safe: one call at a time."""
+
+    def __init__(self, model: PreTrainedModel, where: BlockList, start: int, end: int, dtype: torch.dtype):
+        self.model, self.where, self.start, self.end, self.dtype = model, where, start, end, dtype
+        self.hidden_size = hidden_size(model.config)
+        self.device = next(p.device for p in model.parameters())
+        self._takes_positions = "position_ids" in inspect.signature(type(self._trunk(model)).forward).parameters
+        model.eval().requires_grad_(False)
+        _neutralise_scalars(model)
+        self._check_identity()
+
+    @property
+    def blocks(self) -> range:
+        """The blocks' indices."""
+        return range(self.start, self.end)
+
+    def run(self, inputs: Inputs, mode: Mode, cache: Cache | None = None, adapted: Adapted | None = None) -> torch.Tensor:
+        """The hidden states after `mode.blocks`: (batch, tokens, hidden size), in the span's dtype.
+
+        Runs under the caller's grad mode; gradients reach `inputs.hidden`, the adapter tensors and a cache's prefix.
+        """
+        model = adapted.model if adapted else self.model
+        self.where.of(model).active = mode.blocks  # type: ignore[assignment]
+        if model.training != mode.training:
+            model.train(mode.training)
+        arguments: dict[str, Any] = {
+            "inputs_embeds": inputs.hidden.to(self.device, self.dtype),
+            "attention_mask": _to(inputs.mask, self.device),
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
+        if self._takes_positions:
+            arguments["position_ids"] = _to(inputs.positions, self.device)
+        with ExitStack() as stack:
+            if mode.autocast is not None:
+                stack.enter_context(torch.autocast(self.device.type, mode.autocast))
+            if mode.dropout_seed is not None:
+                devices = [self.device] if self.device.type == "cuda" else []
+                stack.enter_context(torch.random.fork_rng(devices=devices))
+                torch.manual_seed(mode.dropout_seed)
+            return self._call_trunk(model, arguments, adapted.tensors if adapted else {})
+
+    def _call_trunk(
+        self, model: PreTrainedModel, arguments: dict[str, Any], tensors: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        trunk = self._trunk(model)
+        if not tensors:
+            return trunk(**arguments)[0]  # type: ignore[no-any-return]
+        named = {f"{self.where.attribute}.{name}": tensor for name, tensor in tensors.items()}
+        return torch.func.functional_call(trunk, named, (), arguments, tie_weights=False)[0]  # type: ignore[no-any-return]
+
+    def _trunk(self, model: nn.Module) -> nn.Module:
+        return self.where.trunk_of(model)
+
+    @torch.no_grad()
+    def _check_identity(self) -> None:
+        """With every block skipped the trunk must return its input; also finds out what a block returns.
+
+        Without this check a trunk that expects tuples would slice a tensor without a word, and a trunk that works on
+        the hidden states by itself (Mamba hybrids, ...) would be served wrong.
+        """
+        skip = self.where.of(self.model).skip[0]  # type: ignore[union-attr, index]
+        hidden = torch.randn(2, 3, self.hidden_size, dtype=self.dtype, device=self.device)
+        nothing = Mode(range(self.start, self.start))
+        for returns_tuple in (False, True):
+            skip.returns_tuple = returns_tuple  # type: ignore[union-attr]
+            try:
+                out = self.run(Inputs(hidden), nothing)
+            except Exception:  # any failure at all: this form is not it
+                continue
+            if out.shape == hidden.shape and torch.equal(out, hidden):
+                return
+        raise UnsupportedModel(
+            f"{type(self._trunk(self.model)).__name__} changes the hidden states outside of its blocks, so spans of "
+            "it would compute something else than the model; it cannot be served."
+        )
+
+
+def _neutralise_scalars(model: nn.Module) -> None:
+    """Granite and its relatives scale `inputs_embeds` inside the trunk; the client has done that already."""
+    for module in model.modules():
+        if hasattr(module, "embedding_multiplier"):
+            module.embedding_multiplier = 1.0  # type: ignore[assignment]
+
+
+def _to(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(device)

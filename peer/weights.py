@@ -1,0 +1,29 @@
+"""What a client may ask of a base weight: row norms (DoRA's initialisation needs them)."""
+
+import torch
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+
+from peer.span import Span
+from protocol.errors import BadRequest
+
+
+def read_norm(span: Span, name: str, transposed: bool, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The 2-norm over `dims` of the weight `BLOCK.PATH.weight`, cast to `dtype` first as PEFT does.
+
+    Raises `BadRequest` for a name that is no weight matrix of this span.
+    """
+    path, _, leaf = name.rpartition(".")
+    block = path.partition(".")[0]
+    try:
+        module = span.where.of(span.model).get_submodule(path) if block.isdigit() else None
+    except AttributeError:
+        module = None
+    weight = getattr(module, "weight", None)
+    if leaf != "weight" or int(block or -1) not in span.blocks or module is None or weight is None or weight.ndim != 2:
+        raise BadRequest(f"{name!r} is no weight matrix of blocks {span.start}:{span.end}.")
+    if not dims or not set(dims) <= {0, 1, -1, -2}:
+        raise BadRequest(f"Norms of a matrix are over dimensions 0 or 1, not {dims}.")
+    dense = dequantize_module_weight(module) if isinstance(module, nn.Linear) else weight
+    dense = dense.detach().to(dtype)
+    return torch.linalg.vector_norm(dense.T if transposed else dense, dim=dims)

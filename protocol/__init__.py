@@ -1,0 +1,1 @@
+"""What crosses the wire, and how: messages, tensors, records, errors, transports. Imports no other room."""

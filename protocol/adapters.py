@@ -1,0 +1,116 @@
+"""Adapters on the wire: which PEFT methods and options may travel, and a bundle's content hash."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from protocol.errors import BadAdapter
+from protocol.tensors import encode
+
+_LYCORIS = ("r", "alpha", "rank_dropout", "module_dropout", "rank_pattern", "alpha_pattern")
+_LORA = ("r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "rank_pattern",
+         "alpha_pattern")  # fmt: skip
+METHODS: dict[str, tuple[str, ...]] = {
+    "LORA": _LORA,
+    "ADALORA": (*_LORA, "target_r", "init_r", "total_step"),
+    "IA3": ("feedforward_modules", "fan_in_fan_out"),
+    "VERA": ("r", "projection_prng_key", "save_projection", "vera_dropout", "d_initial", "fan_in_fan_out"),
+    "LOHA": _LYCORIS,
+    "LOKR": (*_LYCORIS, "decompose_both", "decompose_factor", "rank_dropout_scale"),
+    "OFT": ("r", "oft_block_size", "module_dropout", "fan_in_fan_out", "coft", "eps", "block_share",
+            "use_cayley_neumann", "num_cayley_neumann_terms"),
+    "BOFT": ("boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout", "fan_in_fan_out"),
+    "FOURIERFT": ("n_frequency", "scaling", "random_loc_seed", "fan_in_fan_out", "n_frequency_pattern"),
+    "HRA": ("r", "apply_GS"),
+    "RANDLORA": ("r", "projection_prng_key", "save_projection", "sparse", "very_sparse", "randlora_dropout",
+                 "fan_in_fan_out", "randlora_alpha"),
+}  # fmt: skip
+"""PEFT method -> the options that shape its modules or its arithmetic. Everything else stays with the client."""
+
+DROPOUTS = ("lora_dropout", "vera_dropout", "boft_dropout", "randlora_dropout", "rank_dropout", "module_dropout")
+MAX_NUMBER = 1 << 20
+HASH_BYTES = 16
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,200}$")]
+
+
+class AdapterSpec(BaseModel):
+    """One PEFT adapter, its targets resolved to module names `BLOCK.PATH`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]{1,100}$")]
+    method: str
+    options: dict[str, Any]
+    targets: tuple[Name, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _only_known_options(self) -> Self:
+        if self.method not in METHODS:
+            raise ValueError(f"PEFT method {self.method!r} is not one of {', '.join(METHODS)}")
+        for key, value in self.options.items():
+            if key not in METHODS[self.method]:
+                raise ValueError(f"option {key!r} of {self.method} may not travel to a peer")
+            _check_value(key, value)
+        return self
+
+
+class Manifest(BaseModel):
+    """What a bundle is: the active adapters, in order, and where their tensors are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    adapters: tuple[AdapterSpec, ...] = Field(min_length=1, max_length=16)
+    scaling: dict[Name, dict[str, float]]
+    """Module -> adapter -> factor, as it is now (it may have been rescaled since the adapter was made)."""
+    tensors: dict[Name, int]
+    """`BLOCK.PATH` of a parameter or buffer -> number of the tensor; several names may share one."""
+    trainable: tuple[Name, ...]
+    """The parameters whose gradients a backward returns."""
+
+    def to_json(self) -> str:
+        """Canonical JSON."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The manifest in `text`. Raises `BadAdapter` for anything that is not one."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(str(part) for part in problem["loc"])
+            raise BadAdapter(f"Adapter refused: {problem['msg']} ({where or 'manifest'}).") from error
+
+    def config_key(self) -> str:
+        """What decides the module tree: bundles with equal keys differ in their tensors only."""
+        return json.dumps([spec.model_dump(mode="json") for spec in self.adapters], sort_keys=True)
+
+
+def bundle_hash(manifest: str, tensors: Sequence[torch.Tensor]) -> bytes:
+    """The content hash (BLAKE2b, 16 bytes) of a bundle."""
+    digest = hashlib.blake2b(manifest.encode(), digest_size=HASH_BYTES)
+    for tensor in tensors:
+        entry, data = encode("", tensor)
+        digest.update(f"{entry.dtype}{list(entry.shape)}".encode())
+        digest.update(data)
+    return digest.digest()
+
+
+def _check_value(key: str, value: Any) -> None:
+    """Plain JSON only, and no number that would make a peer allocate much."""
+    if isinstance(value, bool | str) or value is None:
+        return
+    if isinstance(value, int | float):
+        if not abs(value) <= MAX_NUMBER:
+            raise ValueError(f"option {key!r} is {value}; at most {MAX_NUMBER}")
+        return
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        raise ValueError(f"option {key!r} has a value of type {type(value).__name__}")
+    for _, item in items:
+        if isinstance(item, dict | list):
+            raise ValueError(f"option {key!r} is nested too deeply")
+        _check_value(key, item)

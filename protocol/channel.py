@@ -1,0 +1,107 @@
+"""Frames over a stream: a protobuf body with its tensors, one request and one answer at a time."""
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from google.protobuf.message import DecodeError
+from google.protobuf.message import Message as ProtoMessage
+
+from protocol import swarm_pb2 as pb
+from protocol.errors import BadRequest, from_failure, to_failure
+from protocol.tensors import Limits, check_entries, decode, encode
+from protocol.transport.base import Stream
+
+VERSION = 1
+_LENGTHS = struct.Struct("<IQ")
+_FIELD_OF_TYPE = {f.message_type.name: f.name for f in pb.Frame.DESCRIPTOR.oneofs_by_name["body"].fields}
+
+
+@dataclass(frozen=True)
+class Message:
+    """A body (one of the messages in Frame.body) and the tensors that came with it."""
+
+    body: ProtoMessage
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor `name`. Raises `BadRequest` when it is missing."""
+        if name not in self.tensors:
+            raise BadRequest(f"{type(self.body).__name__} came without its tensor {name!r}.")
+        return self.tensors[name]
+
+
+class Channel:
+    """A stream that carries messages. Not for concurrent use: one request, then its answer.
+
+    `patience` (seconds): how long the other end may be silent inside a message, and before an answer.
+    """
+
+    def __init__(self, stream: Stream, limits: Limits, patience: float):
+        self.stream = stream
+        self.limits = limits
+        self.patience = patience
+
+    @property
+    def remote(self) -> str:
+        """The remote's peer ID."""
+        return self.stream.remote
+
+    async def send(self, message: Message) -> None:
+        """Write one frame. Raises `BadRequest` when it is over the limits, `PeerUnreachable` when the stream broke."""
+        parts = [encode(name, tensor) for name, tensor in message.tensors.items()]
+        frame = pb.Frame(tensors=[entry for entry, _ in parts])
+        getattr(frame, _FIELD_OF_TYPE[type(message.body).__name__]).CopyFrom(message.body)
+        header = frame.SerializeToString()
+        payload = sum(data.nbytes for _, data in parts)
+        self._check_lengths(len(header), payload)
+        prefix = _LENGTHS.pack(len(header), payload) + header
+        await self.stream.send(prefix, *(data for _, data in parts), patience=self.patience)
+
+    async def receive_request(self) -> Message:
+        """Read one frame, however long it is in coming. Raises `BadRequest` for a malformed one."""
+        return await self._receive(None)
+
+    async def receive_answer(self) -> Message:
+        """Read the answer to a request. Raises the error that the other end reports."""
+        while True:
+            message = await self._receive(self.patience)
+            if isinstance(message.body, pb.Failure):
+                raise from_failure(message.body, self.remote)
+            if not isinstance(message.body, pb.Working):
+                return message
+
+    async def call(self, message: Message) -> Message:
+        """Send a request and wait for its answer."""
+        await self.send(message)
+        return await self.receive_answer()
+
+    async def fail(self, error: BaseException) -> None:
+        """Answer with an error."""
+        await self.send(Message(to_failure(error)))
+
+    def close(self) -> None:
+        """Close the stream."""
+        self.stream.close()
+
+    async def _receive(self, patience: float | None) -> Message:
+        header_length, payload_length = _LENGTHS.unpack(await self.stream.receive(_LENGTHS.size, patience))
+        self._check_lengths(header_length, payload_length)
+        try:
+            frame = pb.Frame.FromString(bytes(await self.stream.receive(header_length, self.patience)))
+        except DecodeError as error:
+            raise BadRequest("A frame's header is not a valid message.") from error
+        check_entries(frame.tensors, payload_length, self.limits)
+        kind = frame.WhichOneof("body")
+        if kind is None:
+            raise BadRequest("A frame came without a body.")
+        payload = await self.stream.receive(payload_length, self.patience) if payload_length else bytearray()
+        return Message(getattr(frame, kind), decode(frame.tensors, payload))
+
+    def _check_lengths(self, header: int, payload: int) -> None:
+        if header > self.limits.max_header or payload > self.limits.max_payload:
+            raise BadRequest(
+                f"A frame of {header} + {payload} bytes is over the limit of {self.limits.max_header} + "
+                f"{self.limits.max_payload}; send fewer tokens at once."
+            )

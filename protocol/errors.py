@@ -1,0 +1,94 @@
+"""Typed errors that survive the wire: a peer raises one, its caller catches the same class with the same sentence."""
+
+from protocol import swarm_pb2 as pb
+
+
+class SwarmError(Exception):
+    """Anything that goes wrong in a swarm. The message is one sentence for a person."""
+
+    retry_after: float = 0.0
+    """Seconds after which the same peer may be asked again; 0: it would refuse again."""
+
+
+class BadRequest(SwarmError):
+    """The request itself is wrong (shape, dtype, name, range); no peer would accept it."""
+
+
+class WrongModel(SwarmError):
+    """The two ends hold different models, or different revisions of one."""
+
+
+class PeerFull(SwarmError):
+    """The peer has no room (sessions, cache tokens, adapters) at present."""
+
+    retry_after = 5.0
+
+
+class TooLong(SwarmError):
+    """A prompt or a session is longer than the peer allows."""
+
+
+class UnknownAdapter(SwarmError):
+    """The peer does not hold the adapter bundle that a call names; put it and repeat."""
+
+
+class UnknownCall(SwarmError):
+    """The peer no longer keeps the activations that a backward names; send the forward's inputs with it."""
+
+
+class BadAdapter(SwarmError):
+    """An adapter's method, configuration or tensors are not acceptable."""
+
+
+class OutOfMemory(SwarmError):
+    """One call did not fit the peer's memory; the peer lives on."""
+
+    retry_after = 1.0
+
+
+class Draining(SwarmError):
+    """The peer is leaving and takes no new work."""
+
+
+class PeerFailed(SwarmError):
+    """The peer failed for a reason of its own."""
+
+
+class PeerUnreachable(SwarmError):
+    """A peer cannot be reached, or its connection broke or fell silent."""
+
+
+class NoRoute(SwarmError):
+    """Some blocks are served by nobody."""
+
+
+class UnsupportedModel(SwarmError):
+    """The span approach cannot run this architecture, or the folder is not a usable model."""
+
+
+class BadUsage(SwarmError):
+    """An option or an argument of ours is wrong."""
+
+
+_BY_NAME = {
+    cls.__name__: cls
+    for cls in (
+        BadRequest, WrongModel, PeerFull, TooLong, UnknownAdapter, UnknownCall, BadAdapter, OutOfMemory, Draining,
+        PeerFailed,
+    )
+}  # fmt: skip
+_MAX_MESSAGE = 2000
+
+
+def to_failure(error: BaseException) -> pb.Failure:
+    """The wire form of `error`; what is not a `SwarmError` becomes `PeerFailed` without its details' traceback."""
+    if isinstance(error, SwarmError) and type(error).__name__ in _BY_NAME:
+        return pb.Failure(kind=type(error).__name__, message=str(error)[:_MAX_MESSAGE], retry_after=error.retry_after)
+    return pb.Failure(kind="PeerFailed", message=f"{type(error).__name__}: {error}"[:_MAX_MESSAGE])
+
+
+def from_failure(failure: pb.Failure, remote: str) -> SwarmError:
+    """The error that the peer `remote` reported."""
+    error = _BY_NAME.get(failure.kind, PeerFailed)(f"{failure.message} (peer {remote})")
+    error.retry_after = min(max(failure.retry_after, 0.0), 600.0)
+    return error

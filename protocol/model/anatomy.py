@@ -1,0 +1,59 @@
+"""Where a Transformers model keeps its blocks."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from protocol.errors import UnsupportedModel
+
+
+def num_blocks(config: PreTrainedConfig) -> int:
+    """How many transformer blocks a model of this configuration has."""
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def hidden_size(config: PreTrainedConfig) -> int:
+    """The width of the hidden states between blocks."""
+    return int(config.get_text_config().hidden_size)
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """The block list of a model class, as dotted paths from the model: `path` = `trunk` + `.` + `attribute`."""
+
+    trunk: str
+    """The module whose forward runs the blocks, `model` or `transformer`; empty: the model itself."""
+    attribute: str
+
+    @property
+    def path(self) -> str:
+        """The block list's own path, `model.layers`."""
+        return f"{self.trunk}.{self.attribute}" if self.trunk else self.attribute
+
+    def trunk_of(self, model: nn.Module) -> nn.Module:
+        """The module of `model` whose forward runs the blocks."""
+        return model.get_submodule(self.trunk)
+
+    def of(self, model: nn.Module) -> nn.ModuleList:
+        """The block list of `model`."""
+        return model.get_submodule(self.path)  # type: ignore[return-value]
+
+
+def find_blocks(model: PreTrainedModel) -> BlockList:
+    """The `ModuleList` as long as the configuration says whose items' class must not be split over devices.
+
+    Raises `UnsupportedModel` when there is none (encoder-decoder, or blocks of a kind of their own).
+    """
+    count = num_blocks(model.config)
+    unsplittable = set(model._no_split_modules or [])
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) != count:
+            continue
+        if not unsplittable or type(module[0]).__name__ in unsplittable:
+            trunk, _, attribute = path.rpartition(".")
+            return BlockList(trunk, attribute)
+    raise UnsupportedModel(
+        f"{type(model).__name__} has no list of {count} like blocks, so it cannot be served in spans; "
+        "expected a decoder-only model such as BLOOM, Llama or Mistral."
+    )

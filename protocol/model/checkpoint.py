@@ -1,0 +1,173 @@
+"""A checkpoint: a local folder or a hub name, of which only the needed tensors are fetched and read."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedConfig
+
+from protocol.errors import UnsupportedModel
+from protocol.model.anatomy import num_blocks
+from protocol.records import ModelId
+
+_INDEX, _SINGLE, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+_VOLATILE = {
+    "transformers_version", "_name_or_path", "name_or_path", "dtype", "torch_dtype", "architectures", "use_cache",
+    "id2label", "label2id", "num_labels", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id",
+    "quantization_config", "auto_map", "_attn_implementation", "attn_implementation", "task_specific_params",
+}  # fmt: skip
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's files. Nothing but the configuration is read until it is asked for."""
+
+    name: str
+    """What the user called it: a folder or a hub name."""
+    revision: str | None
+    config: PreTrainedConfig
+    raw_config: dict[str, Any]
+
+    @cached_property
+    def model_id(self) -> ModelId:
+        """What identifies the model in a swarm."""
+        essential = {k: v for k, v in self.raw_config.items() if k not in _VOLATILE}
+        digest = hashlib.sha256(json.dumps(essential, sort_keys=True).encode()).hexdigest()[:32]
+        folder = Path(self.name)
+        name = folder.resolve().name if folder.is_dir() else self.name
+        return ModelId(name=name[:200], config_hash=digest, num_blocks=num_blocks(self.config))
+
+    @cached_property
+    def weight_map(self) -> dict[str, str]:
+        """Tensor name -> the file that holds it."""
+        index = self._optional_file(_INDEX)
+        if index is not None:
+            return dict(_read_json(index)["weight_map"])
+        single = self._optional_file(_SINGLE)
+        if single is None:
+            raise UnsupportedModel(
+                f"{self.name} has neither {_SINGLE} nor {_INDEX}; expected weights in safetensors format "
+                "(save the model once with `save_pretrained`)."
+            )
+        with _open(single) as file:
+            return dict.fromkeys(file.keys(), _SINGLE)
+
+    def state_dict(self, wanted: Callable[[str], bool]) -> dict[str, Any]:
+        """Name -> lazy safetensors slice, for the tensors whose name is `wanted`. Fetches just their files.
+
+        Raises `UnsupportedModel` for a missing or broken shard.
+        """
+        names = [name for name in self.weight_map if wanted(name)]
+        files = {file: _open(self._file(file)) for file in sorted({self.weight_map[name] for name in names})}
+        try:
+            return {name: files[self.weight_map[name]].get_slice(name) for name in names}
+        except SafetensorError as error:
+            raise UnsupportedModel(f"{self.name}: the index names a tensor that no shard holds ({error}).") from error
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """File -> digest, of the index and of every weight file that is on this machine already.
+
+        The digest covers a file's size, its header and evenly spread samples: enough to tell another revision or
+        another fine-tuning apart without reading hundreds of gigabytes; it is no protection against forgery.
+        """
+        index = hashlib.sha256(json.dumps(self.weight_map, sort_keys=True).encode()).hexdigest()[:32]
+        files = {name: self._local_file(name) for name in sorted(set(self.weight_map.values()))}
+        return {_INDEX: index, **{name: _sampled_digest(path) for name, path in files.items() if path is not None}}
+
+    def _file(self, name: str) -> Path:
+        path = self._optional_file(name)
+        if path is None:
+            raise UnsupportedModel(f"{self.name} lacks its shard {name}; download the model again.")
+        return path
+
+    def _optional_file(self, name: str) -> Path | None:
+        return find_file(self.name, name, self.revision)
+
+    def _local_file(self, name: str) -> Path | None:
+        if Path(self.name).expanduser().is_dir():
+            return self._optional_file(name)
+        cached = try_to_load_from_cache(self.name, name, revision=self.revision)
+        return Path(cached) if isinstance(cached, str) else None
+
+
+def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+    """The checkpoint in the folder, or of the hub name, `model`.
+
+    Raises `UnsupportedModel` when there is no such folder or hub model, or its configuration is no model's.
+    """
+    path = find_file(model, _CONFIG, revision)
+    if path is None:
+        raise UnsupportedModel(
+            f"{model!r} has no {_CONFIG}; expected a Hugging Face model folder, or a hub name that can be reached."
+        )
+    raw = _read_json(path)
+    try:
+        config = AutoConfig.from_pretrained(path.parent)
+        num_blocks(config)
+    except (ValueError, KeyError, AttributeError, OSError) as error:
+        raise UnsupportedModel(f"{path} does not describe a language model that Transformers knows: {error}") from error
+    return Checkpoint(model, revision, config, raw)
+
+
+def find_file(model: str, name: str, revision: str | None = None) -> Path | None:
+    """The local path of a file of `model`, downloaded when it is a hub model; `None` when there is no such file."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        return None
+    try:
+        return Path(hf_hub_download(model, name, revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
+        return None
+
+
+def same_weights(ours: Mapping[str, str], theirs: Mapping[str, str]) -> bool:
+    """Whether two sets of digests can be of one checkpoint: what both ends hold agrees, and there is such a thing."""
+    common = ours.keys() & theirs.keys()
+    return bool(common) and all(ours[name] == theirs[name] for name in common)
+
+
+def block_of(tensor_name: str, attribute: str) -> int | None:
+    """The block that a checkpoint's tensor belongs to, `attribute` being the block list's own name; `None`: none."""
+    match = re.search(rf"(?:^|\.){re.escape(attribute)}\.(\d+)\.", tensor_name)
+    return int(match.group(1)) if match else None
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UnsupportedModel(f"{path} is not a whole safetensors file ({error}); download it again.") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{path} is not readable as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise UnsupportedModel(f"{path} holds no JSON object.")
+    return data
+
+
+def _sampled_digest(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        digest.update(file.read(min(header, 2**24)))
+        for i in range(_SAMPLES):
+            file.seek(8 + header + (size - 8 - header) * i // _SAMPLES)
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:32]

@@ -1,0 +1,45 @@
+"""Loading a part of a model: Transformers' own loader, over a class whose construction ends by cutting."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+
+def load_part(
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    state_dict: dict[str, Any],
+    cut: Callable[[PreTrainedModel], None],
+    *,
+    dtype: torch.dtype,
+    **options: Any,
+) -> tuple[PreTrainedModel, list[str]]:
+    """A `cls` whose `__init__` ended with `cut(model)`, loaded from lazy slices; and the keys that were missing.
+
+    What was cut away is never read from disk. Transformers' key renames, expert fusions and on-the-fly quantization
+    (`quantization_config`) apply as in `from_pretrained`.
+    """
+
+    def init(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        cut(self)
+
+    attributes = {"__init__": init, "__module__": cls.__module__, "_keys_to_ignore_on_load_unexpected": [r".*"]}
+    part = type(cls.__name__, (cls,), attributes)
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()  # the caller judges the missing keys
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = part.from_pretrained(
+            None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True, **options
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+    model.__class__ = cls
+    return model, sorted(info["missing_keys"])

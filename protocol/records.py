@@ -1,0 +1,87 @@
+"""What a peer announces in the DHT, and what identifies a model there."""
+
+import json
+from enum import StrEnum
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from protocol.errors import BadRequest
+
+MAX_BLOCKS = 4096
+MAX_RECORD_BYTES = 8192
+
+ConfigHash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+PeerIdText = Annotated[str, Field(pattern=r"^[1-9A-HJ-NP-Za-km-z]{20,80}$")]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=False, allow_inf_nan=False)
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON, UTF-8."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """The record in `data`. Raises `BadRequest` for anything that is not one, over-long data included."""
+        if len(data) > MAX_RECORD_BYTES:
+            raise BadRequest(f"A record of {len(data)} bytes is over the limit of {MAX_RECORD_BYTES}.")
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise BadRequest(f"Not a {cls.__name__}: {error.errors()[0]['msg']}.") from error
+
+
+class ModelId(_Record):
+    """What identifies a model in a swarm. Peers and clients meet under `config_hash`; `name` is for people."""
+
+    name: str = Field(max_length=200)
+    config_hash: ConfigHash
+    """Of the configuration: same architecture and sizes. Which weights, the handshake's digests tell."""
+    num_blocks: int = Field(gt=0, le=MAX_BLOCKS)
+
+
+class PeerState(StrEnum):
+    """What a peer is doing."""
+
+    ONLINE = "online"
+    DRAINING = "draining"
+    OFFLINE = "offline"
+
+
+class Speed(_Record):
+    """How fast a peer ran its own blocks when it measured itself."""
+
+    decode: float = Field(gt=0)
+    """Blocks x tokens per second, one sequence, one token at a time."""
+    forward: float = Field(gt=0)
+    """Blocks x tokens per second, a batch of a few hundred tokens."""
+
+
+class PeerRecord(_Record):
+    """One peer's announcement for one model."""
+
+    peer_id: PeerIdText
+    name: str = Field(default="", max_length=100)
+    model: ModelId
+    start: int = Field(ge=0)
+    end: int = Field(gt=0)
+    """Blocks [start, end)."""
+    state: PeerState = PeerState.ONLINE
+    dtype: str = Field(max_length=20)
+    quantization: str = Field(max_length=20)
+    addresses: tuple[Annotated[str, Field(max_length=300)], ...] = Field(default=(), max_length=20)
+    speed: Speed
+    free_cache_tokens: int = Field(ge=0)
+    """Tokens (of one row) that the peer's KV memory could still take."""
+    max_length: int = Field(gt=0)
+    """Tokens that one session may hold."""
+    sessions: int = Field(default=0, ge=0)
+    version: str = Field(max_length=40)
+
+    @model_validator(mode="after")
+    def _span_lies_in_model(self) -> Self:
+        if not self.start < self.end <= self.model.num_blocks:
+            raise ValueError(f"span {self.start}:{self.end} does not lie in a model of {self.model.num_blocks} blocks")
+        return self

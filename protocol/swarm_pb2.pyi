@@ -1,0 +1,242 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_NONE: _ClassVar[DType]
+    FLOAT32: _ClassVar[DType]
+    FLOAT16: _ClassVar[DType]
+    BFLOAT16: _ClassVar[DType]
+    FLOAT64: _ClassVar[DType]
+    INT64: _ClassVar[DType]
+    INT32: _ClassVar[DType]
+    BOOL: _ClassVar[DType]
+    UINT8: _ClassVar[DType]
+
+class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RAW: _ClassVar[Codec]
+DTYPE_NONE: DType
+FLOAT32: DType
+FLOAT16: DType
+BFLOAT16: DType
+FLOAT64: DType
+INT64: DType
+INT32: DType
+BOOL: DType
+UINT8: DType
+RAW: Codec
+
+class Tensor(_message.Message):
+    __slots__ = ("name", "dtype", "shape", "codec", "nbytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: DType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    codec: Codec
+    nbytes: int
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[_Union[Codec, str]] = ..., nbytes: _Optional[int] = ...) -> None: ...
+
+class Frame(_message.Message):
+    __slots__ = ("hello", "welcome", "failure", "result", "forward", "backward", "open_session", "step", "fork_session", "put_adapter", "read_weight", "ping", "working", "tensors")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_FIELD_NUMBER: _ClassVar[int]
+    BACKWARD_FIELD_NUMBER: _ClassVar[int]
+    OPEN_SESSION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    FORK_SESSION_FIELD_NUMBER: _ClassVar[int]
+    PUT_ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    READ_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    PING_FIELD_NUMBER: _ClassVar[int]
+    WORKING_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    welcome: Welcome
+    failure: Failure
+    result: Result
+    forward: Forward
+    backward: Backward
+    open_session: OpenSession
+    step: Step
+    fork_session: ForkSession
+    put_adapter: PutAdapter
+    read_weight: ReadWeight
+    ping: Ping
+    working: Working
+    tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., open_session: _Optional[_Union[OpenSession, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., fork_session: _Optional[_Union[ForkSession, _Mapping]] = ..., put_adapter: _Optional[_Union[PutAdapter, _Mapping]] = ..., read_weight: _Optional[_Union[ReadWeight, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("version", "config_hash", "weights")
+    class WeightsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_HASH_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    config_hash: str
+    weights: _containers.ScalarMap[str, str]
+    def __init__(self, version: _Optional[int] = ..., config_hash: _Optional[str] = ..., weights: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class Welcome(_message.Message):
+    __slots__ = ("version", "weights", "start", "end", "dtype", "max_length", "max_frame")
+    class WeightsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    MAX_FRAME_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    weights: _containers.ScalarMap[str, str]
+    start: int
+    end: int
+    dtype: DType
+    max_length: int
+    max_frame: int
+    def __init__(self, version: _Optional[int] = ..., weights: _Optional[_Mapping[str, str]] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., max_length: _Optional[int] = ..., max_frame: _Optional[int] = ...) -> None: ...
+
+class Failure(_message.Message):
+    __slots__ = ("kind", "message", "retry_after")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    message: str
+    retry_after: float
+    def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ..., retry_after: _Optional[float] = ...) -> None: ...
+
+class Result(_message.Message):
+    __slots__ = ("call_id", "token")
+    CALL_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    call_id: int
+    token: bytes
+    def __init__(self, call_id: _Optional[int] = ..., token: _Optional[bytes] = ...) -> None: ...
+
+class Ping(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Working(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Context(_message.Message):
+    __slots__ = ("start", "end", "adapter", "training", "dropout_seed", "autocast")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_FIELD_NUMBER: _ClassVar[int]
+    DROPOUT_SEED_FIELD_NUMBER: _ClassVar[int]
+    AUTOCAST_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    end: int
+    adapter: bytes
+    training: bool
+    dropout_seed: int
+    autocast: DType
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., adapter: _Optional[bytes] = ..., training: _Optional[bool] = ..., dropout_seed: _Optional[int] = ..., autocast: _Optional[_Union[DType, str]] = ...) -> None: ...
+
+class Forward(_message.Message):
+    __slots__ = ("context", "keep")
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    context: Context
+    keep: bool
+    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., keep: _Optional[bool] = ...) -> None: ...
+
+class Backward(_message.Message):
+    __slots__ = ("context", "call_id")
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    CALL_ID_FIELD_NUMBER: _ClassVar[int]
+    context: Context
+    call_id: int
+    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., call_id: _Optional[int] = ...) -> None: ...
+
+class OpenSession(_message.Message):
+    __slots__ = ("start", "end", "fork_of")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    FORK_OF_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    end: int
+    fork_of: bytes
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., fork_of: _Optional[bytes] = ...) -> None: ...
+
+class IndexList(_message.Message):
+    __slots__ = ("index",)
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    index: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, index: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class CacheEdit(_message.Message):
+    __slots__ = ("crop", "reorder", "repeat_interleave", "select")
+    CROP_FIELD_NUMBER: _ClassVar[int]
+    REORDER_FIELD_NUMBER: _ClassVar[int]
+    REPEAT_INTERLEAVE_FIELD_NUMBER: _ClassVar[int]
+    SELECT_FIELD_NUMBER: _ClassVar[int]
+    crop: int
+    reorder: IndexList
+    repeat_interleave: int
+    select: IndexList
+    def __init__(self, crop: _Optional[int] = ..., reorder: _Optional[_Union[IndexList, _Mapping]] = ..., repeat_interleave: _Optional[int] = ..., select: _Optional[_Union[IndexList, _Mapping]] = ...) -> None: ...
+
+class Step(_message.Message):
+    __slots__ = ("context", "number", "edits", "keep_past")
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    EDITS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_PAST_FIELD_NUMBER: _ClassVar[int]
+    context: Context
+    number: int
+    edits: _containers.RepeatedCompositeFieldContainer[CacheEdit]
+    keep_past: bool
+    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., number: _Optional[int] = ..., edits: _Optional[_Iterable[_Union[CacheEdit, _Mapping]]] = ..., keep_past: _Optional[bool] = ...) -> None: ...
+
+class ForkSession(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PutAdapter(_message.Message):
+    __slots__ = ("manifest",)
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    manifest: str
+    def __init__(self, manifest: _Optional[str] = ...) -> None: ...
+
+class ReadWeight(_message.Message):
+    __slots__ = ("names", "transposed", "norm_dims", "dtype")
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    TRANSPOSED_FIELD_NUMBER: _ClassVar[int]
+    NORM_DIMS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    names: _containers.RepeatedScalarFieldContainer[str]
+    transposed: bool
+    norm_dims: _containers.RepeatedScalarFieldContainer[int]
+    dtype: DType
+    def __init__(self, names: _Optional[_Iterable[str]] = ..., transposed: _Optional[bool] = ..., norm_dims: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[DType, str]] = ...) -> None: ...

@@ -1,0 +1,111 @@
+"""Tensor <-> bytes. What arrives is checked before any memory is taken for it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from protocol import swarm_pb2 as pb
+from protocol.errors import BadRequest
+
+MAX_DIMENSIONS = 8
+
+_TORCH = {
+    pb.FLOAT32: torch.float32,
+    pb.FLOAT16: torch.float16,
+    pb.BFLOAT16: torch.bfloat16,
+    pb.FLOAT64: torch.float64,
+    pb.INT64: torch.int64,
+    pb.INT32: torch.int32,
+    pb.BOOL: torch.bool,
+    pb.UINT8: torch.uint8,
+}
+_WIRE = {dtype: number for number, dtype in _TORCH.items()}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one frame may hold."""
+
+    max_header: int = 4 * 2**20
+    """Bytes of the protobuf part."""
+    max_payload: int = 512 * 2**20
+    """Bytes of all tensors together."""
+    max_tensors: int = 50_000
+
+
+def wire_dtype(dtype: torch.dtype | None) -> pb.DType:
+    """The wire's name of a torch dtype; `None` is `DTYPE_NONE`. Raises `BadRequest` for a dtype it has no name for."""
+    if dtype is None:
+        return pb.DTYPE_NONE
+    if dtype not in _WIRE:
+        raise BadRequest(f"Tensors of dtype {dtype} cannot be sent; expected one of {', '.join(map(str, _WIRE))}.")
+    return _WIRE[dtype]
+
+
+def torch_dtype(number: int) -> torch.dtype | None:
+    """The torch dtype of a wire name; `DTYPE_NONE` is `None`. Raises `BadRequest` for an unknown number."""
+    if number == pb.DTYPE_NONE:
+        return None
+    if number not in _TORCH:
+        raise BadRequest(f"Unknown dtype number {number} on the wire; the two ends run different versions.")
+    return _TORCH[number]
+
+
+def encode(name: str, tensor: torch.Tensor) -> tuple[pb.Tensor, memoryview]:
+    """The header entry of `tensor` and its bytes: a view where it is contiguous and on the CPU, else one copy."""
+    tensor = tensor.detach().to("cpu").contiguous()
+    data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    entry = pb.Tensor(name=name, dtype=wire_dtype(tensor.dtype), shape=tensor.shape, nbytes=data.nbytes)
+    return entry, data
+
+
+def check_entries(entries: Iterable[pb.Tensor], payload: int, limits: Limits) -> None:
+    """Refuse a header whose tensors cannot be what it says, before their bytes are read.
+
+    Raises `BadRequest` when there are too many, when a name repeats, or when shape, dtype and byte counts disagree.
+    """
+    total, names = 0, set[str]()
+    for entry in entries:
+        dtype = torch_dtype(entry.dtype)
+        if dtype is None or entry.codec != pb.RAW:
+            raise BadRequest(f"Tensor {entry.name!r} has no dtype or an unknown codec.")
+        if len(entry.shape) > MAX_DIMENSIONS:
+            raise BadRequest(f"Tensor {entry.name!r} has {len(entry.shape)} dimensions; at most {MAX_DIMENSIONS}.")
+        if prod(entry.shape) * dtype.itemsize != entry.nbytes:
+            raise BadRequest(
+                f"Tensor {entry.name!r}: shape {list(entry.shape)} of {dtype} is not {entry.nbytes} bytes."
+            )
+        if entry.name in names or len(names) >= limits.max_tensors:
+            raise BadRequest(f"Tensor name {entry.name!r} is repeated, or there are over {limits.max_tensors} tensors.")
+        names.add(entry.name)
+        total += entry.nbytes
+    if total != payload:
+        raise BadRequest(f"The frame announces {payload} bytes, but its tensors have {total}.")
+
+
+def decode(entries: Iterable[pb.Tensor], payload: bytearray) -> dict[str, torch.Tensor]:
+    """The tensors of a checked header, as views of `payload` where alignment permits."""
+    tensors, offset = {}, 0
+    for entry in entries:
+        dtype = torch_dtype(entry.dtype)
+        assert dtype is not None
+        shape = tuple(entry.shape)
+        if not entry.nbytes:
+            tensors[entry.name] = torch.empty(shape, dtype=dtype)
+            continue
+        if offset % dtype.itemsize:
+            data = payload[offset : offset + entry.nbytes]
+            tensors[entry.name] = torch.frombuffer(data, dtype=dtype).reshape(shape)
+        else:
+            count = entry.nbytes // dtype.itemsize
+            flat = torch.frombuffer(payload, dtype=dtype, count=count, offset=offset)
+            tensors[entry.name] = flat.reshape(shape)
+        offset += entry.nbytes
+    return tensors
+
+
+def nbytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Bytes that the elements of `tensors` take."""
+    return sum(t.numel() * t.element_size() for t in tensors.values())

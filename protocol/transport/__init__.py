@@ -1,0 +1,1 @@
+"""One small interface (`base`), and its carriers: libp2p streams (`libp2p`)."""
