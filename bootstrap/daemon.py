@@ -3,9 +3,8 @@
 import asyncio
 import logging
 import os
-import shutil
+import secrets
 import subprocess
-import tempfile
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from importlib.resources import files
@@ -35,14 +34,14 @@ class DaemonFailed(Exception):
 class Daemon:
     """A running p2pd."""
 
-    def __init__(self, process: subprocess.Popen[bytes], folder: Path):
+    def __init__(self, process: subprocess.Popen[bytes], socket: Path):
         self.gone = asyncio.Event()
         """Set when the process has ended, whoever ended it."""
         self.process_id = process.pid
-        self.control = _control(folder)
+        self.control = _multiaddr(socket)
         """Where it takes commands."""
         self._process = process
-        self._folder = folder
+        self._socket = socket
         self._ready = asyncio.get_running_loop().create_future()
         self._watcher = asyncio.create_task(self._watch())
 
@@ -52,11 +51,12 @@ class Daemon:
 
         Raises `DaemonFailed` when it ends at once, `PeerFailed` when it cannot be run or is silent for `timeout` s.
         """
-        folder = Path(tempfile.mkdtemp(prefix="swarmtune-", dir="/tmp"))  # TMPDIR may be too long for a socket's path
+        # Not in TMPDIR, which may be too long for a socket's path; not in a folder, which would be left behind when
+        # this process is killed: p2pd then ends and removes its socket, but no more.
+        socket = Path(f"/tmp/swarmtune-{os.getpid()}-{secrets.token_hex(8)}.sock")
         try:
-            daemon = cls(_spawn(folder, options), folder)
+            daemon = cls(_spawn(socket, options), socket)
         except OSError as error:
-            shutil.rmtree(folder, ignore_errors=True)
             raise PeerFailed(f"hivemind's p2pd cannot be run ({error}); install hivemind again.") from error
         try:
             await asyncio.wait_for(daemon._ready, timeout)
@@ -69,7 +69,7 @@ class Daemon:
         return daemon
 
     async def stop(self) -> None:
-        """End the process, by force if it has not gone after `STOP_TIMEOUT`, and remove its files."""
+        """End the process, by force if it has not gone after `STOP_TIMEOUT`, and remove its socket."""
         try:
             self._process.terminate()
             with suppress(TimeoutError):
@@ -78,7 +78,7 @@ class Daemon:
             self._process.kill()
             self._process.wait()
             self._watcher.cancel()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._socket.unlink(missing_ok=True)
 
     async def _watch(self) -> None:
         """Read what p2pd says; its output ends when the process does."""
@@ -106,6 +106,14 @@ class Connection(P2P):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.broken = asyncio.Event()
+
+    @classmethod
+    async def open(cls, control: Multiaddr) -> Self:
+        """Connect to the p2pd that takes commands at `control`. Raises `OSError`, `EOFError`."""
+        p2p: Self = await cls.replicate(control)
+        # Nobody awaits hivemind's writer, and asyncio would print its traceback when p2pd dies.
+        p2p._client.control._write_task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return p2p
 
     async def dial(self, peer_id: PeerID, addresses: Sequence[Multiaddr]) -> None:
         """Connect p2pd to a peer at `addresses` (without /p2p). Raises `P2PDaemonError`."""
@@ -152,14 +160,14 @@ class Connection(P2P):  # type: ignore[misc]
             broken.cancel()
 
 
-def _control(folder: Path) -> Multiaddr:
-    return Multiaddr(f"/unix{folder}/p2pd.sock")
+def _multiaddr(socket: Path) -> Multiaddr:
+    return Multiaddr(f"/unix{socket}")
 
 
-def _spawn(folder: Path, options: Sequence[str]) -> subprocess.Popen[bytes]:
+def _spawn(socket: Path, options: Sequence[str]) -> subprocess.Popen[bytes]:
     binary = files(hivemind.hivemind_cli) / "p2pd"
     return subprocess.Popen(
-        [str(binary), f"-listen={_control(folder)}", f"-idleTimeout={IDLE_TIMEOUT}s", *options],
+        [str(binary), f"-listen={_multiaddr(socket)}", f"-idleTimeout={IDLE_TIMEOUT}s", *options],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

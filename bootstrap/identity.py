@@ -65,14 +65,14 @@ class Identity:
         return self._key.sign(data, _PADDING, _HASH)
 
     def close(self) -> None:
-        """Unlock the file, and delete it if it is a temporary one. The object can still sign."""
+        """Unlock the file, and delete it if it is a temporary one. The object can still sign; may be called again."""
         self._file.close()
         if self._temporary:
             self.path.unlink(missing_ok=True)
 
     @classmethod
     def _create_temporary(cls) -> Self:
-        descriptor, name = tempfile.mkstemp(prefix="swarmtune-", suffix=".id")
+        descriptor, name = tempfile.mkstemp(prefix=f"swarmtune-{os.getpid()}-", suffix=".id")
         file = open(descriptor, "w+b")  # noqa: SIM115 (kept open)
         file.write(_new_key())
         file.seek(0)

@@ -96,8 +96,11 @@ class Member:
         resources.callback(identity.close)
         daemon = await _start_daemon(options, identity)
         resources.push_async_callback(daemon.stop)
+        if options.identity_path is None:
+            # p2pd has read it, and if this process is killed there shall be no key left lying about.
+            identity.close()
         try:
-            p2p = await Connection.replicate(daemon.control)
+            p2p = await Connection.open(daemon.control)
         except (OSError, EOFError) as error:
             raise PeerFailed("p2pd ended right after its start.") from error
         resources.push_async_callback(p2p.shutdown)

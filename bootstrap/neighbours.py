@@ -73,12 +73,12 @@ class Neighbours:
             return
         tasks = {asyncio.create_task(self._meet(peer_id)): peer_id for peer_id in self._initial}
         try:
-            await _first_success(tasks)
+            met = await _first_success(tasks)
         finally:
             for task in tasks:
                 task.cancel()
         failures = {tasks[task]: error for task in tasks if task.done() and (error := task.exception())}
-        if not self._known():
+        if not met:
             raise PeerUnreachable(f"None of the initial peers answers: {self._explain(failures)}.")
         for peer_id, error in failures.items():
             _log.warning("Initial peer %s does not answer: %s", peer_id, error)
@@ -120,15 +120,16 @@ class Neighbours:
         return "; ".join(reasons)
 
 
-async def _first_success(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Wait until one of `tasks` has succeeded and the others have had `GRACE` seconds, or all have failed."""
+async def _first_success(tasks: Iterable[asyncio.Task[None]]) -> bool:
+    """Wait until one of `tasks` has succeeded and the others have had `GRACE` seconds, or all have failed (False)."""
     pending = set(tasks)
     while pending:
         done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
         if any(task.exception() is None for task in done):
             if pending:
                 await asyncio.wait(pending, timeout=GRACE)
-            return
+            return True
+    return False
 
 
 def _explain_refusal(message: str) -> str:

@@ -1,14 +1,17 @@
-"""Using a swarm: Transformers models whose blocks run on remote peers."""
+"""Using a swarm: Transformers models whose blocks run on remote peers.
 
-from typing import Any
+The names are imported at first use: `import client` costs nothing.
+"""
 
-from client.auto import (
-    AutoDistributedModelForCausalLM,
-    AutoDistributedModelForSequenceClassification,
-    AutoDistributedModelForTokenClassification,
-    distributed_class,
-)
-from client.config import SwarmConfig
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from client.auto import (
+        AutoDistributedModelForCausalLM,
+        AutoDistributedModelForSequenceClassification,
+        AutoDistributedModelForTokenClassification,
+    )
+    from client.config import SwarmConfig
 
 __all__ = [
     "AutoDistributedModelForCausalLM",
@@ -19,4 +22,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    return distributed_class(name)
+    if name == "SwarmConfig":
+        from client.config import SwarmConfig
+
+        return SwarmConfig
+    if not name.startswith(("AutoDistributed", "Distributed")):
+        raise AttributeError(f"module 'client' has no attribute {name!r}")
+    from client import auto
+
+    return getattr(auto, name) if name in __all__ else auto.distributed_class(name)

@@ -77,5 +77,3 @@ class Connections:
             raise BadRequest(f"Peer {channel.remote} did not greet.")
         if not same_weights(self._wanted.digests, welcome.weights):
             raise WrongModel(f"Peer {channel.remote} serves other weights than this client's.")
-
-

@@ -72,7 +72,9 @@ class AdapterFolder:
         self.method = str(getattr(self.config.peft_type, "value", self.config.peft_type))
         self._check_method()
         if not (folder / WEIGHTS_FILE).is_file():
-            raise MergeError(f"{folder} has no {WEIGHTS_FILE}: save the adapter with `save_pretrained`, which writes it.")
+            raise MergeError(
+                f"{folder} has no {WEIGHTS_FILE}: save the adapter with `save_pretrained`, which writes it."
+            )
         self.shapes, self._dtypes = self._scan()
 
     @property
@@ -172,7 +174,9 @@ class Adapted:
             self._take_out_residual(site)
             merged = _unload(site)
         except (ValueError, NotImplementedError, RuntimeError) as error:
-            raise MergeError(f"PEFT cannot merge this {self._adapter.method} adapter at {path}: {_line(error)}") from error
+            raise MergeError(
+                f"PEFT cannot merge this {self._adapter.method} adapter at {path}: {_line(error)}"
+            ) from error
         if any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in merged.modules()):
             raise MergeError(f"{path} has adapters inside adapters, which cannot be merged one module at a time.")
         tensors: dict[str, torch.Tensor] = dict(merged.state_dict())
@@ -291,9 +295,9 @@ def _find_sites(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module
 def _unload(site: Any) -> nn.Module:
     """What PEFT's `merge_and_unload` does with one module."""
     if hasattr(site, "unload_and_optionally_merge_module"):
-        unloaded: nn.Module = site.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+        unloaded: nn.Module = site.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
         return unloaded
-    site.merge(safe_merge=True, adapter_names=None)
+    site.merge(safe_merge=False, adapter_names=None)
     base: nn.Module = site.get_base_layer()
     return base
 

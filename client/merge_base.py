@@ -144,7 +144,9 @@ def _scan(folder: Path) -> Iterator[tuple[str, Entry]]:
                     tensor = opened.get_tensor(key)
                     yield key, Entry(file, tuple(tensor.shape), tensor.dtype)
         except FileNotFoundError as error:
-            raise MergeError(f"The base {folder} is incomplete: its index names {file.name}, which is missing.") from error
+            raise MergeError(
+                f"The base {folder} is incomplete: its index names {file.name}, which is missing."
+            ) from error
         except (SafetensorError, OSError) as error:
             raise MergeError(f"{file} is not a sound safetensors file ({error}).") from error
 

@@ -55,9 +55,7 @@ class MergePlan:
             param: site for site in self._adapted.sites for param in self._names.params if param.startswith(f"{site}.")
         }
         self._exempt = list(self._layout._get_dtype_plan(dtype)) if dtype is not None else []
-        self._conv1d = {
-            f"{name}.weight" for name, module in self._layout.named_modules() if isinstance(module, Conv1D)
-        }
+        self._conv1d = {f"{name}.weight" for name, module in self._layout.named_modules() if isinstance(module, Conv1D)}
         self.untied = False
         self._check_base()
         self.units = list(self._make_units())
@@ -156,7 +154,9 @@ class MergePlan:
             if (site := self._site_of.get(param)) is not None and site not in unit.sites:
                 unit.sites.append(site)
                 todo += [other for other, where in self._site_of.items() if where == site]
-        unit.fresh = [param for param in sorted(found) if param not in self._names.of_param and not self._stays_tied(param)]
+        unit.fresh = [
+            param for param in sorted(found) if param not in self._names.of_param and not self._stays_tied(param)
+        ]
         needed = {self._site_of.get(param) for param in unit.params}
         unit.sites = [site for site in unit.sites if site in needed]
         self.untied |= any(self._names.source(param) is not None for param in unit.fresh)

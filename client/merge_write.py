@@ -107,9 +107,7 @@ class ShardWriter:
             raise MergeError(f"Tensor {unknown.name} is of type {unknown.dtype}, which cannot be written.")
         self.folder, self.nbytes = folder, sum(spec.nbytes for spec in plan)
         self._specs = {spec.name: spec for spec in plan}
-        self._shards = [
-            _Shard(folder / name, specs) for name, specs in _named(_split(plan, max_shard_bytes))
-        ]
+        self._shards = [_Shard(folder / name, specs) for name, specs in _named(_split(plan, max_shard_bytes))]
         self._shard_of = {name: shard for shard in self._shards for name in shard.missing}
 
     @property
@@ -137,7 +135,9 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
         for shard in self._shards:
             shard.close()
 

@@ -175,7 +175,9 @@ class PseudoLayer:
 
 def _needs_grad(work: Work, hidden: torch.Tensor) -> bool:
     prefix = (tensor for pair in work.prefix.values() for tensor in pair)
-    return hidden.requires_grad or any(t.requires_grad for t in prefix) or bool(work.adapters and work.adapters.trainable)
+    return (
+        hidden.requires_grad or any(t.requires_grad for t in prefix) or bool(work.adapters and work.adapters.trainable)
+    )
 
 
 def _detached(work: Work) -> Work:

@@ -49,9 +49,7 @@ class Session:
         """End the sessions on the peers."""
         LOOP.call(_close_stages, self._stages)
 
-    async def _step(
-        self, work: Work, hidden: torch.Tensor, edits: list[pb.CacheEdit], keep_past: bool
-    ) -> torch.Tensor:
+    async def _step(self, work: Work, hidden: torch.Tensor, edits: list[pb.CacheEdit], keep_past: bool) -> torch.Tensor:
         retries = Retries(self._swarm)
         if work.prefix:
             self._prefix = work.prefix
@@ -164,12 +162,14 @@ class Session:
 def _expanded(pair: tuple[torch.Tensor, torch.Tensor], batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A prefix (the same in every row) for the batch as beam search has widened it."""
     key, value = pair
-    return (key, value) if key.shape[0] == batch else (key[:1].expand(batch, -1, -1, -1), value[:1].expand(batch, -1, -1, -1))
+    return (
+        (key, value)
+        if key.shape[0] == batch
+        else (key[:1].expand(batch, -1, -1, -1), value[:1].expand(batch, -1, -1, -1))
+    )
 
 
 def _close_stages(stages: list[_Stage]) -> None:
     for stage in stages:
         stage.channel.close()
     stages.clear()
-
-

@@ -30,9 +30,7 @@ def load_span(
     Raises `UnsupportedModel` for an architecture that spans cannot serve, or for missing weights.
     """
     config = checkpoint.config
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModel(f"{checkpoint.name} is a {config.model_type} model; expected a causal language model.")
-    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    cls = _model_class(checkpoint)
     dtype = dtype or config.dtype or torch.float32
     where = _block_list(cls, config)
     state_dict = checkpoint.state_dict(lambda name: block_of(name, where.attribute) in range(start, end))
@@ -50,6 +48,23 @@ def load_span(
         raise UnsupportedModel(f"{checkpoint.name} lacks weights of blocks {start}:{end}, such as {missing[0]}.")
     _forbid_packing(model)
     return Span(model, where, start, end, dtype)
+
+
+def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None, quantization: str) -> int:
+    """Bytes that one block's weights will take, about, by the sizes that its configuration gives."""
+    cls = _model_class(checkpoint)
+    with torch.device("meta"):
+        model = cls(checkpoint.config)
+    block = find_blocks(model).of(model)[0]
+    itemsize = {"none": (dtype or checkpoint.config.dtype or torch.float32).itemsize, "int8": 1.05, "nf4": 0.57}
+    return max(1, int(sum(p.numel() for p in block.parameters()) * itemsize[quantization]))
+
+
+def _model_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
+    config = checkpoint.config
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModel(f"{checkpoint.name} is a {config.model_type} model; expected a causal language model.")
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[no-any-return]
 
 
 def _block_list(cls: type[PreTrainedModel], config: Any) -> BlockList:

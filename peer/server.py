@@ -13,7 +13,8 @@ from bootstrap.member import Member, MemberOptions
 from peer.adapters import AdapterStore
 from peer.calls import Trainer
 from peer.kv_cache import CacheMemory
-from peer.loading import load_span
+from peer.loading import block_bytes, load_span
+from peer.placement import choose_blocks
 from peer.scheduler import Scheduler
 from peer.service import Served, Service
 from peer.span import Span
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 _ANNOUNCE_PERIOD, _RECORD_LIFETIME = 20.0, 60.0
 _DRAIN = 1.0
 """Seconds that running calls get to finish when the peer leaves."""
+_WEIGHTS_SHARE = 0.6
+"""Of the memory that is free at first, for weights, when nobody says how many blocks to serve."""
 _CACHE_SHARE = 0.25
 """Of the memory that is free after loading, for KV caches; the same again for kept activations and for adapters."""
 
@@ -37,8 +40,10 @@ class ServeOptions:
     """What `peer serve` is told."""
 
     checkpoint: Checkpoint
-    start: int
-    end: int
+    blocks: range | None = None
+    """None: those that the swarm needs most, `num_blocks` of them."""
+    num_blocks: int | None = None
+    """None: as many as fit the memory."""
     member: MemberOptions = field(default_factory=MemberOptions)
     dtype: torch.dtype | None = None
     device: str = "cpu"
@@ -72,18 +77,16 @@ class Server:
     @classmethod
     async def start(cls, options: ServeOptions) -> "Server":
         """Load, join, announce. Raises `UnsupportedModel`, `BadUsage`, `PeerUnreachable`."""
-        joining = asyncio.create_task(Member.join(options.member))
+        member = await Member.join(options.member)
         try:
-            loaded = await asyncio.to_thread(_load, options)
+            blocks = options.blocks or await _choose_blocks(options, member)
+            loaded = await asyncio.to_thread(_load, options, blocks)
+            server = cls(options, loaded, member)
+            await member.transport.serve(server.service.handle)
+            await member.directory.announce(server.record(), _RECORD_LIFETIME)
         except BaseException:
-            joining.cancel()
-            results = await asyncio.gather(joining, return_exceptions=True)
-            if isinstance(results[0], Member):
-                await results[0].shutdown()
+            await member.shutdown()
             raise
-        server = cls(options, loaded, await joining)
-        await server.member.transport.serve(server.service.handle)
-        await server.member.directory.announce(server.record(), _RECORD_LIFETIME)
         server._announcer.start()
         return server
 
@@ -139,11 +142,22 @@ class _Loaded:
     scheduler: Scheduler
 
 
-def _load(options: ServeOptions) -> _Loaded:
+async def _choose_blocks(options: ServeOptions, member: Member) -> range:
+    peers = await member.directory.peers(options.checkpoint.model_id.config_hash)
+    total = options.checkpoint.model_id.num_blocks
+    count = options.num_blocks
+    if count is None:
+        memory = _free_memory(torch.device(options.device)) * _WEIGHTS_SHARE
+        block = await asyncio.to_thread(block_bytes, options.checkpoint, options.dtype, options.quantization)
+        count = max(1, min(total, int(memory // block)))
+    return choose_blocks(peers, total, count)
+
+
+def _load(options: ServeOptions, blocks: range) -> _Loaded:
     span = load_span(
         options.checkpoint,
-        options.start,
-        options.end,
+        blocks.start,
+        blocks.stop,
         dtype=options.dtype,
         device=options.device,
         quantization=options.quantization,

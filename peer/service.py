@@ -328,5 +328,3 @@ def _told(error: Exception) -> SwarmError:
     if "can't allocate memory" in text or isinstance(error, MemoryError):
         return OutOfMemory("The call did not fit this peer's memory; send fewer tokens at once.")
     return PeerFailed(f"{type(error).__name__}: {text[:300]}")
-
-

@@ -128,7 +128,9 @@ class Span:
         """The blocks' indices."""
         return range(self.start, self.end)
 
-    def run(self, inputs: Inputs, mode: Mode, cache: Cache | None = None, adapted: Adapted | None = None) -> torch.Tensor:
+    def run(
+        self, inputs: Inputs, mode: Mode, cache: Cache | None = None, adapted: Adapted | None = None
+    ) -> torch.Tensor:
         """The hidden states after `mode.blocks`: (batch, tokens, hidden size), in the span's dtype.
 
         Runs under the caller's grad mode; gradients reach `inputs.hidden`, the adapter tensors and a cache's prefix.

@@ -1,6 +1,8 @@
 """Members of a swarm on loopback: joining, talking, losing p2pd, leaving, and leaving nothing behind."""
 
 import asyncio
+import functools
+import logging
 import os
 import signal
 import socket
@@ -15,13 +17,18 @@ from pathlib import Path
 import psutil
 import pytest
 import uvloop
+from hivemind.dht.protocol import DHTProtocol
+from hivemind.p2p import P2P
+
+from bootstrap.daemon import Daemon
 from bootstrap.identity import Identity
-from bootstrap.member import Member, MemberOptions
+from bootstrap.member import Member, MemberOptions, quiet_hivemind
 from protocol.errors import BadUsage, PeerUnreachable
 from protocol.transport.base import Stream
 
 HASH = "0123456789abcdef" * 2
 MIB = 2**20
+ROOT = Path(__file__).parents[1]
 SOMEBODY = "QmZLpNtJqNU3utELa92YAA5urQkAyqcg1GjRDbEqbZWBhP"
 
 
@@ -37,16 +44,15 @@ async def member(*initial_peers: str, host: str = "127.0.0.1", **options: object
 def leftovers() -> set[str]:
     """p2pd processes of ours, and files of theirs and ours in /tmp."""
     children = {f"{child.name()} {child.pid}" for child in psutil.Process().children(recursive=True)}
-    return {text for text in children if "p2pd" in text} | {
-        str(path) for pattern in ("swarmtune-*", "hivemind-*") for path in Path("/tmp").glob(pattern)
-    }
+    files = {path for prefix in ("swarmtune", "hivemind") for path in Path("/tmp").glob(f"{prefix}-{os.getpid()}-*")}
+    return {text for text in children if "p2pd" in text} | set(map(str, files))
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left():
-    before = leftovers()
+def nothing_is_left(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(P2P, "_UNIX_SOCKET_PREFIX", f"/unix/tmp/hivemind-{os.getpid()}-")
     yield
-    assert leftovers() <= before
+    assert leftovers() == set()
 
 
 def free_port() -> int:
@@ -60,11 +66,14 @@ def free_port() -> int:
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
 def test_stream_echo_between_members(run):
     async def main() -> None:
-        async with member() as founder, member(*founder.addresses) as peer:
-            async with member(*founder.addresses, client_mode=True) as client:
-                assert client.addresses == []
-                await peer.transport.serve(echo)
-                await asyncio.wait_for(exchange(client, peer.peer_id), 20)
+        async with (
+            member() as founder,
+            member(*founder.addresses) as peer,
+            member(*founder.addresses, client_mode=True) as client,
+        ):
+            assert client.addresses == []
+            await peer.transport.serve(echo)
+            await asyncio.wait_for(exchange(client, peer.peer_id), 20)
 
     async def echo(stream: Stream) -> None:
         assert stream.remote != ""
@@ -179,15 +188,20 @@ def test_initial_peer_has_another_identity():
 
 
 def test_clocks_differ(monkeypatch: pytest.MonkeyPatch):
+    honest = DHTProtocol.rpc_ping
+
+    @functools.wraps(honest)
+    async def ahead(self, request, context):
+        response = await honest(self, request, context)
+        response.dht_time += 60
+        return response
+
     async def main() -> None:
         async with member() as founder:
-            monkeypatch.setattr("hivemind.dht.protocol.get_dht_time", lambda: next(times))
             with pytest.raises(PeerUnreachable, match="clock"):
                 await Member.join(MemberOptions(tuple(founder.addresses), host="127.0.0.1"))
 
-    # Both members share this process: whoever asks later is the one whose clock is ahead.
-    times = iter(float(10 * number) for number in range(1, 1000))
-    monkeypatch.setattr("bootstrap.neighbours.GRACE", 0.0)
+    monkeypatch.setattr(DHTProtocol, "rpc_ping", ahead)
     asyncio.run(main())
 
 
@@ -217,7 +231,7 @@ def test_calls_fail_when_p2pd_dies():
                 asyncio.create_task(peer.transport.connect(founder.peer_id)),
             ]
             await asyncio.sleep(0.3)
-            assert not any(task.done() for task in pending)
+            assert [task for task in pending if task.done()] == []
             assert not peer.lost.is_set()
             os.kill(peer.daemon_process_id, signal.SIGKILL)
             begin = time.monotonic()
@@ -275,20 +289,10 @@ async def main():
     await asyncio.sleep(99)
 asyncio.run(main())
 """
-STARTING_PROCESS = """
-import asyncio, bootstrap.daemon
-bootstrap.daemon.IDLE_TIMEOUT = 1
-async def main():
-    daemon = await bootstrap.daemon.Daemon.start(["-hostAddrs=/ip4/127.0.0.1/tcp/0"], 5)
-    print(daemon.process_id, flush=True)
-    await asyncio.sleep(99)
-asyncio.run(main())
-"""
 
 
-@pytest.mark.parametrize("program", [MEMBER_PROCESS, STARTING_PROCESS])
-def test_p2pd_does_not_outlive_a_killed_process(program: str, tmp_path: Path):
-    owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+def test_p2pd_does_not_outlive_a_killed_process():
+    owner = subprocess.Popen([sys.executable, "-c", MEMBER_PROCESS], stdout=subprocess.PIPE, cwd=ROOT)
     try:
         daemon = psutil.Process(int(owner.stdout.readline()))
         assert daemon.is_running()
@@ -299,12 +303,21 @@ def test_p2pd_does_not_outlive_a_killed_process(program: str, tmp_path: Path):
     assert gone
 
 
-def test_hivemind_s_log_format_does_not_show():
-    program = "import logging; logging.basicConfig(format='%(levelname)s|%(message)s')\n" + (
-        "from bootstrap.member import quiet_hivemind; quiet_hivemind()\n"
-        "logger = logging.getLogger('hivemind.dht.node'); logger.info('a'); logger.warning('b')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True
-    )
-    assert done.stderr == "WARNING|b\n"
+def test_p2pd_does_not_wait_for_ever_for_its_owner(monkeypatch: pytest.MonkeyPatch):
+    async def main() -> None:
+        daemon = await Daemon.start(["-hostAddrs=/ip4/127.0.0.1/tcp/0"], 5)
+        await asyncio.wait_for(daemon.gone.wait(), 5)
+        await daemon.stop()
+
+    monkeypatch.setattr("bootstrap.daemon.IDLE_TIMEOUT", 1)
+    asyncio.run(main())
+
+
+def test_hivemind_logs_through_ours(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture):
+    quiet_hivemind()
+    logger = logging.getLogger("hivemind.dht.node")
+    logger.info("information")
+    logger.warning("warning")
+    assert caplog.messages == ["warning"]
+    assert capfd.readouterr().err == ""
+    assert logging.getLevelName(logging.WARNING) == "WARNING"

@@ -9,10 +9,6 @@ from pathlib import Path
 
 import msgpack
 import pytest
-from bootstrap.addresses import check_announced, for_others, listening_address, split_peer_address
-from bootstrap.identity import Identity, peer_id_of, verify
-from bootstrap.storage import MAX_KEY_BYTES, MAX_LIFETIME, RecordStorage
-from bootstrap.validator import MODELS_KEY, SignedRecords, model_key
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hivemind.dht.routing import DHTID
@@ -20,6 +16,11 @@ from hivemind.dht.validation import DHTRecord
 from hivemind.p2p import P2P, PeerID
 from hivemind.proto import crypto_pb2
 from hivemind.utils.multiaddr import Multiaddr
+
+from bootstrap.addresses import check_announced, for_others, listening_address, split_peer_address
+from bootstrap.identity import Identity, peer_id_of, verify
+from bootstrap.storage import MAX_KEY_BYTES, MAX_LIFETIME, RecordStorage
+from bootstrap.validator import MODELS_KEY, SignedRecords, model_key
 from protocol.errors import BadUsage
 
 HASH = "0123456789abcdef" * 2
@@ -159,7 +160,9 @@ def test_forged_records_are_refused(alice: Identity, mallory: Identity):
         dataclasses.replace(genuine, value=payload),
         dataclasses.replace(genuine, value=genuine.value + b"x"),
         dataclasses.replace(genuine, value=b""),
-        dataclasses.replace(genuine, value=msgpack.packb([public_key, signature, packed(peer_content(alice) | {"a": 1})])),
+        dataclasses.replace(
+            genuine, value=msgpack.packb([public_key, signature, packed(peer_content(alice) | {"a": 1})])
+        ),
         dataclasses.replace(genuine, value=msgpack.packb([mallory.public_key, signature, payload])),
         dataclasses.replace(genuine, value=msgpack.packb([public_key, signature])),
         dataclasses.replace(genuine, value=msgpack.packb([1, 2, 3])),

@@ -7,12 +7,12 @@ from typing import Any
 import peft
 import pytest
 import yaml
-from test_tune_support import tiny_llama
 
 from client.tune.adapters import METHODS, attach, peft_config
 from client.tune.config import DataConfig, SamplesConfig, TrainerConfig, TuneConfig, json_schema, load_config
 from client.tune.errors import ConfigError
 from client.tune.example import example_yaml
+from tests.test_tune_support import tiny_llama
 
 MINIMAL = {"model": "m", "data": {"path": "d.jsonl"}, "output": "out"}
 
@@ -64,7 +64,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     ("change", "expected"),
     [
         ({"trainer": {"stps": 3}}, "trainer: unknown key 'stps'; did you mean 'steps'?"),
-        ({"adapter": {"method": "lora", "alph": 3}}, "adapter: unknown key 'alph'; did you mean 'lora_alpha'?"),
+        ({"adapter": {"method": "lora", "alpha": 3}}, "adapter: unknown key 'alpha'; did you mean 'lora_alpha'?"),
         ({"lerning_rate": 1}, "unknown key 'lerning_rate'; did you mean 'trainer.learning_rate'?"),
         ({"qqq": 1}, "unknown key 'qqq'; known are model, revision,"),
         ({"adapter": {"method": "lorra"}}, "adapter.method: unknown method 'lorra'; did you mean 'lora'?"),

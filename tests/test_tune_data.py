@@ -66,7 +66,7 @@ def test_a_row_knows_its_place(tmp_path: Path) -> None:
         ("a.csv", "instruction,output\n", "holds no records"),
         ("a.txt", " \n", "holds no records"),
         ("a.json", '[\n{"text": "a"},\n{"text" "b"}]', "broken JSON on line 3: Expecting ':' delimiter"),
-        ("a.json", '{"a": 1}\n{"a": 2}', "broken JSON on line 2: Extra data; if it holds one object a line, name it .jsonl"),
+        ("a.json", '{"a": 1}\n{"a": 2}', "broken JSON on line 2: Extra data; if it holds one object a line, name it"),
         ("a.json", '{"a": 1}', "must hold a list of records; a file with one object a line is named .jsonl"),
         ("a.json", "[" * 100_000, "is nested too deeply"),
         ("a.json", '[{"a": 1}, 3]', "record 2 is no object with named fields"),

@@ -96,15 +96,17 @@ def _read_csv(path: Path) -> Iterator[Row]:
         reader = csv.DictReader(file, strict=True)
         try:
             for fields in reader:
-                place = f"{path}: line {reader.line_num}"
+                place = f"{path}: line {reader.reader.line_num}"
                 if None in fields or None in fields.values():
                     wanted = len(reader.fieldnames or ())
                     raise DataError(f"{place} does not have the {wanted} cells that the header names")
                 yield Row(place, fields)
         except csv.Error as error:
-            raise DataError(f"{path}: broken CSV on line {reader.line_num}: {error}") from error
+            raise DataError(f"{path}: broken CSV on line {reader.reader.line_num}: {error}") from error
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}: is not UTF-8 text after line {reader.line_num}; save it as UTF-8") from error
+            raise DataError(
+                f"{path}: is not UTF-8 text after line {reader.reader.line_num}; save it as UTF-8"
+            ) from error
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:

@@ -1,0 +1,114 @@
+"""Options that commands share: parsing and checking what a user typed."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import torch
+import typer
+import yaml
+
+from protocol.errors import BadUsage
+
+InitialPeers = Annotated[
+    list[str] | None,
+    typer.Option("--initial-peers", metavar="ADDRESS", help="Address of a member of the swarm (may be repeated)."),
+]
+
+
+def _load_defaults(context: typer.Context, value: Path | None) -> Path | None:
+    if value is None:
+        return None
+    try:
+        options = yaml.safe_load(value.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise BadUsage(f"--config {value} cannot be read as YAML: {error}") from error
+    if not isinstance(options, dict):
+        raise BadUsage(f"--config {value} must hold a mapping of options to values.")
+    known = {str(parameter.name) for parameter in context.command.params}
+    options = {str(key).replace("-", "_"): item for key, item in options.items()}
+    for key in options:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, 1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise BadUsage(f"--config {value}: {key!r} is no option of `peer {context.info_name}`.{hint}")
+    context.default_map = {**(context.default_map or {}), **options}
+    return value
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE.yaml", callback=_load_defaults, is_eager=True, help="A YAML file with these options."
+    ),
+]
+
+
+def parse_blocks(text: str | None, total: int | None = None) -> range | None:
+    """`0:12` as a range. Raises `BadUsage` when it is malformed, empty, or not in a model of `total` blocks."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,5}):(\d{1,5})", text.strip())
+    if not match:
+        raise BadUsage(f"--blocks {text!r} is not a span; expected START:END, such as 0:12.")
+    blocks = range(int(match[1]), int(match[2]))
+    if not blocks:
+        raise BadUsage(f"--blocks {text} is empty; END must be greater than START.")
+    if total is not None and blocks.stop > total:
+        raise BadUsage(f"--blocks {text} is out of range: the model has blocks 0:{total}.")
+    return blocks
+
+
+def parse_dtype(text: str) -> torch.dtype | None:
+    """A dtype by name; `auto` is `None`. Raises `BadUsage`."""
+    names = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if text not in names:
+        raise BadUsage(f"--dtype {text!r} is unknown; expected one of {', '.join(names)}.")
+    return names[text]
+
+
+def parse_device(text: str) -> str:
+    """A device that is there; `auto` is the first GPU, else the CPU. Raises `BadUsage`."""
+    if text == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(text)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadUsage(f"--device {text} is not usable on this machine: {str(error).splitlines()[0]}") from error
+    return text
+
+
+def one_of(option: str, value: str, choices: Sequence[str]) -> str:
+    """`value` when it is among `choices`. Raises `BadUsage`."""
+    if value not in choices:
+        raise BadUsage(f"{option} {value!r} is unknown; expected one of {', '.join(choices)}.")
+    return value
+
+
+def need_initial_peers(addresses: list[str] | None) -> tuple[str, ...]:
+    """At least one address. Raises `BadUsage`."""
+    if not addresses:
+        raise BadUsage("Give the address of a member with --initial-peers; `peer serve` and `peer bootstrap` print it.")
+    return tuple(addresses)
+
+
+class LazyGroup(typer.core.TyperGroup):
+    """Also offers the client's commands, and imports the client only when one of them is asked for."""
+
+    lazy = ("generate",)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All commands' names."""
+        return [*super().list_commands(ctx), *self.lazy]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> Any:
+        """The command of this name."""
+        if cmd_name not in self.lazy:
+            return super().get_command(ctx, cmd_name)
+        from client.cli import app
+
+        return typer.main.get_group(app).get_command(ctx, cmd_name)

@@ -1,0 +1,72 @@
+"""`peer status`: who serves what, how fast, how full; holes shown loudly."""
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from protocol.records import ModelId, PeerRecord
+
+
+def as_json(models: dict[ModelId, list[PeerRecord]]) -> list[dict[str, Any]]:
+    """The swarm's state as plain data."""
+    return [
+        {
+            "model": model.name,
+            "config_hash": model.config_hash,
+            "num_blocks": model.num_blocks,
+            "holes": [[hole.start, hole.stop] for hole in holes(model, peers)],
+            "peers": [peer.model_dump(mode="json", exclude={"model"}) for peer in peers],
+        }
+        for model, peers in models.items()
+    ]
+
+
+def as_table(models: dict[ModelId, list[PeerRecord]]) -> RenderableType:
+    """The swarm's state for a terminal."""
+    if not models:
+        return Text("No peer serves any model in this swarm.", style="bold red")
+    parts: list[RenderableType] = []
+    for model, peers in models.items():
+        parts += [_peers_table(model, peers), _coverage(model, peers)]
+    return Group(*parts)
+
+
+def holes(model: ModelId, peers: list[PeerRecord]) -> list[range]:
+    """The runs of blocks that no online peer serves."""
+    served = [any(p.start <= block < p.end and p.state == "online" for p in peers) for block in range(model.num_blocks)]
+    runs: list[range] = []
+    for block, is_served in enumerate(served):
+        if is_served:
+            continue
+        start = runs.pop().start if runs and runs[-1].stop == block else block
+        runs.append(range(start, block + 1))
+    return runs
+
+
+def _peers_table(model: ModelId, peers: list[PeerRecord]) -> Table:
+    table = Table(title=f"{model.name}: {model.num_blocks} blocks, {len(peers)} peers", title_justify="left")
+    for column in ("blocks", "peer", "state", "weights", "decode", "forward", "free cache", "sessions"):
+        table.add_column(column)
+    for peer in peers:
+        count = peer.end - peer.start
+        table.add_row(
+            f"{peer.start}:{peer.end}",
+            peer.name or f"…{peer.peer_id[-8:]}",
+            peer.state.value,
+            peer.dtype if peer.quantization == "none" else f"{peer.quantization} ({peer.dtype})",
+            f"{peer.speed.decode / count:,.0f} tok/s",
+            f"{peer.speed.forward / count:,.0f} tok/s",
+            f"{peer.free_cache_tokens:,} tokens",
+            str(peer.sessions),
+        )
+    return table
+
+
+def _coverage(model: ModelId, peers: list[PeerRecord]) -> Text:
+    missing = holes(model, peers)
+    if not missing:
+        return Text(f"All {model.num_blocks} blocks are served.", style="green")
+    spans = ", ".join(f"{hole.start}:{hole.stop}" for hole in missing)
+    return Text(f"HOLES: nobody serves blocks {spans}; the model cannot be used.", style="bold red")

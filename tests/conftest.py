@@ -1,0 +1,47 @@
+"""Fixtures: small models, real peers."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+from tests.families import build_family
+from tests.swarm import ForkServer, Swarm, new_swarm
+
+torch.set_num_threads(1)  # as the peers: with equal kernels the difference is 0.0
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Family name -> the folder of a small random model."""
+    root = tmp_path_factory.getbasetemp() / "models"
+    return lambda name: build_family(name, root)
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def swarm(fork_server: ForkServer) -> Iterator[Swarm]:
+    """A swarm for one test."""
+    with new_swarm(fork_server) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def llama_swarm(fork_server: ForkServer, models: Callable[[str], Path]) -> Iterator[tuple[Path, Swarm]]:
+    """The small llama over three peers, for the tests of one module."""
+    with new_swarm(fork_server) as made:
+        made.serve(models("llama"), "0:2", "2:3", "3:5")
+        yield models("llama"), made
