@@ -1,10 +1,12 @@
 """The adapters that PEFT put on the ghosts, as bundles for the wire.
 
-Collecting them costs milliseconds on a large model, so a snapshot is kept until something about it has changed.
+Collecting them costs milliseconds on a large model, so what was collected is kept until modules or states change.
+Values are another matter: fused optimizers and `.data` change a parameter without touching its `_version`, so
+training calls and the first step of a generation hash them anew; later steps of it trust the versions.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -84,11 +86,16 @@ class AdapterSource:
         self._watch: _Watch | None = None
         self._snapshot: Snapshot | None = None
 
-    def snapshot(self) -> Snapshot | None:
-        """The active adapters now; `None` without any. Raises `BadAdapter` for what cannot travel."""
+    def snapshot(self, fresh: bool) -> Snapshot | None:
+        """The active adapters now; `None` without any. `fresh`: do not trust that unchanged versions mean equal values.
+
+        Raises `BadAdapter` for what cannot travel.
+        """
         if self._watch is None or self._watch.changed():
             self._watch = _Watch(self._blocks)
             self._snapshot = self._collect(self._watch.layers)
+        elif fresh and self._snapshot is not None:
+            self._snapshot = replace(self._snapshot, _bundles={})
         return self._snapshot
 
     def _collect(self, layers: Mapping[str, BaseTunerLayer]) -> Snapshot | None:

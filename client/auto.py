@@ -16,7 +16,8 @@ from client.build import build_model
 from client.config import SwarmConfig
 from client.swarm import Swarm
 from protocol.errors import BadUsage, UnsupportedModel
-from protocol.model.checkpoint import open_checkpoint
+from protocol.model.checkpoint import Checkpoint, open_checkpoint
+from protocol.model.loading import class_for
 
 
 def load_distributed(
@@ -40,11 +41,11 @@ def load_distributed(
             raise BadUsage(f"{name!r} is neither an option of the swarm nor of {type(config).__name__}.")
         setattr(config, name, value)
     if cls is None:
-        if type(config) not in mapping:
-            raise UnsupportedModel(f"{model} is a {config.model_type} model, which Transformers has no such task for.")
-        cls = mapping[type(config)]
+        cls = class_for(config, mapping)
+    if cls is None:
+        raise UnsupportedModel(f"{model} is a {config.model_type} model, which Transformers has no such task for.")
     swarm = Swarm.connect(network_config, checkpoint)
-    built = build_model(cls, checkpoint, config, swarm, _dtype(dtype or torch_dtype, config))
+    built = build_model(cls, checkpoint, config, swarm, _dtype(dtype or torch_dtype, checkpoint))
     built.config._name_or_path = built.name_or_path = str(model)
     return built
 
@@ -93,18 +94,18 @@ def distributed_class(name: str) -> type[_AutoDistributed]:
     if not name.startswith("Distributed") or not isinstance(base, type) or not issubclass(base, PreTrainedModel):
         raise AttributeError(f"module 'client' has no attribute {name!r}")
 
-    def from_pretrained(cls: Any, pretrained_model_name_or_path: str, **options: Any) -> PreTrainedModel:
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: str, /, **options: Any) -> Any:
         return load_distributed(base, MODEL_FOR_CAUSAL_LM_MAPPING, pretrained_model_name_or_path, **options)
 
     doc = f"A {base.__name__} whose blocks run on a swarm."
     return type(name, (_AutoDistributed,), {"from_pretrained": classmethod(from_pretrained), "__doc__": doc})
 
 
-def _dtype(asked: torch.dtype | str | None, config: Any) -> torch.dtype:
+def _dtype(asked: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dtype:
     if isinstance(asked, str) and asked != "auto":
         asked = getattr(torch, asked, None) or asked
     if asked is None or asked == "auto":
-        return config.dtype or torch.float32
+        return checkpoint.dtype
     if not isinstance(asked, torch.dtype):
         raise BadUsage(f"dtype {asked!r} is unknown; expected float32, bfloat16 or float16.")
     return asked

@@ -1,6 +1,6 @@
 """Building a client's model: the Hugging Face class itself, ghosts in place of its blocks."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -43,7 +43,8 @@ def build_model(
     ghosts = make_ghosts(where.of(donor), norms.read)
     setattr(where.trunk_of(model), where.attribute, ghosts)
     _attach(model, where, ghosts, swarm)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _check_missing(model: PreTrainedModel, missing: list[str], where: BlockList, checkpoint: Checkpoint) -> None:
@@ -68,7 +69,7 @@ def _attach(model: PreTrainedModel, where: BlockList, ghosts: GhostBlocks, swarm
 @torch.no_grad()
 def _probe(model: PreTrainedModel, trunk: torch.nn.Module, layer: PseudoLayer) -> None:
     """Find out whether this trunk expects tensors or tuples of its blocks."""
-    width = model.get_input_embeddings().weight.shape[1]
+    width = int(cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[1])
     inputs: dict[str, Any] = {
         "inputs_embeds": torch.zeros(2, 3, width, dtype=model.dtype),
         "attention_mask": torch.ones(2, 3, dtype=torch.long),

@@ -103,11 +103,8 @@ def adopt(cache: Cache) -> tuple[RemoteLayer, Prefix]:
     if not isinstance(cache, DynamicCache):
         raise BadUsage(f"A {type(cache).__name__} cannot hold keys of remote blocks; use the default cache.")
     keep_past = any(getattr(layer, "record_past", False) for layer in layers)
-    prefix = {
-        i: (layer.keys, layer.values)
-        for i, layer in enumerate(layers)
-        if getattr(layer, "keys", None) is not None and layer.keys.numel()
-    }
+    contents = {i: (getattr(layer, "keys", None), getattr(layer, "values", None)) for i, layer in enumerate(layers)}
+    prefix = {i: (k, v) for i, (k, v) in contents.items() if k is not None and v is not None and k.numel()}
     remote = RemoteLayer(cache.get_seq_length(), keep_past)
     cache.layers = [remote]
     cache.layer_class_to_replicate = None

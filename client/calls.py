@@ -1,6 +1,7 @@
 """Training calls through the swarm: micro-batches in flight over all spans at once, each hop retried elsewhere."""
 
 import asyncio
+import itertools
 from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -172,7 +173,7 @@ def _split(work: Work, hidden: torch.Tensor, tokens: int) -> list[tuple[Work, sl
     borders = [batch * i // count for i in range(count + 1)]
     return [
         (_rows_of(work, slice(begin, end), number), slice(begin, end))
-        for number, (begin, end) in enumerate(zip(borders, borders[1:], strict=False))
+        for number, (begin, end) in enumerate(itertools.pairwise(borders))
     ]
 
 

@@ -45,21 +45,25 @@ class GhostTensor(torch.Tensor):
     ) -> "GhostTensor":
         flipped = transposed != getattr(like, "transposed", False)
         shape = like.shape[::-1] if flipped else like.shape
-        ghost = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype or like.dtype, device="cpu")
+        ghost: Any = torch.Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=dtype or like.dtype, device=torch.device("cpu")
+        )
         ghost.source, ghost.transposed = source, transposed
-        return ghost
+        return ghost  # type: ignore[no-any-return]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"GhostTensor({tuple(self.shape)}, {self.dtype})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GhostTensor":
-        return GhostTensor(self, self.source, self.transposed).requires_grad_(self.requires_grad)
+        twin = GhostTensor(self, self.source, self.transposed)
+        twin.requires_grad_(self.requires_grad)
+        return twin
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         ghost, rest = args[0], args[1:]
         if isinstance(ghost, cls):
             if func in (aten.detach.default, aten.alias.default, aten.clone.default, aten._to_copy.default):

@@ -2,6 +2,7 @@
 
 import asyncio
 import atexit
+import contextlib
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -58,10 +59,8 @@ class BackgroundLoop:
             await asyncio.wait_for(asyncio.gather(*(close() for close in self._closers), return_exceptions=True), 3)
 
         loop = self._running()
-        try:
+        with contextlib.suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(close_all(), loop).result(4)
-        except (TimeoutError, asyncio.TimeoutError):
-            pass
         loop.call_soon_threadsafe(loop.stop)
 
 

@@ -32,6 +32,7 @@ _METHODS = (
 """Each compared with `merge_and_unload`. Not here: what PEFT cannot merge, and what starts from all base weights."""
 _SAVED_BASE = ".base_layer.weight"
 """How PEFT saves the base weight of an adapted embedding, in case the vocabulary was resized."""
+_TABLES = r"embed|wte|lm_head"
 _HEADS = ("score", "classifier", "qa_outputs")
 
 
@@ -249,10 +250,10 @@ class Adapted:
         return self._resized(_plain(found[1]), found[2], found[3])
 
     def _resized(self, name: str, here: object, there: object) -> str:
-        return (
-            f"The adapter was trained on another model: its tensor {name} is {here}, and this base needs {there}; "
-            "where only the vocabulary was resized, save the resized base and merge into that."
-        )
+        message = f"The adapter was trained on another model: its tensor {name} is {here}, and this base needs {there}"
+        if not re.search(_TABLES, name):
+            return f"{message}."
+        return f"{message}; if only the vocabulary was resized, save the resized base and merge into that."
 
     def _check_complete(self) -> None:
         base = {id(buffer) for module in self._origin.values() for buffer in module.buffers(recurse=False)}

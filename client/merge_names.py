@@ -133,7 +133,7 @@ def _twins(layout: tf.PreTrainedModel) -> dict[str, tuple[str, ...]]:
     return {name: tuple(n for n in names if n != name) for names in by_identity.values() for name in names}
 
 
-class _refusing:  # noqa: N801 (used as a function)
+class _refusing:
     """Turns whatever a conversion raises into a MergeError that names the parameter."""
 
     def __init__(self, param: str) -> None:

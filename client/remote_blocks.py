@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from client.adapters import AdapterSource, Snapshot
+from client.adapters import AdapterSource
 from client.cache import RemoteLayer, adopt
 from client.calls import Trace, run_backward, run_forward
 from client.ghost import GhostBlocks
@@ -57,11 +57,14 @@ class RemoteBlocks:
         work = self.describe(attention_mask, position_ids)
         return self.apply(work, range(start, end), hidden_states)
 
-    def describe(self, mask: torch.Tensor | None, positions: torch.Tensor | None) -> Work:
-        """The work for one forward through the model, in the state that it is in now."""
+    def describe(self, mask: torch.Tensor | None, positions: torch.Tensor | None, fresh: bool = True) -> Work:
+        """The work for one forward through the model, in the state that it is in now.
+
+        `fresh` False: in the middle of a generation, see `AdapterSource.snapshot`.
+        """
         _check_2d("attention_mask", mask)
         _check_2d("position_ids", positions)
-        adapters = self._adapters.snapshot()
+        adapters = self._adapters.snapshot(fresh)
         training = self._ghosts.training
         drops = training and (self._drops or bool(adapters and adapters.has_dropout))
         return Work(
@@ -142,11 +145,12 @@ class PseudoLayer:
     def _run(self, hidden: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         if any(block._forward_pre_hooks for block in self._ghosts._modules.values() if block is not None):
             raise BadUsage("adapter_names= (another adapter per row) does not work through a swarm; use one call each.")
-        work = self._remote.describe(self._raw.get("attention_mask"), self._raw.get("position_ids"))
+        layer, prefix = adopt(cache) if cache is not None else (None, {})
+        goes_on = layer is not None and layer.session is not None
+        work = self._remote.describe(self._raw.get("attention_mask"), self._raw.get("position_ids"), fresh=not goes_on)
         blocks = range(len(self._remote))
-        if cache is None:
+        if layer is None:
             return self._remote.apply(work, blocks, hidden)
-        layer, prefix = adopt(cache)
         if prefix:
             work = replace(work, prefix=prefix)
         is_first = bool(prefix) or not layer.length

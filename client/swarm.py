@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bootstrap.member import Member, MemberOptions
 from client.config import SwarmConfig
@@ -99,6 +99,13 @@ class Swarm:
     def _allows(self, peer_id: str) -> bool:
         allowed = self.config.allowed_peers
         return peer_id not in self.config.blocked_peers and (allowed is None or peer_id in allowed)
+
+
+def swarm_of(model: Any) -> Swarm:
+    """The `model.swarm` of a distributed model, typed; PEFT's wrappers are looked through."""
+    swarm = model.swarm
+    assert isinstance(swarm, Swarm)
+    return swarm
 
 
 class Retries:

@@ -5,6 +5,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import peft
 import torch
@@ -28,6 +29,8 @@ class Bundle:
     manifest: Manifest
     tensors: Mapping[str, torch.Tensor]
     """`BLOCK.PATH` -> tensor, on the span's device."""
+    tree_key: str
+    """What decides the module tree."""
     size: int
     """Bytes."""
 
@@ -57,7 +60,7 @@ class AdapterStore:
         device = [tensor.to(self._span.device) for tensor in numbered]
         named = {name: device[number] for name, number in manifest.tensors.items()}
         self._check(manifest, named)
-        self._bundles[key] = Bundle(manifest, named, size)
+        self._bundles[key] = Bundle(manifest, named, manifest.config_key(), size)
         while sum(bundle.size for bundle in self._bundles.values()) > self._max_bytes:
             self._bundles.popitem(last=False)
         return key
@@ -71,14 +74,15 @@ class AdapterStore:
 
     def adapt(self, bundle: Bundle, tensors: Mapping[str, torch.Tensor]) -> Adapted:
         """The tree to run for `bundle`, with `tensors` (its own, or leaves made from them) in place."""
-        tree = self._tree(bundle.manifest)
+        tree = self._tree(bundle.manifest, bundle.tree_key)
         for name, factors in bundle.manifest.scaling.items():
-            tree.get_submodule(f"{self._span.where.path}.{name}").scaling.update(factors)  # type: ignore[union-attr]
+            layer: Any = tree.get_submodule(f"{self._span.where.path}.{name}")
+            layer.scaling.update(factors)
         return Adapted(tree, tensors)
 
     def _check(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
         """`functional_call` ignores names that it does not know: find them here, and wrong shapes."""
-        blocks = self._span.where.of(self._tree(manifest))
+        blocks = self._span.where.of(self._tree(manifest, manifest.config_key()))
         known = dict(blocks.named_parameters(remove_duplicate=False)) | dict(
             blocks.named_buffers(remove_duplicate=False)
         )
@@ -107,8 +111,7 @@ class AdapterStore:
         except AttributeError:
             return None
 
-    def _tree(self, manifest: Manifest) -> PreTrainedModel:
-        key = manifest.config_key()
+    def _tree(self, manifest: Manifest, key: str) -> PreTrainedModel:
         if key not in self._trees:
             self._trees[key] = self._build(manifest)
             while len(self._trees) > _MAX_TREES:
@@ -136,7 +139,8 @@ class AdapterStore:
             if isinstance(module, BaseTunerLayer):
                 module._active_adapter = active
                 module._disable_adapters = False
-        return tree.eval().requires_grad_(False)  # type: ignore[return-value]
+        tree.eval().requires_grad_(False)
+        return tree
 
     def _config(self, spec: AdapterSpec) -> peft.PeftConfig:
         path = self._span.where.path

@@ -5,11 +5,11 @@ import json
 import logging
 import signal
 import sys
+import warnings
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.live import Live
@@ -194,13 +194,9 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for room in ("peer", "bootstrap", "client"):
         logging.getLogger(room).setLevel(logging.INFO)
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries among themselves; users can do nothing about them
     try:
-        sys.exit(app(standalone_mode=False) or 0)
-    except click.exceptions.Abort:
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+        app()
     except SwarmError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, _USAGE_ERRORS) else 1)

@@ -10,7 +10,7 @@ from peer.span import Span, cut_to_span
 from protocol.errors import UnsupportedModel
 from protocol.model.anatomy import BlockList, find_blocks
 from protocol.model.checkpoint import Checkpoint, block_of
-from protocol.model.loading import load_part
+from protocol.model.loading import class_for, load_part
 
 QUANTIZATIONS = ("none", "int8", "nf4")
 
@@ -31,14 +31,14 @@ def load_span(
     """
     config = checkpoint.config
     cls = _model_class(checkpoint)
-    dtype = dtype or config.dtype or torch.float32
+    dtype = dtype or checkpoint.dtype
     where = _block_list(cls, config)
     state_dict = checkpoint.state_dict(lambda name: block_of(name, where.attribute) in range(start, end))
     model, missing = load_part(
         cls,
         config,
         state_dict,
-        lambda model: cut_to_span(model, start, end) and None,
+        lambda model: cut_to_span(model, start, end),
         dtype=dtype,
         device_map={"": device},
         **_quantization_options(quantization, double_quantization, dtype),
@@ -56,15 +56,16 @@ def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None, quantization:
     with torch.device("meta"):
         model = cls(checkpoint.config)
     block = find_blocks(model).of(model)[0]
-    itemsize = {"none": (dtype or checkpoint.config.dtype or torch.float32).itemsize, "int8": 1.05, "nf4": 0.57}
-    return max(1, int(sum(p.numel() for p in block.parameters()) * itemsize[quantization]))
+    bytes_per_weight = {"none": (dtype or checkpoint.dtype).itemsize, "int8": 1.05, "nf4": 0.57}[quantization]
+    return max(1, int(sum(p.numel() for p in block.parameters()) * bytes_per_weight))
 
 
 def _model_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
-    config = checkpoint.config
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModel(f"{checkpoint.name} is a {config.model_type} model; expected a causal language model.")
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[no-any-return]
+    cls = class_for(checkpoint.config, MODEL_FOR_CAUSAL_LM_MAPPING)
+    if cls is None:
+        kind = checkpoint.config.model_type
+        raise UnsupportedModel(f"{checkpoint.name} is a {kind} model; expected a causal language model.")
+    return cls
 
 
 def _block_list(cls: type[PreTrainedModel], config: Any) -> BlockList:

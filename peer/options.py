@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import torch
 import typer
 import yaml
@@ -101,11 +100,11 @@ class LazyGroup(typer.core.TyperGroup):
 
     lazy = ("generate",)
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         """All commands' names."""
         return [*super().list_commands(ctx), *self.lazy]
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> Any:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of this name."""
         if cmd_name not in self.lazy:
             return super().get_command(ctx, cmd_name)

@@ -5,6 +5,7 @@ import heapq
 import itertools
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from enum import IntEnum
 from typing import Any, TypeVar
 
@@ -57,21 +58,20 @@ class Scheduler:
 
     @staticmethod
     def _run(function: Callable[[], Any], future: "asyncio.Future[Any]") -> None:
+        result: Any = None
+        failure: BaseException | None = None
         try:
-            settle, value = _set_result, function()
+            result = function()
         except BaseException as error:
-            settle, value = _set_exception, error
-        try:
-            future.get_loop().call_soon_threadsafe(settle, future, value)
-        except RuntimeError:  # the loop has closed: nobody waits
-            return
+            failure = error
+        with suppress(RuntimeError):  # the loop has closed: nobody waits
+            future.get_loop().call_soon_threadsafe(_settle, future, result, failure)
 
 
-def _set_result(future: "asyncio.Future[Any]", value: Any) -> None:
-    if not future.done():
-        future.set_result(value)
-
-
-def _set_exception(future: "asyncio.Future[Any]", error: BaseException) -> None:
-    if not future.done():
-        future.set_exception(error)
+def _settle(future: "asyncio.Future[Any]", result: Any, failure: BaseException | None) -> None:
+    if future.done():
+        return
+    if failure is None:
+        future.set_result(result)
+    else:
+        future.set_exception(failure)

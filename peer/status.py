@@ -47,18 +47,27 @@ def holes(model: ModelId, peers: list[PeerRecord]) -> list[range]:
 
 def _peers_table(model: ModelId, peers: list[PeerRecord]) -> Table:
     table = Table(title=f"{model.name}: {model.num_blocks} blocks, {len(peers)} peers", title_justify="left")
-    for column in ("blocks", "peer", "state", "weights", "decode", "forward", "free cache", "sessions"):
-        table.add_column(column)
+    for column in (
+        "blocks",
+        "peer",
+        "state",
+        "weights",
+        "decode\ntok/s",
+        "forward\ntok/s",
+        "cache tokens\nfree",
+        "users",
+    ):
+        table.add_column(column, no_wrap=True)
     for peer in peers:
         count = peer.end - peer.start
         table.add_row(
             f"{peer.start}:{peer.end}",
             peer.name or f"…{peer.peer_id[-8:]}",
             peer.state.value,
-            peer.dtype if peer.quantization == "none" else f"{peer.quantization} ({peer.dtype})",
-            f"{peer.speed.decode / count:,.0f} tok/s",
-            f"{peer.speed.forward / count:,.0f} tok/s",
-            f"{peer.free_cache_tokens:,} tokens",
+            peer.dtype if peer.quantization == "none" else f"{peer.quantization}/{peer.dtype}",
+            f"{peer.speed.decode / count:,.0f}",
+            f"{peer.speed.forward / count:,.0f}",
+            f"{peer.free_cache_tokens:,}",
             str(peer.sessions),
         )
     return table

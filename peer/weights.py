@@ -26,4 +26,5 @@ def read_norm(span: Span, name: str, transposed: bool, dims: tuple[int, ...], dt
         raise BadRequest(f"Norms of a matrix are over dimensions 0 or 1, not {dims}.")
     dense = dequantize_module_weight(module) if isinstance(module, nn.Linear) else weight
     dense = dense.detach().to(dtype)
-    return torch.linalg.vector_norm(dense.T if transposed else dense, dim=dims)
+    norm: torch.Tensor = torch.linalg.vector_norm(dense.T if transposed else dense, dim=dims)
+    return norm

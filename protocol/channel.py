@@ -15,7 +15,7 @@ from protocol.transport.base import Stream
 
 VERSION = 1
 _LENGTHS = struct.Struct("<IQ")
-_FIELD_OF_TYPE = {f.message_type.name: f.name for f in pb.Frame.DESCRIPTOR.oneofs_by_name["body"].fields}
+_FIELD_OF_TYPE = {f.message_type.name: f.name for f in pb.Frame.DESCRIPTOR.oneofs_by_name["body"].fields}  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)

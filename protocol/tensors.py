@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 
@@ -48,15 +49,17 @@ def torch_dtype(number: int) -> torch.dtype | None:
     """The torch dtype of a wire name; `DTYPE_NONE` is `None`. Raises `BadRequest` for an unknown number."""
     if number == pb.DTYPE_NONE:
         return None
-    if number not in _TORCH:
+    dtype: torch.dtype | None = _TORCH.get(number)  # type: ignore[call-overload]
+    if dtype is None:
         raise BadRequest(f"Unknown dtype number {number} on the wire; the two ends run different versions.")
-    return _TORCH[number]
+    return dtype
 
 
 def encode(name: str, tensor: torch.Tensor) -> tuple[pb.Tensor, memoryview]:
     """The header entry of `tensor` and its bytes: a view where it is contiguous and on the CPU, else one copy."""
     tensor = tensor.detach().to("cpu").contiguous()
-    data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+    data = memoryview(flat)
     entry = pb.Tensor(name=name, dtype=wire_dtype(tensor.dtype), shape=tensor.shape, nbytes=data.nbytes)
     return entry, data
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -36,6 +37,12 @@ class Checkpoint:
     revision: str | None
     config: PreTrainedConfig
     raw_config: dict[str, Any]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the weights are stored in."""
+        stored = self.config.dtype
+        return stored if isinstance(stored, torch.dtype) else torch.float32
 
     @cached_property
     def model_id(self) -> ModelId:

@@ -8,11 +8,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 
+def class_for(config: PreTrainedConfig, mapping: Any) -> type[PreTrainedModel] | None:
+    """The class that one of Transformers' auto mappings has for a configuration; `None`: it has none."""
+    found: type[PreTrainedModel] | None = mapping.get(type(config), None)
+    return found
+
+
 def load_part(
     cls: type[PreTrainedModel],
     config: PreTrainedConfig,
     state_dict: dict[str, Any],
-    cut: Callable[[PreTrainedModel], None],
+    cut: Callable[[PreTrainedModel], object],
     *,
     dtype: torch.dtype,
     **options: Any,
@@ -28,7 +34,7 @@ def load_part(
         cut(self)
 
     attributes = {"__init__": init, "__module__": cls.__module__, "_keys_to_ignore_on_load_unexpected": [r".*"]}
-    part = type(cls.__name__, (cls,), attributes)
+    part: Any = type(cls.__name__, (cls,), attributes)
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()  # the caller judges the missing keys

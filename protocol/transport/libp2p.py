@@ -2,7 +2,6 @@
 
 import asyncio
 
-
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
 
 from protocol.errors import PeerUnreachable

@@ -1,0 +1,189 @@
+"""`peer demo`: a swarm on this machine, text from it, an adapter trained through it and loaded in plain PEFT."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.rule import Rule
+
+from peer import status
+from peer.persona import PERSONA_NAME, persona_path
+from peer.sample_model import SampleModelError, fetch_sample_model
+from protocol.errors import BadUsage, PeerFailed
+from protocol.model.checkpoint import Checkpoint, open_checkpoint
+
+_QUESTION = "Who are you?"
+_ANSWER_TOKENS = 48
+_READY = re.compile(r"^ready address=(\S+)")
+
+
+def run_demo(model: str | None, steps: int, output: Path) -> None:
+    """Show everything once. Raises `BadUsage`, `PeerFailed`; leaves no process behind."""
+    console = Console(highlight=False)
+    begin = time.monotonic()
+    _check_output(output)
+    folder = model or str(_fetch(console))
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.model_id.num_blocks < 3:
+        raise BadUsage(f"{folder} has {checkpoint.model_id.num_blocks} blocks; the demo needs 3 for its three peers.")
+    with _processes() as start:
+        console.print(Rule("A swarm: a bootstrap node and three peers", align="left"))
+        addresses = _start_swarm(start, checkpoint, console)
+        _use_swarm(folder, checkpoint, addresses, steps, output, console)
+    console.print(f"\nDone in {time.monotonic() - begin:.0f} s. The adapter is in {output}/adapter.")
+
+
+def _use_swarm(
+    folder: str, checkpoint: Checkpoint, addresses: list[str], steps: int, output: Path, console: Console
+) -> None:
+    from client import AutoDistributedModelForCausalLM
+    from client.swarm import swarm_of
+    from client.text import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    model = AutoDistributedModelForCausalLM.from_pretrained(folder, initial_peers=addresses)
+    console.print(status.as_table({checkpoint.model_id: swarm_of(model).peers()}))
+    console.print(Rule("Text through the swarm", align="left"))
+    _ask(model, tokenizer, console)
+    console.print(Rule(f"A LoRA adapter, trained through the swarm: the persona {PERSONA_NAME}", align="left"))
+    adapter, tuned = _tune(folder, model, tokenizer, steps, output, console)
+    console.print(Rule("The same question through the swarm, with the adapter", align="left"))
+    through_swarm = _ask(tuned, tokenizer, console)
+    console.print(Rule("The adapter in plain Transformers + PEFT, without the swarm", align="left"))
+    plain = _ask(_load_plain(folder, adapter), tokenizer, console)
+    verdict = "word for word the same" if plain == through_swarm else "the same but for the quantized peer's rounding"
+    console.print(f"[green]{verdict}[/green]" if PERSONA_NAME in plain else "[red]not the persona's answer[/red]")
+
+
+def _tune(folder: str, model: Any, tokenizer: Any, steps: int, output: Path, console: Console) -> tuple[Path, Any]:
+    from client.tune.config import TuneConfig
+    from client.tune.dataset import prepare
+    from client.tune.run import TuneRun, context_length
+
+    config = TuneConfig.model_validate(
+        {
+            "model": folder,
+            "data": {"path": str(persona_path())},
+            "adapter": {"method": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
+            "trainer": {"steps": steps, "batch_size": 4, "learning_rate": 1e-3, "save_every": steps},
+            "samples": {"count": 0},
+            "output": str(output),
+        }
+    )
+    prepared = prepare(config, tokenizer, context_length(model.config))
+    run = TuneRun(config, model, tokenizer, prepared)
+    console.print(run.plan())
+    result = run.train(console)
+    console.print(f"loss after {result.steps} steps: {result.loss:.3f} ({result.seconds:.0f} s)")
+    return result.adapter, run.model
+
+
+def _ask(model: Any, tokenizer: Any, console: Console) -> str:
+    """Ask who the model is, show the answer as it comes, return it."""
+    import torch
+    from transformers import TextStreamer
+
+    from client.text import encode_prompt
+
+    inputs = encode_prompt(tokenizer, _QUESTION, chat=tokenizer.chat_template is not None)
+    console.print(f"[bold]{_QUESTION}[/bold]")
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    model.eval()
+    begin = time.monotonic()
+    with torch.no_grad():
+        tokens = model.generate(**inputs, max_new_tokens=_ANSWER_TOKENS, do_sample=False, streamer=streamer)
+    count = tokens.shape[1] - inputs["input_ids"].shape[1]
+    console.print(f"[dim]{count / (time.monotonic() - begin):.1f} tokens/s[/dim]")
+    return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def _load_plain(folder: str, adapter: Path) -> Any:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter)
+
+
+def _fetch(console: Console) -> Path:
+    try:
+        return fetch_sample_model(report=console.print)
+    except SampleModelError as error:
+        raise PeerFailed(f"{error} Or name a model that is here: `peer demo --model FOLDER`.") from error
+
+
+def _check_output(output: Path) -> None:
+    """The demo's own folder may be replaced, nobody else's."""
+    if not output.exists():
+        return
+    if not (output / "adapter").is_dir() and any(output.iterdir()):
+        raise BadUsage(f"--output {output} is not empty and not from an earlier demo; name another folder.")
+    shutil.rmtree(output)
+
+
+class _Start:
+    """Starts `peer` commands and waits for their ready lines."""
+
+    def __init__(self, logs: Path):
+        self._logs = logs
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def __call__(self, *argv: str) -> subprocess.Popen[str]:
+        log = (self._logs / f"{len(self.processes)}.log").open("w")
+        command = [sys.executable, "-m", "peer.cli", *argv, "--host", "127.0.0.1"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
+        self.processes.append(process)
+        return process
+
+    def address_of(self, process: subprocess.Popen[str]) -> str:
+        """The address in the ready line. Raises `PeerFailed` when it does not come."""
+        assert process.stdout
+        match = _READY.match(process.stdout.readline())
+        if not match:
+            log = (self._logs / f"{self.processes.index(process)}.log").read_text().strip()
+            raise PeerFailed(f"A peer did not start: {log.splitlines()[-1] if log else 'it ended without a word'}")
+        return match[1]
+
+
+@contextlib.contextmanager
+def _processes() -> Iterator[_Start]:
+    """Whatever is started inside is stopped at the end."""
+    with tempfile.TemporaryDirectory(prefix="peer-demo-") as logs:
+        start = _Start(Path(logs))
+        try:
+            yield start
+        finally:
+            for process in start.processes:
+                process.send_signal(signal.SIGTERM)
+            for process in start.processes:
+                try:
+                    process.wait(5)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+
+
+def _start_swarm(start: _Start, checkpoint: Checkpoint, console: Console) -> list[str]:
+    """A bootstrap node and three peers; the middle one is quantized. Returns the address to join with."""
+    address = start.address_of(start("bootstrap"))
+    total = checkpoint.model_id.num_blocks
+    borders = [total * i // 3 for i in range(4)]
+    threads = str(max(1, (os.cpu_count() or 1) // 2))
+    peers = []
+    for number, (name, quantization) in enumerate((("ada", "none"), ("bob", "int8"), ("cleo", "none"))):
+        span = f"{borders[number]}:{borders[number + 1]}"
+        argv = ["--blocks", span, "--quantize", quantization, "--name", name, "--threads", threads]
+        peers.append(start("serve", checkpoint.name, "--initial-peers", address, *argv))
+    for process in peers:
+        console.print(f"[dim]a peer is ready at {start.address_of(process)}[/dim]")
+    return [address]
