@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from hivemind.dht import DHTNode
+from hivemind.p2p import P2PDaemonError
 from hivemind.utils.logging import use_hivemind_log_handler
 
 from bootstrap.addresses import check_announced, for_others, is_loopback, listening_address, split_peer_address
@@ -84,9 +85,11 @@ class Member:
                 member._resources = resources.pop_all()
                 return member
         except TimeoutError as error:
-            peers = ", ".join(options.initial_peers) or "none given"
+            if not options.initial_peers:
+                raise PeerFailed(f"p2pd did not start within {options.join_timeout:g} s.") from error
+            peers = ", ".join(options.initial_peers)
             raise PeerUnreachable(
-                f"Joining took over {options.join_timeout:g} s; the initial peers ({peers}) do not answer."
+                f"None of the initial peers answers within {options.join_timeout:g} s: {peers}."
             ) from error
 
     @classmethod
@@ -139,7 +142,7 @@ class Member:
                 await self._neighbours.rejoin()
                 if listens:
                     await self._refresh_addresses()
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, P2PDaemonError) as error:
                 _log.debug("p2pd did not answer: %r", error)
 
     async def _refresh_addresses(self) -> None:

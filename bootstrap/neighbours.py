@@ -101,7 +101,7 @@ class Neighbours:
             raise PeerUnreachable(_shorten(str(error))) from error
         if dht_id is None:
             raise PeerUnreachable("it is no member of a swarm, or too slow")
-        # Before the ping's own, deferred update: `check` must see it now.
+        # The ping's own update is deferred, but `cut_off` must see this one now.
         await self._node.protocol.update_routing_table(dht_id, peer_id)
         self._node.blacklist.register_success(peer_id)
 

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from client.ghost import GhostTensor
-from protocol.adapters import DROPOUTS, METHODS, AdapterSpec, Manifest, bundle_hash
+from protocol.adapters import DROPOUTS, METHODS, PATTERNS, AdapterSpec, Manifest, bundle_hash
 from protocol.errors import BadAdapter
 
 _REFUSED: dict[str, Any] = {
@@ -188,7 +188,8 @@ def _spec(name: str, config: PeftConfig, targets: Mapping[str, BaseTunerLayer]) 
         if values.get(option) and values[option] != harmless:
             raise BadAdapter(f"{option}={values[option]!r} of {method} does not work through a swarm; leave it out.")
     options = {key: _plain(values[key]) for key in METHODS[method] if key in values}
-    for pattern, attribute in (("rank_pattern", "r"), ("alpha_pattern", _ALPHA.get(method, "alpha"))):
+    attributes = ("r", _ALPHA.get(method, "alpha"), "fourierft_n_frequency")
+    for pattern, attribute in zip(PATTERNS, attributes, strict=True):
         if options.get(pattern):
             options[pattern] = _resolve(name, targets, attribute)
     if "feedforward_modules" in options:
@@ -218,7 +219,7 @@ def _restrict(spec: AdapterSpec, blocks: range) -> AdapterSpec | None:
     if not targets:
         return None
     options = dict(spec.options)
-    for key in ("rank_pattern", "alpha_pattern"):
+    for key in PATTERNS:
         if options.get(key):
             options[key] = {path: value for path, value in options[key].items() if path in targets}
     if "feedforward_modules" in options:

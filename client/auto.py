@@ -101,11 +101,15 @@ def distributed_class(name: str) -> type[_AutoDistributed]:
     return type(name, (_AutoDistributed,), {"from_pretrained": classmethod(from_pretrained), "__doc__": doc})
 
 
+def named_dtype(name: str) -> torch.dtype:
+    """`float32`, `bfloat16` or `float16` as a dtype. Raises `BadUsage`."""
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in names:
+        raise BadUsage(f"dtype {name!r} is unknown; expected one of {', '.join(names)}.")
+    return names[name]
+
+
 def _dtype(asked: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dtype:
-    if isinstance(asked, str) and asked != "auto":
-        asked = getattr(torch, asked, None) or asked
     if asked is None or asked == "auto":
         return checkpoint.dtype
-    if not isinstance(asked, torch.dtype):
-        raise BadUsage(f"dtype {asked!r} is unknown; expected float32, bfloat16 or float16.")
-    return asked
+    return named_dtype(asked) if isinstance(asked, str) else asked

@@ -143,7 +143,7 @@ async def _ask_backward(
     if hidden is None or hidden.shape != grad.shape:
         raise PeerFailed(f"Peer {hop.peer.peer_id} answered a backward without the gradient of the hidden states.")
     _check_gradients(work, hop, gradients)
-    return hidden.to(grad.dtype), gradients
+    return hidden.to(grad.device, grad.dtype), gradients
 
 
 def _check_gradients(work: Work, hop: Hop, gradients: Gradients) -> None:

@@ -1,5 +1,7 @@
-"""The commands that use a swarm: `peer generate`. Offered through the `peer` command, which imports this lazily."""
+"""The commands that use a swarm: `generate`, `tune`, `merge`. The `peer` command offers them and imports this lazily."""
 
+import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -69,3 +71,58 @@ def load_model(
         return PeftModel.from_pretrained(swarm_model, adapter).eval()
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise BadUsage(f"--adapter {adapter} cannot be put on {model}: {str(error).splitlines()[0]}") from error
+
+
+@app.command()
+def tune(
+    config: Annotated[Path | None, typer.Argument(help="A YAML file that describes the run; see --init.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: trainer.steps=100 ...")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint of this run.")] = False,
+    plan: Annotated[bool, typer.Option(help="Show what the run would do, and stop.")] = False,
+    init: Annotated[bool, typer.Option(help="Write a commented example file (to CONFIG, or to the screen).")] = False,
+    schema: Annotated[bool, typer.Option(help="Print the JSON schema of the file.")] = False,
+) -> None:
+    """Fine-tune an adapter through a swarm, as one file describes it."""
+    changes = list(overrides or ())
+    if config is not None and "=" in str(config):  # a run that is described by overrides alone
+        config, changes = None, [str(config), *changes]
+    if init:
+        _write_example(config)
+    elif schema:
+        from client.tune.config import json_schema
+
+        print(json.dumps(json_schema(), indent=2))
+    else:
+        from client.tune.command import run_tune
+
+        run_tune(config, changes, resume, plan)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="A PEFT adapter: a folder or hub name.")],
+    base: Annotated[str, typer.Option(help="The model it was trained on: a folder or hub name.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the merged model goes.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: as the base is stored.")
+    ] = None,
+) -> None:
+    """Merge an adapter into its base model, block by block, in bounded memory."""
+    from client.auto import named_dtype
+    from client.merge.run import merge_adapter
+
+    merge_adapter(adapter, base, out, dtype=named_dtype(dtype) if dtype else None, report=print)
+
+
+def _write_example(path: Path | None) -> None:
+    from client.tune.example import example_yaml
+
+    if path is None:
+        print(example_yaml(), end="")
+        return
+    try:
+        with path.open("x") as file:
+            file.write(example_yaml())
+    except OSError as error:
+        raise BadUsage(f"{path} cannot be written: {error.strerror}.") from error
+    print(f"Wrote {path}; change it, then run `peer tune {path}`.")

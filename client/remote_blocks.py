@@ -1,6 +1,7 @@
 """The remote blocks as one differentiable function of hidden states, and the pseudo-layer that models run."""
 
 import inspect
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,6 @@ from client.swarm import Swarm
 from client.work import Work
 from protocol.errors import BadUsage
 
-_SHIPPED = ("attention_mask", "position_ids")
 _REFUSED = {
     "output_attentions": "attention weights stay on the peers",
     "output_hidden_states": "the hidden states between blocks stay on the peers",
@@ -68,11 +68,11 @@ class RemoteBlocks:
         training = self._ghosts.training
         drops = training and (self._drops or bool(adapters and adapters.has_dropout))
         return Work(
-            mask=mask,
+            mask=None if mask is None else mask.long(),  # PEFT puts floats before it
             positions=positions,
             training=training,
             dropout_seed=int(torch.randint(2**31, ()).item()) if drops else None,
-            autocast=torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None,
+            autocast=_autocast_dtype(),
             adapters=adapters,
         )
 
@@ -101,7 +101,7 @@ class _RemoteCall(torch.autograd.Function):
         keep = any(ctx.needs_input_grad)
         output, ctx.traces = LOOP.run(run_forward(swarm, _detached(work), blocks, hidden.detach(), keep))
         ctx.swarm, ctx.names = swarm, names
-        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        ctx.like = [(tensor.device, tensor.dtype) for tensor in tensors]
         return output
 
     @staticmethod
@@ -109,7 +109,7 @@ class _RemoteCall(torch.autograd.Function):
         traces: list[Trace] = ctx.traces
         hidden, gradients = LOOP.run(run_backward(ctx.swarm, traces, grads[0]))
         found = [gradients.get(name) for name in ctx.names]
-        cast = [g if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)]
+        cast = [g if g is None else g.to(*like) for g, like in zip(found, ctx.like, strict=True)]
         return None, None, None, None, hidden, *cast
 
 
@@ -118,7 +118,8 @@ class PseudoLayer:
 
     def __init__(self, remote: RemoteBlocks, ghosts: GhostBlocks):
         self._remote, self._ghosts = remote, ghosts
-        self._raw: dict[str, torch.Tensor] = {}
+        self._caught = threading.local()
+        """The mask and positions of the forward that runs now, as the user gave them; one per thread."""
         self.returns_tuple = False
         self.probing = True
         """While the trunk is being tried out, hidden states pass through."""
@@ -134,7 +135,7 @@ class PseudoLayer:
         for option, reason in _REFUSED.items():
             if kwargs.get(option) is not None and kwargs[option] is not False:
                 raise BadUsage(f"{option} does not work through a swarm: {reason}.")
-        self._raw = {name: kwargs[name] for name in _SHIPPED if kwargs.get(name) is not None}
+        self._caught.mask, self._caught.positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.probing:
@@ -147,7 +148,7 @@ class PseudoLayer:
             raise BadUsage("adapter_names= (another adapter per row) does not work through a swarm; use one call each.")
         layer, prefix = adopt(cache) if cache is not None else (None, {})
         goes_on = layer is not None and layer.session is not None
-        work = self._remote.describe(self._raw.get("attention_mask"), self._raw.get("position_ids"), fresh=not goes_on)
+        work = self._remote.describe(self._caught.mask, self._caught.positions, fresh=not goes_on)
         blocks = range(len(self._remote))
         if layer is None:
             return self._remote.apply(work, blocks, hidden)
@@ -200,6 +201,14 @@ def _has_dropout(blocks: nn.Module) -> bool:
         if any(isinstance(rate, float) and rate > 0 for rate in rates):
             return True
     return False
+
+
+def _autocast_dtype() -> torch.dtype | None:
+    """What the user's `torch.autocast` says, on whatever device this machine computes."""
+    for device in ("cuda", "cpu"):
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+    return None
 
 
 def _check_2d(name: str, tensor: torch.Tensor | None) -> None:

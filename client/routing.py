@@ -1,6 +1,7 @@
 """Which peers to go through: the chain of spans with the least expected time, and who is banned for how long."""
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -36,22 +37,24 @@ def find_route(peers: Iterable[PeerRecord], start: int, end: int, cost: Cost) ->
     """
     useful = [peer for peer in peers if peer.start < end and peer.end > start]
     borders = sorted({start, end} | {b for p in useful for b in (p.start, p.end) if start < b < end})
-    best: dict[int, tuple[float, list[Hop]]] = {start: (0.0, [])}
-    for here in borders:
+    best: dict[int, tuple[float, Hop | None]] = {start: (0.0, None)}
+    for number, here in enumerate(borders):
         if here not in best:
             continue
-        so_far, hops = best[here]
+        so_far, _ = best[here]
         for peer in useful:
             if not peer.start <= here < peer.end:
                 continue
-            for there in borders:
-                if here < there <= peer.end:
-                    total = so_far + cost(peer, there - here)
-                    if there not in best or total < best[there][0]:
-                        best[there] = (total, [*hops, Hop(peer, here, there)])
+            for there in borders[number + 1 : bisect_right(borders, peer.end)]:
+                total = so_far + cost(peer, there - here)
+                if there not in best or total < best[there][0]:
+                    best[there] = (total, Hop(peer, here, there))
     if end not in best:
         raise NoRoute(_describe_holes(useful, start, end))
-    return best[end][1]
+    hops: list[Hop] = []
+    while hop := best[hops[0].start if hops else end][1]:
+        hops.insert(0, hop)
+    return hops
 
 
 def holes(peers: Iterable[PeerRecord], start: int, end: int) -> list[range]:

@@ -72,7 +72,7 @@ class Session:
             stage.history.append(hidden)
             hidden, index = output, index + 1
         if work.positions is not None:
-            self._positions.append(work.positions)
+            self._positions.append(work.positions.expand(hidden.shape[0], -1))
         return hidden
 
     async def _run(
@@ -118,7 +118,7 @@ class Session:
         """`work` for all tokens instead of the new ones."""
         positions, past = work.positions, self._positions.replay()
         if positions is not None and past is not None:
-            positions = torch.cat([past.expand(positions.shape[0], -1), positions], 1)
+            positions = torch.cat([past, positions.expand(past.shape[0], -1)], 1)
         prefix = {b: _expanded(pair, everything.shape[0]) for b, pair in work.prefix.items()}
         return replace(work, positions=positions, prefix=prefix)
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal
 
 from bootstrap.member import Member, MemberOptions
@@ -20,10 +21,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Purpose = Literal["decode", "forward"]
-_HOPELESS = (BadRequest, BadAdapter)
-_NEVER_HERE = (WrongModel, TooLong)
-_NOT_HERE = 600.0
-"""Seconds to keep away from a peer that will not do better: other weights, sessions too long for it."""
+_NOT_THIS = (BadRequest, BadAdapter, TooLong, WrongModel)
+"""What a peer refuses will not get better by waiting; another peer may still take it."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 
 
@@ -68,13 +67,16 @@ class Swarm:
         """The hops that work would take now. Raises `NoRoute`."""
         return LOOP.run(self.find_route(0, self.model_id.num_blocks, purpose))
 
-    async def find_route(self, start: int, end: int, purpose: Purpose) -> list[Hop]:
-        """The hops for blocks [start, end). Looks again when what is known does not reach. Raises `NoRoute`."""
+    async def find_route(self, start: int, end: int, purpose: Purpose, without: Collection[str] = ()) -> list[Hop]:
+        """The hops for blocks [start, end), not through the peers `without`.
+
+        Looks up the peers again when those that are known do not reach. Raises `NoRoute`.
+        """
         cost = self.health.decode_cost if purpose == "decode" else self.health.forward_cost
         try:
-            return find_route(self._usable(await self.fetch_peers()), start, end, cost)
+            return find_route(self._usable(await self.fetch_peers(), without), start, end, cost)
         except NoRoute:
-            return find_route(self._usable(await self.fetch_peers(fresh=True)), start, end, cost)
+            return find_route(self._usable(await self.fetch_peers(fresh=True), without), start, end, cost)
 
     async def fetch_peers(self, fresh: bool = False) -> list[PeerRecord]:
         """The peers of this model that the configuration allows, as of at most `look_up_period` seconds ago."""
@@ -90,11 +92,14 @@ class Swarm:
         """Take note that `peer` failed with `error`: keep away from it for a while."""
         logger.info("peer %s failed: %s", peer.name or peer.peer_id, error)
         self.connections.forget(peer.peer_id)
-        never = isinstance(error, _NEVER_HERE)
-        self.health.ban(peer.peer_id, at_least=_NOT_HERE if never else error.retry_after)
+        self.health.ban(peer.peer_id, at_least=error.retry_after)
 
-    def _usable(self, peers: list[PeerRecord]) -> list[PeerRecord]:
-        return [peer for peer in peers if peer.state == "online" and not self.health.is_banned(peer.peer_id)]
+    def _usable(self, peers: list[PeerRecord], without: Collection[str]) -> list[PeerRecord]:
+        return [
+            peer
+            for peer in peers
+            if peer.state == "online" and peer.peer_id not in without and not self.health.is_banned(peer.peer_id)
+        ]
 
     def _allows(self, peer_id: str) -> bool:
         allowed = self.config.allowed_peers
@@ -115,14 +120,18 @@ class Retries:
         self._swarm = swarm
         self._left = swarm.config.max_attempts
         self._pause = _FIRST_PAUSE
+        self._refused = set[str]()
         self._last: SwarmError | None = None
 
     def failed(self, peer: PeerRecord, error: SwarmError) -> None:
-        """`peer` failed with `error`; raises it when no other peer could do better, or after too many attempts."""
+        """`peer` failed with `error`; raises it after too many attempts."""
         self._left -= 1
-        if isinstance(error, _HOPELESS) or self._left <= 0:
+        if self._left <= 0:
             raise error
-        self._swarm.blame(peer, error)
+        if isinstance(error, _NOT_THIS):
+            self._refused.add(peer.peer_id)
+        else:
+            self._swarm.blame(peer, error)
         self._last = error
 
     async def find_route(self, start: int, end: int, purpose: Purpose) -> list[Hop]:
@@ -132,12 +141,12 @@ class Retries:
         """
         while True:
             try:
-                return await self._swarm.find_route(start, end, purpose)
+                return await self._swarm.find_route(start, end, purpose, self._refused)
             except NoRoute:
                 self._left -= 1
                 if self._last is None:
                     raise
-                if isinstance(self._last, _NEVER_HERE) or self._left <= 0:
+                if isinstance(self._last, _NOT_THIS) or self._left <= 0:
                     raise self._last from None
             await asyncio.sleep(self._pause)
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)

@@ -77,7 +77,7 @@ def answered_hidden(answer: Message, like: torch.Tensor, remote: str) -> torch.T
     hidden = answer.tensors.get("hidden_states")
     if hidden is None or hidden.shape != like.shape or not hidden.is_floating_point():
         raise PeerFailed(f"Peer {remote} answered with something else than hidden states of {list(like.shape)}.")
-    return hidden.to(like.dtype)
+    return hidden.to(like.device, like.dtype)
 
 
 async def read_norms(

@@ -59,7 +59,11 @@ class AdapterStore:
             raise BadAdapter("The adapter's manifest refers to a tensor that was not sent.")
         device = [tensor.to(self._span.device) for tensor in numbered]
         named = {name: device[number] for name, number in manifest.tensors.items()}
-        self._check(manifest, named)
+        try:
+            self._check(manifest, named)
+        except BadAdapter:
+            self._trees.pop(manifest.config_key(), None)  # nobody can use it, and nobody paid for it in tensors
+            raise
         self._bundles[key] = Bundle(manifest, named, manifest.config_key(), size)
         while sum(bundle.size for bundle in self._bundles.values()) > self._max_bytes:
             self._bundles.popitem(last=False)
@@ -91,9 +95,11 @@ class AdapterStore:
         for name, tensor in tensors.items():
             if name not in expected:
                 raise BadAdapter(f"Tensor {name!r} is no part of the adapter that its configuration describes.")
-            if expected[name].shape != tensor.shape:
+            like = expected[name]
+            if like.shape != tensor.shape or like.is_floating_point() != tensor.is_floating_point():
                 raise BadAdapter(
-                    f"Adapter tensor {name!r} has shape {list(tensor.shape)}; expected {list(expected[name].shape)}."
+                    f"Adapter tensor {name!r} is {tensor.dtype} {list(tensor.shape)}; "
+                    f"expected {like.dtype} {list(like.shape)}."
                 )
         if missing := expected.keys() - tensors.keys():
             raise BadAdapter(f"The adapter came without {len(missing)} of its tensors, such as {min(missing)!r}.")

@@ -10,7 +10,7 @@ import torch
 from peer.adapters import AdapterStore, Bundle
 from peer.kv_cache import prefix_cache
 from peer.span import Inputs, Mode, Span
-from protocol.errors import UnknownCall
+from protocol.errors import BadRequest, UnknownCall
 
 Prefix = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
@@ -58,10 +58,12 @@ class Trainer:
         return graph.result.detach(), call_id
 
     def backward_kept(self, call_id: int, owner: str, grad: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Gradients of a kept call, which is dropped by it. Raises `UnknownCall`."""
+        """Gradients of a kept call, which is dropped by it. Raises `UnknownCall`, `BadRequest`."""
         graph = self._kept.get(call_id)
         if graph is None or graph.owner != owner:
             raise UnknownCall("The activations of this call are no longer kept; send the forward's inputs again.")
+        if grad.shape != graph.result.shape:
+            raise BadRequest(f"grad has shape {list(grad.shape)}; the forward's result has {list(graph.result.shape)}.")
         del self._kept[call_id]
         return _backward(graph, grad)
 

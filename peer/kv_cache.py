@@ -13,6 +13,7 @@ from protocol import swarm_pb2 as pb
 from protocol.errors import BadRequest, PeerFull, TooLong
 
 _PAGE = 64
+_MAX_ROWS = 4096
 
 
 class SpanCache(DynamicCache):
@@ -64,31 +65,44 @@ class SpanCache(DynamicCache):
         return super().has_previous_state(linear[-1], state_idx) if linear else False
 
 
-def apply_edit(cache: SpanCache, edit: pb.CacheEdit, batch_size: int) -> int:
-    """Apply a client's edit; returns the new batch size. Raises `BadRequest` for one that does not fit the cache."""
+def check_edit(cache: SpanCache, edit: pb.CacheEdit, rows: int) -> int:
+    """How many rows a cache of `rows` rows has after an edit. Raises `BadRequest` for one that does not fit it."""
     kind = edit.WhichOneof("edit")
     if kind == "crop":
         if edit.crop > cache.seen:
             raise BadRequest(f"Cannot crop {edit.crop} tokens from a cache of {cache.seen}.")
-        cache.seen -= edit.crop
-        for layer in cache.own_layers():
-            layer.crop(-edit.crop)
-        return batch_size
+        return rows
     if kind == "repeat_interleave":
-        if not 0 < edit.repeat_interleave * batch_size <= 4096:
-            raise BadRequest(f"Cannot repeat {batch_size} rows {edit.repeat_interleave} times; at most 4096 rows.")
-        for layer in cache.own_layers():
-            layer.batch_repeat_interleave(edit.repeat_interleave)
-        return batch_size * edit.repeat_interleave
+        if not 0 < edit.repeat_interleave * rows <= _MAX_ROWS:
+            raise BadRequest(f"Cannot repeat {rows} rows {edit.repeat_interleave} times; at most {_MAX_ROWS} rows.")
+        return rows * edit.repeat_interleave
     if kind not in ("reorder", "select"):
         raise BadRequest("An unknown cache edit; the two ends run different versions.")
-    rows = list(edit.reorder.index if kind == "reorder" else edit.select.index)
-    if not rows or max(rows) >= batch_size or (kind == "reorder" and len(rows) != batch_size):
-        raise BadRequest(f"A cache {kind} to rows {rows[:8]} does not fit a batch of {batch_size}.")
+    index = _rows(edit)
+    fits = len(index) == rows if kind == "reorder" else 0 < len(index) <= _MAX_ROWS
+    if not fits or max(index, default=rows) >= rows:
+        raise BadRequest(f"A cache {kind} to rows {index[:8]} does not fit a batch of {rows}.")
+    return len(index)
+
+
+def apply_edit(cache: SpanCache, edit: pb.CacheEdit) -> None:
+    """Apply a client's edit, which has been checked."""
+    kind = edit.WhichOneof("edit")
+    if kind == "crop":
+        cache.seen -= edit.crop
     for layer in cache.own_layers():
-        method = layer.reorder_cache if kind == "reorder" else layer.batch_select_indices
-        method(torch.tensor(rows))
-    return len(rows)
+        if kind == "crop":
+            layer.crop(-edit.crop)
+        elif kind == "repeat_interleave":
+            layer.batch_repeat_interleave(edit.repeat_interleave)
+        elif kind == "reorder":
+            layer.reorder_cache(torch.tensor(_rows(edit)))
+        else:
+            layer.batch_select_indices(torch.tensor(_rows(edit)))
+
+
+def _rows(edit: pb.CacheEdit) -> list[int]:
+    return list(edit.reorder.index if edit.HasField("reorder") else edit.select.index)
 
 
 def prefix_cache(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from protocol.records import PeerRecord
+from protocol.records import PeerRecord, PeerState
 
 
 def choose_blocks(peers: Iterable[PeerRecord], total: int, count: int) -> range:
@@ -14,6 +14,8 @@ def choose_blocks(peers: Iterable[PeerRecord], total: int, count: int) -> range:
     count = min(count, total)
     throughput = [0.0] * total
     for peer in peers:
+        if peer.state != PeerState.ONLINE:
+            continue
         for block in range(peer.start, min(peer.end, total)):
             throughput[block] += peer.speed.forward / (peer.end - peer.start)
     starts = range(total - count + 1)

@@ -14,7 +14,7 @@ import torch
 from peer.adapters import AdapterStore, Bundle
 from peer.calls import Call, Trainer
 from peer.checks import check_inputs, check_mode, check_prefix, prefix_length
-from peer.kv_cache import CacheMemory, Session, SpanCache, apply_edit, prefix_cache
+from peer.kv_cache import CacheMemory, Session, SpanCache, apply_edit, check_edit, prefix_cache
 from peer.scheduler import Priority, Scheduler
 from peer.span import Mode, Span
 from peer.weights import read_norm
@@ -141,7 +141,11 @@ class Service:
     async def _serve_one(self, connection: _Connection) -> None:
         """Answer one request. What is wrong with it is the answer; what breaks the stream is raised."""
         channel = connection.channel
-        message = await channel.receive_request()
+        try:
+            message = await channel.receive_request()
+        except BadRequest as error:  # no frame: what follows on this stream cannot be understood
+            await channel.fail(error)
+            raise
         self.load.calls += 1
         try:
             answer = await self._answer(connection, message)
@@ -223,7 +227,10 @@ class Service:
         hidden = message.tensor("hidden_states")
         batch = hidden.shape[0] if hidden.ndim else 0
         for edit in body.edits:
-            session.batch_size = apply_edit(session.cache, edit, session.batch_size)
+            rows = check_edit(session.cache, edit, session.batch_size)
+            session.reserve(rows, session.cache.seen)
+            apply_edit(session.cache, edit)
+            session.batch_size = rows
         past = session.cache.seen or prefix_length(message.tensors)
         inputs = check_inputs(self._span, message, past, self.memory.max_length)
         if session.number and batch != session.batch_size:

@@ -14,15 +14,15 @@ def read_norm(span: Span, name: str, transposed: bool, dims: tuple[int, ...], dt
     Raises `BadRequest` for a name that is no weight matrix of this span.
     """
     path, _, leaf = name.rpartition(".")
-    block = path.partition(".")[0]
+    is_here = path.partition(".")[0] in map(str, span.blocks)
     try:
-        module = span.where.of(span.model).get_submodule(path) if block.isdigit() else None
+        module = span.where.of(span.model).get_submodule(path) if is_here else None
     except AttributeError:
         module = None
     weight = getattr(module, "weight", None)
-    if leaf != "weight" or int(block or -1) not in span.blocks or module is None or weight is None or weight.ndim != 2:
+    if leaf != "weight" or module is None or weight is None or weight.ndim != 2:
         raise BadRequest(f"{name!r} is no weight matrix of blocks {span.start}:{span.end}.")
-    if not dims or not set(dims) <= {0, 1, -1, -2}:
+    if not dims or not set(dims) <= {0, 1, -1, -2} or len({dim % 2 for dim in dims}) < len(dims):
         raise BadRequest(f"Norms of a matrix are over dimensions 0 or 1, not {dims}.")
     dense = dequantize_module_weight(module) if isinstance(module, nn.Linear) else weight
     dense = dense.detach().to(dtype)

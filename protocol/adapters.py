@@ -32,7 +32,11 @@ METHODS: dict[str, tuple[str, ...]] = {
 """PEFT method -> the options that shape its modules or its arithmetic. Everything else stays with the client."""
 
 DROPOUTS = ("lora_dropout", "vera_dropout", "boft_dropout", "randlora_dropout", "rank_dropout", "module_dropout")
+PATTERNS = ("rank_pattern", "alpha_pattern", "n_frequency_pattern")
 MAX_NUMBER = 1 << 20
+MAX_RANK = 1 << 12
+"""PEFT allocates some methods' tensors, rank x width, before a peer can compare them with those that came."""
+_RANKS = ("r", "init_r", "target_r", "rank_pattern")
 HASH_BYTES = 16
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,200}$")]
@@ -55,6 +59,9 @@ class AdapterSpec(BaseModel):
             if key not in METHODS[self.method]:
                 raise ValueError(f"option {key!r} of {self.method} may not travel to a peer")
             _check_value(key, value)
+            if key in PATTERNS and isinstance(value, dict) and (foreign := value.keys() - set(self.targets)):
+                # PEFT runs the keys as regular expressions, so they must be names.
+                raise ValueError(f"{key} speaks of {min(foreign)!r}, which is no target")
         return self
 
 
@@ -104,8 +111,9 @@ def _check_value(key: str, value: Any) -> None:
     if isinstance(value, bool | str) or value is None:
         return
     if isinstance(value, int | float):
-        if not abs(value) <= MAX_NUMBER:
-            raise ValueError(f"option {key!r} is {value}; at most {MAX_NUMBER}")
+        limit = MAX_RANK if key in _RANKS else MAX_NUMBER
+        if not abs(value) <= limit:
+            raise ValueError(f"option {key!r} is {value}; at most {limit}")
         return
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if items is None:

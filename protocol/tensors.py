@@ -11,6 +11,8 @@ from protocol import swarm_pb2 as pb
 from protocol.errors import BadRequest
 
 MAX_DIMENSIONS = 8
+MAX_ELEMENTS = 2**40
+"""Of a tensor, dimensions of 0 taken as 1: torch refuses an empty tensor whose strides overflow."""
 
 _TORCH = {
     pb.FLOAT32: torch.float32,
@@ -76,6 +78,8 @@ def check_entries(entries: Iterable[pb.Tensor], payload: int, limits: Limits) ->
             raise BadRequest(f"Tensor {entry.name!r} has no dtype or an unknown codec.")
         if len(entry.shape) > MAX_DIMENSIONS:
             raise BadRequest(f"Tensor {entry.name!r} has {len(entry.shape)} dimensions; at most {MAX_DIMENSIONS}.")
+        if prod(size or 1 for size in entry.shape) > MAX_ELEMENTS:
+            raise BadRequest(f"Tensor {entry.name!r} of shape {list(entry.shape)} is over {MAX_ELEMENTS} elements.")
         if prod(entry.shape) * dtype.itemsize != entry.nbytes:
             raise BadRequest(
                 f"Tensor {entry.name!r}: shape {list(entry.shape)} of {dtype} is not {entry.nbytes} bytes."

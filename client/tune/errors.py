@@ -3,16 +3,18 @@
 The text of each error is one sentence, meant to be shown as it is.
 """
 
+from protocol.errors import BadUsage, SwarmError
 
-class TuneError(Exception):
+
+class TuneError(SwarmError):
     """Base of all of them; a command prints its text and leaves with exit code 1, without a traceback."""
 
 
-class ConfigError(TuneError, ValueError):
+class ConfigError(TuneError, BadUsage, ValueError):
     """The run's description can't be carried out: a key, a value, or two values that exclude each other."""
 
 
-class DataError(TuneError, ValueError):
+class DataError(TuneError, BadUsage, ValueError):
     """A data file can't be used; the text names the file and the line or record."""
 
 

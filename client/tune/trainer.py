@@ -74,6 +74,7 @@ class TuneTrainer(Trainer):
                 save_trained(self._tuned, part)
         finally:
             self.args.output_dir = folder
+        # Not when it failed: that error ends the run, and an interrupt that waited must not take its place.
         self._guard.release()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -35,16 +35,14 @@ class LibP2PStream:
 
     async def receive(self, count: int, patience: float | None) -> bytearray:
         """See `Stream.receive`."""
-        data = bytearray(count)
-        view, filled = memoryview(data), 0
+        data = bytearray()  # grows as bytes come: `count` is no more than what the other end says
         try:
-            while filled < count:
+            while len(data) < count:
                 async with asyncio.timeout(patience):
-                    part = await self._reader.read(min(count - filled, CHUNK))
+                    part = await self._reader.read(min(count - len(data), CHUNK))
                 if not part:
                     raise EOFError
-                view[filled : filled + len(part)] = part
-                filled += len(part)
+                data += part
         except TimeoutError as error:
             raise PeerUnreachable(f"Peer {self.remote} was silent for {patience:g} s.") from error
         except _BROKEN as error:

@@ -16,18 +16,18 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from client.merge_base import MergeError, read_json
+from client.merge.base import MergeError, read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _NAME = "default"
 _RESIDUAL_INITS = ("pissa", "olora")
 """LoRA inits that take a part out of the base weight and can do so again, exactly, from that weight alone."""
-_LOST_RESIDUAL_INITS = ("pissa_niter_", "corda", "loftq")
+_LOST_RESIDUAL_INITS = ("pissa_niter_", "corda", "loftq", "lora_ga")
 _METHODS = (
-    "LORA", "ADALORA", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING",
-    "LOHA", "LOKR", "MISS", "OFT", "PEANUT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TRAINABLE_TOKENS",
-    "UNILORA", "VBLORA", "VERA", "WAVEFT",
+    "LORA", "ADALORA", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3",
+    "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "PEANUT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING",
+    "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT",
 )  # fmt: skip
 """Each compared with `merge_and_unload`. Not here: what PEFT cannot merge, and what starts from all base weights."""
 _SAVED_BASE = ".base_layer.weight"
@@ -84,6 +84,11 @@ class AdapterFolder:
         return next(iter(self._dtypes)) if len(self._dtypes) == 1 else torch.float32
 
     @property
+    def base_name(self) -> str:
+        """The model that it was trained on, by its config; may be empty."""
+        return self.config.base_model_name_or_path or ""
+
+    @property
     def num_labels(self) -> int | None:
         """Rows of the classification head that it holds, if it holds one."""
         heads = (key for key in self.shapes if key.endswith(tuple(f".{head}.weight" for head in _HEADS)))
@@ -105,7 +110,7 @@ class AdapterFolder:
         init = getattr(self.config, "init_lora_weights", True)
         if isinstance(init, str) and init.startswith(_LOST_RESIDUAL_INITS):
             raise MergeError(
-                f"{self.folder} was trained on base weights that its {init} init had changed and that cannot be computed "
+                f"{self.folder} was trained on base weights that its {init} init had changed and that cannot be had "
                 "again: save it with `save_pretrained(path_initial_model_for_weight_conversion=...)` and merge that."
             )
 
@@ -135,10 +140,12 @@ class Adapted:
         self._init = getattr(adapter.config, "init_lora_weights", True)
         self._origin = dict(skeleton.named_modules())
         stubs = _fill_with_stubs(skeleton, dtype)
-        self.peft = self._inject(skeleton)
-        for stub in stubs:
-            stub.retype(adapter.dtype)  # PEFT casts what it loads to its base's type; it shall keep all bits
-        self.given = self._load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about ties, merging, projections made from a seed: all handled
+            self.peft = self._inject(skeleton)
+            for stub in stubs:
+                stub.retype(adapter.dtype)  # PEFT casts what it loads to its base's type; it shall keep all bits
+            self.given = self._load()
         """Base parameters whose values the adapter file holds itself: trained biases, embeddings."""
         self.sites: dict[str, nn.Module] = dict(_find_sites(self._tree, ""))
         self._check_complete()
@@ -184,8 +191,8 @@ class Adapted:
         self._forget(path)
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise MergeError(
-                f"Merging at {path} gives values that are not numbers: the adapter is broken, or {self._adapter.method} needs "
-                "the whole model to start from (`PeftModel.merge_and_unload` has it)."
+                f"Merging at {path} gives values that are not numbers: the adapter is broken, or its kind of "
+                f"{self._adapter.method} starts from the whole model (which `PeftModel.merge_and_unload` has)."
             )
         return tensors
 
@@ -202,9 +209,7 @@ class Adapted:
             config.init_lora_weights = True  # every tensor comes from the file
         kind = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about ties and merging: handled here
-                return kind(skeleton, config, _NAME, low_cpu_mem_usage=True)
+            return kind(skeleton, config, _NAME, low_cpu_mem_usage=True)
         except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, NotImplementedError) as error:
             raise MergeError(f"The adapter does not fit the base ({self._kind}): {_line(error)}") from error
 
@@ -225,6 +230,7 @@ class Adapted:
     def _given(self, saved: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The base parameters among what was loaded, and those in `saved`."""
         given = {}
+        strangers = set(saved)
         for path, module in self._origin.items():
             for leaf, parameter in module.named_parameters(recurse=False):
                 key = f"base_model.model.{path}.base_layer.{leaf}"
@@ -233,14 +239,17 @@ class Adapted:
                         raise MergeError(self._resized(_plain(key), list(saved[key].shape), list(parameter.shape)))
                     setattr(module, leaf, nn.Parameter(saved[key], requires_grad=False))
                     given[f"{path}.{leaf}"] = saved[key]
+                    strangers.discard(key)
                 elif not isinstance(parameter, Stub):
                     given[f"{path}.{leaf}"] = parameter.detach()
+        if strangers:
+            raise MergeError(self._stranger(sorted(strangers)))
         return given
 
     def _stranger(self, keys: list[str]) -> str:
         return (
-            f"{len(keys)} tensors of the adapter have no place in the base ({self._kind}), {_plain(keys[0])} among them: "
-            "it was trained on another model."
+            f"{len(keys)} tensors of the adapter have no place in the base ({self._kind}), {_plain(keys[0])} among "
+            "them: it was trained on another model."
         )
 
     def _mismatch(self, error: str) -> str:

@@ -22,10 +22,10 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from client.merge_base import MergeError
+from client.merge.base import MergeError
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
     """Tensors that are converted together: mostly one; for fused experts all of a block's."""
 
@@ -53,6 +53,10 @@ class Names:
     @functools.cached_property
     def _converters(self) -> list[WeightConverter]:
         return [rule for rule in self._rules if isinstance(rule, WeightConverter)]
+
+    @functools.cached_property
+    def _converter_of(self) -> dict[str, WeightConverter]:
+        return {pattern: rule for rule in self._converters for pattern in rule.source_patterns}
 
     @functools.cached_property
     def _renamings(self) -> list[WeightRenaming]:
@@ -104,7 +108,7 @@ class Names:
         name, pattern = rename_source_key(key, self._renamings, self._converters, prefix, self._state)
         if name not in self._state and key in self._state:
             name, pattern = rename_source_key(key, [], [], prefix, self._state)
-        converter = next((rule for rule in self._converters if pattern in rule.source_patterns), None)
+        converter = self._converter_of.get(pattern or "")
         params = _targets(name, converter, self._state)
         if not params:
             return  # not a part of this model: rotary buffers of old checkpoints, heads of other tasks

@@ -11,6 +11,8 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from protocol.errors import BadUsage
+
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -21,7 +23,7 @@ _STATE_OF_8BIT = ("SCB", "weight_format")
 _DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class MergeError(ValueError):
+class MergeError(BadUsage, ValueError):
     """The adapter cannot be merged into this base. The message is one sentence for a person."""
 
 
@@ -45,8 +47,8 @@ def find_folder(name: Path | str, what: str, files: tuple[str, ...]) -> Path:
     if folder.is_dir():
         return folder
     try:
-        patterns = {"allow_patterns": list(files), "ignore_patterns": list(_NOT_WANTED)}
-        return Path(huggingface_hub.snapshot_download(str(name), **patterns))
+        allowed, ignored = list(files), list(_NOT_WANTED)
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=allowed, ignore_patterns=ignored))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MergeError(

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from client.merge_adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder
-from client.merge_base import SIDE_FILES, BaseCheckpoint, MergeError, find_folder
-from client.merge_plan import MergePlan
-from client.merge_write import ShardWriter, check_out, check_space, unfinished
+from client.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder
+from client.merge.base import SIDE_FILES, BaseCheckpoint, MergeError, find_folder
+from client.merge.plan import MergePlan
+from client.merge.write import ShardWriter, check_out, check_space, unfinished
 
 __all__ = ["MergeError", "MergeReport", "merge_adapter"]
 
@@ -67,6 +67,8 @@ def merge_adapter(
     specs = [spec for unit in plan.units for spec in unit.specs]
     check_space(out, sum(spec.nbytes for spec in specs))
     report(f"Merging a {tuned.method} adapter of {plan.modules} modules into {checkpoint.folder}.")
+    if tuned.base_name and Path(tuned.base_name).name != Path(base).name:
+        report(f"Note that the adapter names another base: {tuned.base_name}.")
     with unfinished(out) as folder:
         with ShardWriter(folder, specs, max_shard_bytes) as writer:
             _write_weights(plan, writer, report)

@@ -14,7 +14,7 @@ from typing import BinaryIO, Self
 
 import torch
 
-from client.merge_base import INDEX_FILE, SINGLE_FILE, MergeError
+from client.merge.base import INDEX_FILE, SINGLE_FILE, MergeError
 
 _NAMES = {
     torch.float64: "F64",
@@ -62,7 +62,7 @@ class _Shard:
         file = self._file or self._start()
         file.seek(self._offsets[spec.name])
         for part in tensor.detach().contiguous().view(-1).split(_CHUNK):
-            file.write(part.to(spec.dtype).contiguous().view(torch.uint8).numpy().data)
+            file.write(_converted(part, spec).view(torch.uint8).numpy().data)
         self.missing.discard(spec.name)
         if not self.missing:
             file.flush()
@@ -175,6 +175,13 @@ def unfinished(out: Path) -> Iterator[Path]:
         raise MergeError(f"Writing {out} failed ({error}); nothing was kept.") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _converted(part: torch.Tensor, spec: Spec) -> torch.Tensor:
+    converted = part.to(spec.dtype).contiguous()
+    if spec.dtype == torch.float16 and part.dtype != torch.float16 and not converted.isfinite().all():
+        raise MergeError(f"Tensor {spec.name} has values beyond float16's range: write the model as bfloat16.")
+    return converted
 
 
 def _split(plan: Sequence[Spec], max_bytes: int) -> list[list[Spec]]:

@@ -10,10 +10,10 @@ import transformers as tf
 from transformers.core_model_loading import dot_natural_key
 from transformers.pytorch_utils import Conv1D
 
-from client.merge_adapter import Adapted, AdapterFolder
-from client.merge_base import BaseCheckpoint, MergeError, stored_dtype
-from client.merge_names import Group, Names
-from client.merge_write import ShardWriter, Spec
+from client.merge.adapter import Adapted, AdapterFolder
+from client.merge.base import BaseCheckpoint, MergeError, stored_dtype
+from client.merge.names import Group, Names
+from client.merge.write import ShardWriter, Spec
 
 _TASKS: dict[str, Any] = {
     "CAUSAL_LM": tf.AutoModelForCausalLM,
@@ -129,13 +129,13 @@ class MergePlan:
         done: set[int] = set()
         for key in sorted(self._base.entries, key=dot_natural_key):
             group = self._names.of_key.get(key)
-            unit = unit_of.get(id(group)) if group is not None else None
-            if unit is None and (group is not None or not self._is_other_class()):
+            made_by = unit_of.get(id(group)) if group is not None else None
+            if made_by is None and (group is not None or not self._is_other_class()):
                 dtype = self._out_dtype(key, self._base.entries[key].dtype)
                 yield Unit(copied=key, specs=[Spec(key, self._shape(key), dtype)])
-            elif unit is not None and id(unit) not in done:
-                done.add(id(unit))
-                yield unit
+            elif made_by is not None and id(made_by) not in done:
+                done.add(id(made_by))
+                yield made_by
         yield from headless
 
     def _unit_around(self, start: str, seen: set[str]) -> Unit:
@@ -154,21 +154,22 @@ class MergePlan:
             if (site := self._site_of.get(param)) is not None and site not in unit.sites:
                 unit.sites.append(site)
                 todo += [other for other, where in self._site_of.items() if where == site]
-        unit.fresh = [
-            param for param in sorted(found) if param not in self._names.of_param and not self._stays_tied(param)
-        ]
+        unit.fresh = [p for p in sorted(found) if p not in self._names.of_param and not self._stays_tied(p)]
         needed = {self._site_of.get(param) for param in unit.params}
         unit.sites = [site for site in unit.sites if site in needed]
-        self.untied |= any(self._names.source(param) is not None for param in unit.fresh)
+        self.untied |= any(self._tied_to(p) is not None and not self._stays_tied(p) for p in found)
         unit.specs = [self._key_spec(key) for group in unit.groups for key in group.keys]
         unit.specs += [self._fresh_spec(param) for param in unit.fresh]
         return unit
 
+    def _tied_to(self, param: str) -> str | None:
+        return next((twin for twin in self._names.twins.get(param, ()) if twin in self._names.of_param), None)
+
     def _stays_tied(self, param: str) -> bool:
-        source = self._names.source(param)
-        if source is None:
+        other = self._tied_to(param)
+        if other is None:
             return False
-        sites = [self._site_of[name] for name in (param, source) if name in self._site_of]
+        sites = [self._site_of[name] for name in (param, other) if name in self._site_of]
         return not sites or (len(sites) == 2 and self._adapted.shares_tie(*sites))
 
     def _key_spec(self, key: str) -> Spec:
@@ -206,9 +207,8 @@ class MergePlan:
             values |= self._names.to_params(group, tensors)
         for param, tensor in values.items():
             if tuple(tensor.shape) != self._names.shape(param):
-                raise MergeError(
-                    f"The base's {param} is {list(tensor.shape)}; its config.json asks for {list(self._names.shape(param))}."
-                )
+                wanted = list(self._names.shape(param))
+                raise MergeError(f"The base's {param} is {list(tensor.shape)} and its config.json asks for {wanted}.")
         return values
 
     def _widen(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -248,7 +248,8 @@ def build_model(base: BaseCheckpoint, adapter: AdapterFolder) -> tf.PreTrainedMo
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         reason = re.sub(r"\s+", " ", str(error))
         raise MergeError(f"Transformers cannot build the model that {base.folder} describes ({reason}).") from error
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _named_class(base: BaseCheckpoint) -> Any:

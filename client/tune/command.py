@@ -1,0 +1,93 @@
+"""`peer tune`: a run over a swarm, from its description to its adapter."""
+
+import os
+import shlex
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import AutoConfig
+
+from client import AutoDistributedModelForCausalLM
+from client.routing import Hop
+from client.swarm import swarm_of
+from client.text import load_tokenizer
+from client.tune.config import TuneConfig, load_config
+from client.tune.dataset import prepare
+from client.tune.errors import ConfigError
+from client.tune.plan import Plan
+from client.tune.run import TuneRun, check_output, context_length
+from protocol.model.anatomy import hidden_size
+
+
+def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_only: bool) -> None:
+    """Carry out, or with `plan_only` show, the run that a file and `a.b=c` overrides describe.
+
+    Raises `TuneError` (its subclasses say what) and whatever the swarm raises, each with one sentence for a person.
+    """
+    console = Console(highlight=False)
+    config = load_config(path, overrides)
+    if not config.initial_peers:
+        raise ConfigError("initial_peers is empty; give the address of a member, which `peer serve` prints when ready")
+    check_output(config, resume)
+    tokenizer = load_tokenizer(config.model, config.revision)
+    prepared = prepare(config, tokenizer, context_length(AutoConfig.from_pretrained(config.model)))
+    model = AutoDistributedModelForCausalLM.from_pretrained(
+        config.model, revision=config.revision, initial_peers=config.initial_peers, dtype=config.dtype
+    )
+    again = shlex.join(["peer", "tune", *([str(path)] if path else []), *overrides, "--resume"])
+    with _terminate_like_interrupt():
+        run = TuneRun(config, model, tokenizer, prepared, resume=resume, resume_command=f"`{again}`")
+        plan = run.plan()
+        console.print(run.plan(_swarm_rows(model, plan, config)))
+        if plan_only:
+            return
+        result = run.train(console)
+    console.print(
+        f"loss {result.loss:.4f} after {result.steps} steps ({result.seconds:.0f} s); adapter: {result.adapter}"
+    )
+    console.print(f"before and after: {run.folder.samples}; the losses: {run.folder.plot}")
+
+
+def _swarm_rows(model: Any, plan: Plan, config: TuneConfig) -> list[tuple[str, str]]:
+    """What the swarm adds to the plan: the route, bytes over this machine's link, expected time."""
+    route = swarm_of(model).route("forward")
+    rows, tokens = plan.widest_batch
+    accumulation = config.trainer.gradient_accumulation
+    hidden = rows * tokens * hidden_size(model.config) * model.dtype.itemsize
+    trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    # Per hop and micro-batch: hidden states out and back, their gradients out and back; adapters' gradients back.
+    total = accumulation * (4 * hidden * len(route) + trainable) + trainable
+    seconds = accumulation * rows * tokens * sum(_seconds_per_token(hop) for hop in route)
+    return [
+        ("peers on the route", ", ".join(str(hop) for hop in route)),
+        ("over the wire", f"at most {total / 2**20:,.1f} MiB a step"),
+        ("expected time", f"about {_duration(seconds * plan.steps)} ({seconds:.1f} s a step, links not counted)"),
+    ]
+
+
+def _seconds_per_token(hop: Hop) -> float:
+    """Forward and backward, which costs about twice a forward when weights are frozen."""
+    return 3 * (hop.end - hop.start) / hop.peer.speed.forward
+
+
+def _duration(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"
+
+
+@contextmanager
+def _terminate_like_interrupt() -> Iterator[None]:
+    """SIGTERM saves a checkpoint too."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
