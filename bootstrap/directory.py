@@ -14,7 +14,7 @@ from hivemind.dht import DHTNode
 from bootstrap.neighbours import Neighbours
 from bootstrap.storage import MAX_LIFETIME
 from bootstrap.validator import MODELS_KEY, model_key
-from protocol.errors import BadRequest, SwarmError
+from protocol.errors import BadRequest
 from protocol.records import MAX_RECORD_BYTES, ModelId, PeerRecord, PeerState
 
 PERIOD = 20.0
@@ -130,8 +130,8 @@ class Announcer:
         await asyncio.gather(task, return_exceptions=True)
         try:
             await asyncio.wait_for(self._directory.withdraw(self._record()), WITHDRAW_TIMEOUT)
-        except (SwarmError, TimeoutError) as error:
-            _log.warning("This peer could not be withdrawn; its record will expire (%s).", error)
+        except Exception as error:  # leaving must go on whatever happens
+            _log.warning("This peer could not be withdrawn; its record will expire (%r).", error)
 
     async def _run(self) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""The commands that use a swarm: `generate`, `tune`, `merge`. The `peer` command offers them and imports this lazily."""
+"""The commands that use a swarm: `generate`, `tune`, `merge`. `peer.options` adds them to the `peer` command."""
 
 import json
 from pathlib import Path

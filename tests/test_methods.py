@@ -1,0 +1,41 @@
+"""Every method x family x task over real peers equals plain local PEFT: three steps, saved and loaded both ways."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+from tests.methods import METHODS, TARGETS, TASKS, adapted, load, logits, train
+from tests.swarm import ForkServer, Swarm, new_swarm
+
+
+@pytest.fixture(scope="module", params=list(TARGETS))
+def served(
+    request: pytest.FixtureRequest, fork_server: ForkServer, models: Callable[[str], Path]
+) -> Iterator[tuple[str, Path, Swarm]]:
+    path = models(request.param)
+    with new_swarm(fork_server) as swarm:
+        swarm.serve(path, "0:2", "2:5")
+        yield request.param, path, swarm
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("task", TASKS)
+def test_equals_local(served: tuple[str, Path, Swarm], task: str, method: str, tmp_path: Path) -> None:
+    family, path, swarm = served
+    config = METHODS[method](family, task)
+    local = adapted(load(path, task, None), config)
+    remote = adapted(load(path, task, swarm.initial_peers), config)
+    ours, theirs = train(remote, task), train(local, task)
+    assert len(ours) == len(theirs) > 6
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=0, atol=0 if method not in ("PiSSA",) else 1e-5)
+    remote.save_pretrained(tmp_path / "remote")
+    local.save_pretrained(tmp_path / "local")
+    plain = peft.PeftModel.from_pretrained(load(path, task, None), tmp_path / "remote").eval()
+    again = peft.PeftModel.from_pretrained(load(path, task, swarm.initial_peers), tmp_path / "local").eval()
+    expected = logits(local, task)
+    torch.testing.assert_close(logits(plain, task), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(again, task), expected, rtol=0, atol=1e-5)

@@ -1,0 +1,141 @@
+"""Adapters that a hostile or broken client may put on a peer."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from protocol import swarm_pb2 as pb
+from protocol.adapters import METHODS, bundle_hash
+from protocol.channel import Message
+from protocol.errors import BadAdapter, UnknownAdapter
+from tests.swarm import ForkServer, Peer
+from tests.wire import HIDDEN, MIB, START, TARGET, Wire, forward, open_wire
+
+
+@pytest.fixture(scope="module")
+def opened(fork_server: ForkServer, models: Callable[[str], Path]) -> Iterator[Wire]:
+    with open_wire(fork_server, models("llama")) as wire:
+        yield wire
+
+
+@pytest.fixture
+def wire(opened: Wire) -> Iterator[Wire]:
+    """After every test the peer still serves."""
+    with opened.still_serves():
+        yield opened
+
+
+def manifest(**changes: Any) -> dict[str, Any]:
+    spec = {"name": "default", "method": "LORA", "options": {"r": 4, "lora_alpha": 8}, "targets": [TARGET]}
+    spec |= {key: changes.pop(key) for key in tuple(changes) if key in spec}
+    names = {f"{TARGET}.lora_A.default.weight": 0, f"{TARGET}.lora_B.default.weight": 1}
+    whole = {"adapters": [spec], "scaling": {TARGET: {"default": 2.0}}, "tensors": names, "trainable": sorted(names)}
+    return whole | changes
+
+
+def put(content: Any, *tensors: torch.Tensor) -> Message:
+    given = tensors or (torch.ones(4, 32) / 8, torch.ones(32, 4) / 8)
+    text = content if isinstance(content, str) else json.dumps(content)
+    return Message(pb.PutAdapter(manifest=text), {str(i): tensor for i, tensor in enumerate(given)})
+
+
+def options(**more: Any) -> dict[str, Any]:
+    return manifest(options={"r": 4, "lora_alpha": 8} | more)
+
+
+def test_an_adapter_is_put_and_used(wire: Wire) -> None:
+    good = put(manifest())
+    key = bundle_hash(good.body.manifest, list(good.tensors.values()))  # type: ignore[attr-defined]
+    with pytest.raises(UnknownAdapter, match="put it"):
+        wire.ask(forward(adapter=key))
+    assert wire.ask(good).body.token == key  # type: ignore[attr-defined]
+    assert not torch.equal(wire.ask(forward(adapter=key)).tensor("hidden_states"), wire.expected)
+
+
+NAMES = manifest()["tensors"]
+ADAPTERS = {
+    "no JSON": ("{", "Invalid JSON"),
+    "a list": ("[]", "should be an object"),
+    "deep JSON": ("[" * 10_000, "Adapter refused"),
+    "an unknown field": (manifest(code="import os"), "Extra inputs"),
+    "no adapter": (manifest(adapters=[]), "at least 1"),
+    "a foreign method": (manifest(method="LN_TUNING"), "PEFT method 'LN_TUNING' is not one of"),
+    "an invented method": (manifest(method="__import__"), "PEFT method '__import__' is not one of"),
+    "a module to import": (options(megatron_core="os"), "'megatron_core' of LORA may not travel"),
+    "an initialisation": (options(init_lora_weights="pissa"), "'init_lora_weights' of LORA may not travel"),
+    "a path": (options(base_model_name_or_path="/etc"), "may not travel"),
+    "targets by pattern": (options(target_modules=".*"), "'target_modules' of LORA may not travel"),
+    "a pattern among ranks": (options(rank_pattern={"(a+)+$": 4}), "which is no target"),
+    "nested options": (options(rank_pattern={TARGET: {"a": [1]}}), "nested too deeply"),
+    "an infinite option": (json.dumps(options(lora_alpha=1)).replace("1}", "1e999}"), "at most"),
+    "a huge rank": (options(r=2**40), "at most"),
+    "no rank": (options(r=0), "PEFT refuses"),
+    "a rank of text": (options(r="4"), "PEFT refuses"),
+    "a dropout of 7": (options(lora_dropout=7), "PEFT refuses"),
+    "a foreign block": (manifest(targets=["0.self_attn.q_proj"]), "no module of blocks 1:4"),
+    "an unknown module": (manifest(targets=[f"{START}.nothing"]), "no module of blocks 1:4"),
+    "a module that is no layer": (manifest(targets=[f"{START}.self_attn"]), "PEFT refuses"),
+    "a target of its insides": (manifest(targets=["1.__class__"]), "no module of blocks 1:4"),
+    "a target by pattern": (manifest(targets=[".*q_proj"]), "should match pattern"),
+    "no target": (manifest(targets=[]), "at least 1"),
+    "a name with dots": (manifest(name="a.b"), "should match pattern"),
+    "a tensor not sent": (manifest(tensors=NAMES | {f"{TARGET}.lora_A.default.weight": 9}), "was not sent"),
+    "a negative tensor": (manifest(tensors=NAMES | {f"{TARGET}.lora_A.default.weight": -1}), "was not sent"),
+    "an unknown tensor": (manifest(tensors=NAMES | {f"{TARGET}.lora_C.default.weight": 0}), "is no part of"),
+    "a base weight": (manifest(tensors=NAMES | {f"{TARGET}.base_layer.weight": 0}), "is no part of"),
+    "a missing tensor": (manifest(tensors={sorted(NAMES)[0]: 0}, trainable=[]), "without 1 of its tensors"),
+    "an unknown trainable": (manifest(trainable=["1.x"]), "Trainable tensor '1.x'"),
+    "a scaling of nothing": (manifest(scaling={f"{START}.mlp": {"default": 1.0}}), "has no scaling"),
+    "a scaling of nobody": (manifest(scaling={TARGET: {"other": 1.0}}), "has no scaling for other"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "said"), ADAPTERS.values(), ids=ADAPTERS)
+def test_a_wrong_adapter_is_refused(wire: Wire, content: Any, said: str) -> None:
+    with pytest.raises(BadAdapter, match=said):
+        wire.ask(put(content))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ((torch.ones(4, 31), torch.ones(32, 4)), r"\[4, 31\]; expected torch.float32 \[4, 32\]"),
+        ((torch.ones(4, 32), torch.ones(32, 4, 1)), "expected"),
+        ((torch.ones(4, 32).long(), torch.ones(32, 4)), "int64"),
+        ((torch.ones(4, 32),), "was not sent"),
+    ],
+)
+def test_wrong_adapter_tensors_are_refused(wire: Wire, tensors: tuple[torch.Tensor, ...], said: str) -> None:
+    with pytest.raises(BadAdapter, match=said):
+        wire.ask(put(manifest(), *tensors))
+
+
+def test_adapter_tensors_are_numbered(wire: Wire) -> None:
+    with pytest.raises(BadAdapter, match="named 0, 1, 2"):
+        wire.ask(Message(pb.PutAdapter(manifest=json.dumps(manifest())), {"0": HIDDEN, "2": HIDDEN}))
+
+
+_KNOBS = ("r", "init_r", "target_r", "n_frequency", "oft_block_size", "boft_block_size", "boft_block_num")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_huge_adapter_takes_no_memory(wire: Wire, method: str) -> None:
+    huge: dict[str, Any] = {name: 2**20 for name in METHODS[method] if name in _KNOBS}
+    if method == "ADALORA":
+        huge["total_step"] = 10
+    Path(f"/proc/{wire.peer.pid}/clear_refs").write_text("5")  # the peak begins anew
+    before = peak(wire.peer)
+    with pytest.raises(BadAdapter):
+        wire.ask(put(manifest(method=method, options=huge)))
+    assert peak(wire.peer) - before < 16 * MIB
+
+
+def peak(peer: Peer) -> int:
+    found = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{peer.pid}/status").read_text(), re.M)
+    assert found
+    return int(found[1]) * 1024
