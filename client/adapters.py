@@ -17,7 +17,7 @@ from torch import nn
 
 from client.ghost import GhostTensor
 from protocol.adapters import DROPOUTS, METHODS, PATTERNS, AdapterSpec, Manifest, bundle_hash
-from protocol.errors import BadAdapter
+from protocol.errors import BadAdapter, BadUsage
 
 _REFUSED: dict[str, Any] = {
     "bias": "none", "target_parameters": None, "layer_replication": None, "use_qalora": False,
@@ -89,17 +89,20 @@ class AdapterSource:
     def snapshot(self, fresh: bool) -> Snapshot | None:
         """The active adapters now; `None` without any. `fresh`: do not trust that unchanged versions mean equal values.
 
-        Raises `BadAdapter` for what cannot travel.
+        Raises `BadAdapter` and `BadUsage` for what cannot travel.
         """
+        if fresh and self._watch is not None:
+            self._watch.refuse_misuse()
         if self._watch is None or self._watch.changed():
-            self._watch = _Watch(self._blocks)
-            self._snapshot = self._collect(self._watch.layers)
+            self._watch, watch = None, _Watch(self._blocks)
+            watch.refuse_misuse()
+            self._snapshot = self._collect(watch.layers)
+            self._watch = watch
         elif fresh and self._snapshot is not None:
             self._snapshot = replace(self._snapshot, _bundles={})
         return self._snapshot
 
     def _collect(self, layers: Mapping[str, BaseTunerLayer]) -> Snapshot | None:
-        self._refuse_foreign_changes()
         first = next(iter(layers.values()), None)
         if first is None or first.disable_adapters:
             return None
@@ -127,14 +130,6 @@ class AdapterSource:
                 if not isinstance(tensor.data, GhostTensor) and owner and owner[0] in active:
                     yield f"{path}.{name}", tensor
 
-    def _refuse_foreign_changes(self) -> None:
-        for name, parameter in self._blocks.named_parameters():
-            if parameter.requires_grad and isinstance(parameter.data, GhostTensor):
-                raise BadAdapter(
-                    f"{name} is a weight of the remote blocks and cannot be trained (requires_grad was turned on); "
-                    "train an adapter on it instead."
-                )
-
 
 class _Watch:
     """Notices cheaply whether modules, adapters' state or tensors have changed since it was made."""
@@ -155,6 +150,22 @@ class _Watch:
         ]
         self._tensors = [(tensor, tensor._version, tensor.requires_grad) for tensor in tensors]
         self._states = [(layer, *_state(layer)) for layer in self.layers.values()]
+        self._modules = list(blocks.modules())
+        self._ghosts = [(n, p) for n, p in blocks.named_parameters() if isinstance(p.data, GhostTensor)]
+
+    def refuse_misuse(self) -> None:
+        """Raise for what would pass without effect: training a ghost, hooks on modules that never run here."""
+        for name, parameter in self._ghosts:
+            if parameter.requires_grad:
+                raise BadAdapter(
+                    f"{name} is a weight of the remote blocks and cannot be trained (requires_grad was turned on); "
+                    "train an adapter on it instead."
+                )
+        if any(module._forward_pre_hooks or module._forward_hooks for module in self._modules):
+            raise BadUsage(
+                "Hooks on modules of the remote blocks never run, so adapter_names= (another adapter per row) does not "
+                "work through a swarm; use one call per adapter."
+            )
 
     def changed(self) -> bool:
         """Whether anything is not as it was."""

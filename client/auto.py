@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
 
 from client.build import build_model
 from client.config import SwarmConfig
+from client.saving import base_of, load_generation_config, name_base
 from client.swarm import Swarm
 from protocol.errors import BadUsage, UnsupportedModel
 from protocol.model.checkpoint import Checkpoint, open_checkpoint
@@ -44,9 +45,12 @@ def load_distributed(
         cls = class_for(config, mapping)
     if cls is None:
         raise UnsupportedModel(f"{model} is a {config.model_type} model, which Transformers has no such task for.")
-    swarm = Swarm.connect(network_config, checkpoint)
+    base = base_of(checkpoint)
+    swarm = Swarm.connect(network_config, base)
     built = build_model(cls, checkpoint, config, swarm, _dtype(dtype or torch_dtype, checkpoint))
     built.config._name_or_path = built.name_or_path = str(model)
+    name_base(built, base)
+    load_generation_config(built, checkpoint)
     return built
 
 
@@ -61,6 +65,9 @@ class _AutoDistributed:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **options: Any) -> PreTrainedModel:
         """A model that holds what lies outside of the blocks and runs the blocks on the peers of a swarm.
+
+        Also of a folder that `save_pretrained` of such a model, or a `Trainer` with it, has written. Nothing requires
+        gradients until a PEFT adapter is put on it or `requires_grad` is set for a weight that is on this machine.
 
         `options`: the fields of `SwarmConfig` (`initial_peers=[...]` above all), or `swarm_config=` whole; `revision`;
         `dtype` of what this machine holds (default: the checkpoint's); fields of the model's configuration

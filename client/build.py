@@ -11,6 +11,7 @@ from client.adapters import AdapterSource
 from client.ghost import GhostBlocks, make_ghosts
 from client.norms import NormCache
 from client.remote_blocks import PseudoLayer, RemoteBlocks
+from client.saving import freeze, hide_ghosts
 from client.swarm import Swarm
 from protocol.errors import UnsupportedModel
 from protocol.model.anatomy import BlockList, find_blocks, hidden_size
@@ -42,14 +43,18 @@ def build_model(
     norms = NormCache(swarm, donor, where)
     ghosts = make_ghosts(where.of(donor), norms.read)
     setattr(where.trunk_of(model), where.attribute, ghosts)
+    hide_ghosts(ghosts)
     _attach(model, where, ghosts, swarm)
+    freeze(model)
     model.eval()
     return model
 
 
 def _check_missing(model: PreTrainedModel, missing: list[str], where: BlockList, checkpoint: Checkpoint) -> None:
-    """Heads of a task may be new; the trunk must not be."""
-    lost = [name for name in missing if name.startswith(f"{where.trunk}.") and where.trunk]
+    """Heads of a task may be new; the trunk and a language model's head must not be."""
+    head = model.get_output_embeddings()
+    needed = [where.trunk, *(name for name, module in model.named_modules() if module is head)]
+    lost = [name for name in missing if any(part and name.startswith(f"{part}.") for part in needed)]
     if lost:
         raise UnsupportedModel(f"{checkpoint.name} lacks weights that {type(model).__name__} needs, such as {lost[0]}.")
 

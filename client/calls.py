@@ -85,7 +85,7 @@ async def _forward_hop(
 ) -> tuple[torch.Tensor, int]:
     message = Message(pb.Forward(context=work.context(hop), keep=keep), work.tensors(hop, hidden))
     async with swarm.connections.channel(hop.peer.peer_id) as channel:
-        answer = await call_with_adapter(channel, message, work.bundle(hop))
+        answer = await call_with_adapter(swarm.puts, channel, message, work.bundle(hop))
     swarm.health.succeed(hop.peer.peer_id)
     call_id = answer.body.call_id if isinstance(answer.body, pb.Result) else 0
     return answered_hidden(answer, hidden, hop.peer.peer_id), call_id
@@ -136,7 +136,7 @@ async def _ask_backward(
 ) -> tuple[torch.Tensor, Gradients]:
     message = Message(pb.Backward(context=work.context(hop), call_id=call_id), tensors)
     async with swarm.connections.channel(hop.peer.peer_id) as channel:
-        answer = await call_with_adapter(channel, message, work.bundle(hop))
+        answer = await call_with_adapter(swarm.puts, channel, message, work.bundle(hop))
     swarm.health.succeed(hop.peer.peer_id)
     gradients = {name.removeprefix("grad."): tensor for name, tensor in answer.tensors.items()}
     hidden = gradients.pop("hidden_states", None)

@@ -59,8 +59,15 @@ class GhostTensor(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GhostTensor":
         twin = GhostTensor(self, self.source, self.transposed)
-        twin.requires_grad_(self.requires_grad)
-        return twin
+        if not isinstance(self, nn.Parameter):
+            return twin
+        parameter: Any = nn.Parameter(twin, self.requires_grad)
+        parameter.source, parameter.transposed = self.source, self.transposed
+        return parameter  # type: ignore[no-any-return]
+
+    def element_size(self) -> int:
+        """Bytes that an element takes on this machine."""
+        return 0
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -70,7 +77,7 @@ class GhostTensor(torch.Tensor):
                 return cls(ghost, ghost.source, ghost.transposed, (kwargs or {}).get("dtype"))
             if func in (aten.t.default, aten.transpose.int, aten.permute.default) and ghost.ndim == 2:
                 return cls(ghost, ghost.source, not ghost.transposed)
-            if func is aten.add.Tensor and not isinstance(rest[0], cls) and not rest[0].any():
+            if func is aten.add.Tensor and not isinstance(rest[0], cls) and not torch.as_tensor(rest[0]).any():
                 return cls(ghost, ghost.source, ghost.transposed, torch.promote_types(ghost.dtype, rest[0].dtype))
             if func is aten.linalg_vector_norm.default and ghost.source and rest[0] == 2:
                 return ghost.source.read_norm(ghost.source.name, ghost.transposed, tuple(rest[1]), ghost.dtype)

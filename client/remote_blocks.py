@@ -124,6 +124,12 @@ class PseudoLayer:
         self.probing = True
         """While the trunk is being tried out, hidden states pass through."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_caught"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _caught=threading.local())
+
     def capture(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook on the trunk: the mask and positions as the user gave them.
 
@@ -144,8 +150,6 @@ class PseudoLayer:
         return (hidden_states, None) if self.returns_tuple else hidden_states
 
     def _run(self, hidden: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-        if any(block._forward_pre_hooks for block in self._ghosts._modules.values() if block is not None):
-            raise BadUsage("adapter_names= (another adapter per row) does not work through a swarm; use one call each.")
         layer, prefix = adopt(cache) if cache is not None else (None, {})
         goes_on = layer is not None and layer.session is not None
         work = self._remote.describe(self._caught.mask, self._caught.positions, fresh=not goes_on)

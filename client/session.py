@@ -81,7 +81,7 @@ class Session:
         number = stage.number + 1
         body = pb.Step(context=work.context(stage.hop), number=number, edits=edits, keep_past=keep_past)
         message = Message(body, work.tensors(stage.hop, hidden, with_prefix=number == 1))
-        answer = await call_with_adapter(stage.channel, message, work.bundle(stage.hop))
+        answer = await call_with_adapter(self._swarm.puts, stage.channel, message, work.bundle(stage.hop))
         stage.number = number
         self._swarm.health.succeed(stage.hop.peer.peer_id)
         return answered_hidden(answer, hidden, stage.hop.peer.peer_id)

@@ -1,16 +1,20 @@
 """The handle to the network: who serves what, by which route, and what to do when a peer fails."""
 
 import asyncio
+import copy
 import logging
 import time
+import weakref
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal
 
-from bootstrap.member import Member, MemberOptions
+from bootstrap.member import Member
 from client.config import SwarmConfig
 from client.connections import Connections, Wanted
 from client.loop import LOOP
+from client.membership import Memberships
 from client.routing import Health, Hop, find_route
+from client.work import Puts
 from protocol.errors import BadAdapter, BadRequest, NoRoute, SwarmError, TooLong, WrongModel
 from protocol.model.checkpoint import Checkpoint
 from protocol.records import PeerRecord
@@ -24,6 +28,8 @@ Purpose = Literal["decode", "forward"]
 _NOT_THIS = (BadRequest, BadAdapter, TooLong, WrongModel)
 """What a peer refuses will not get better by waiting; another peer may still take it."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
+_MEMBERSHIPS = Memberships()
+LOOP.at_exit(_MEMBERSHIPS.close)
 
 
 class Swarm:
@@ -37,27 +43,29 @@ class Swarm:
         self.health = Health()
         wanted = Wanted(self.model_id.config_hash, checkpoint.digests)
         self.connections = Connections(member.transport, wanted, self.health, config.silence_timeout)
+        self.puts = Puts()
         self._member = member
         self._known: list[PeerRecord] = []
         self._looked_up = float("-inf")
         self._look_up = asyncio.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Swarm":
+        """For a copy of the model: the same membership, the copy's own blocks."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.blocks = copy.deepcopy(self.blocks, memo)
+        return twin
 
     @classmethod
     def connect(cls, config: SwarmConfig, checkpoint: Checkpoint) -> "Swarm":
         """Join as a client. Raises `BadUsage` for a malformed address, `PeerUnreachable`."""
 
         async def join() -> Swarm:
-            member = await Member.join(MemberOptions(initial_peers=config.initial_peers, client_mode=True))
-            return cls(config, checkpoint, member)
+            return cls(config, checkpoint, await _MEMBERSHIPS.acquire(config.initial_peers))
 
         swarm = LOOP.run(join())
-        LOOP.at_exit(swarm.close)
+        weakref.finalize(swarm, LOOP.call, _leave, swarm.connections, swarm._member)
         return swarm
-
-    async def close(self) -> None:
-        """Leave the swarm."""
-        self.connections.close()
-        await self._member.shutdown()
 
     def peers(self) -> list[PeerRecord]:
         """The peers that serve this model now."""
@@ -104,6 +112,11 @@ class Swarm:
     def _allows(self, peer_id: str) -> bool:
         allowed = self.config.allowed_peers
         return peer_id not in self.config.blocked_peers and (allowed is None or peer_id in allowed)
+
+
+def _leave(connections: Connections, member: Member) -> None:
+    connections.close()
+    _MEMBERSHIPS.release(member)
 
 
 def swarm_of(model: Any) -> Swarm:

@@ -1,5 +1,7 @@
 """What a piece of work on remote blocks consists of, and how it is put into messages."""
 
+import asyncio
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,6 +14,8 @@ from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
 from protocol.errors import PeerFailed, UnknownAdapter
 from protocol.tensors import wire_dtype
+
+_MAX_PUTS = 256
 
 Prefix = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
 
@@ -61,14 +65,42 @@ class Work:
         return tensors
 
 
-async def call_with_adapter(channel: Channel, message: Message, bundle: Bundle | None) -> Message:
+class Puts:
+    """The adapters put of late. What several micro-batches in flight find missing at the same time is sent once."""
+
+    def __init__(self) -> None:
+        self._latest = OrderedDict[tuple[str, bytes], asyncio.Future[None]]()
+
+    def latest(self, peer_id: str, key: bytes) -> "asyncio.Future[None] | None":
+        """The last put of an adapter to a peer, done or going on."""
+        return self._latest.get((peer_id, key))
+
+    async def put(self, channel: Channel, bundle: Bundle, seen: "asyncio.Future[None] | None") -> None:
+        """Give the peer an adapter that it missed when `seen` was the last put: by waiting, if there is a later one."""
+        slot = (channel.remote, bundle.key)
+        latest = self._latest.get(slot)
+        if latest is not None and not (latest is seen and latest.done()):
+            await asyncio.wait({latest})
+            return
+        self._latest[slot] = done = asyncio.get_running_loop().create_future()
+        self._latest.move_to_end(slot)
+        while len(self._latest) > _MAX_PUTS:
+            self._latest.popitem(last=False)
+        try:
+            await channel.call(Message(pb.PutAdapter(manifest=bundle.manifest), bundle.tensors))
+        finally:
+            done.set_result(None)
+
+
+async def call_with_adapter(puts: Puts, channel: Channel, message: Message, bundle: Bundle | None) -> Message:
     """Call; when the peer does not hold the adapter, put it and call again."""
+    seen = puts.latest(channel.remote, bundle.key) if bundle else None
     try:
         return await channel.call(message)
     except UnknownAdapter:
         if bundle is None:
             raise PeerFailed(f"Peer {channel.remote} misses an adapter that the call does not name.") from None
-    await channel.call(Message(pb.PutAdapter(manifest=bundle.manifest), bundle.tensors))
+    await puts.put(channel, bundle, seen)
     return await channel.call(message)
 
 

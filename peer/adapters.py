@@ -2,8 +2,9 @@
 
 import copy
 import logging
+import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from protocol.tensors import nbytes
 logger = logging.getLogger(__name__)
 
 _MAX_TREES = 16
+_SHARED = re.compile(r"\.(vera|randlora)_[AB]\.")
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,13 @@ class AdapterStore:
             if name not in expected:
                 raise BadAdapter(f"Tensor {name!r} is no part of the adapter that its configuration describes.")
             like = expected[name]
-            if like.shape != tensor.shape or like.is_floating_point() != tensor.is_floating_point():
+            if not _fits(name, tensor, like) or like.is_floating_point() != tensor.is_floating_point():
                 raise BadAdapter(
                     f"Adapter tensor {name!r} is {tensor.dtype} {list(tensor.shape)}; "
                     f"expected {like.dtype} {list(like.shape)}."
                 )
-        if missing := expected.keys() - tensors.keys():
+        # What PEFT computed from the configuration (BOFT's permutations) is there already.
+        if missing := {name for name, like in expected.items() if like.is_meta} - tensors.keys():
             raise BadAdapter(f"The adapter came without {len(missing)} of its tensors, such as {min(missing)!r}.")
         if unknown := set(manifest.trainable) - tensors.keys():
             raise BadAdapter(f"Trainable tensor {min(unknown)!r} is not in the adapter.")
@@ -135,11 +138,7 @@ class AdapterStore:
                     raise BadAdapter(
                         f"Adapter target {target!r} is no module of blocks {self._span.start}:{self._span.end}."
                     )
-            try:
-                with torch.random.fork_rng(devices=[]):
-                    peft.inject_adapter_in_model(self._config(spec), tree, spec.name, low_cpu_mem_usage=True)
-            except Exception as error:  # PEFT's refusals come as many types
-                raise BadAdapter(f"PEFT refuses the {spec.method} adapter {spec.name!r}: {error}") from error
+        self._inject(tree, manifest.adapters)
         active = [spec.name for spec in manifest.adapters]
         for module in tree.modules():
             if isinstance(module, BaseTunerLayer):
@@ -147,6 +146,18 @@ class AdapterStore:
                 module._disable_adapters = False
         tree.eval().requires_grad_(False)
         return tree
+
+    def _inject(self, tree: PreTrainedModel, specs: Sequence[AdapterSpec]) -> None:
+        """Have PEFT put its modules into the tree, their tensors on the meta device where it can do so."""
+        first, *rest = specs
+        empty = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}
+        try:
+            with torch.random.fork_rng(devices=[]):
+                wrapper = peft.get_peft_model(tree, self._config(first), adapter_name=first.name, **empty)
+                for spec in rest:
+                    wrapper.add_adapter(spec.name, self._config(spec), **empty)
+        except Exception as error:  # PEFT's refusals come as many types
+            raise BadAdapter(f"PEFT refuses the adapter {', '.join(spec.name for spec in specs)}: {error}") from error
 
     def _config(self, spec: AdapterSpec) -> peft.PeftConfig:
         path = self._span.where.path
@@ -156,6 +167,16 @@ class AdapterStore:
         return peft.get_peft_config(
             {"peft_type": spec.method, "target_modules": [f"{path}.{name}" for name in spec.targets], **options}
         )
+
+
+def _fits(name: str, tensor: torch.Tensor, like: torch.Tensor) -> bool:
+    """Whether a tensor has the shape that PEFT gave it here, as far as a span can know it."""
+    if tensor.ndim != like.ndim:
+        return False
+    pairs = list(zip(tensor.shape, like.shape, strict=True))
+    if _SHARED.search(name):  # sized by the widest target of the whole model, sliced in use
+        return all(theirs >= ours for theirs, ours in pairs)
+    return all(theirs == ours for theirs, ours in pairs)
 
 
 def share_leaves(model: PreTrainedModel) -> PreTrainedModel:

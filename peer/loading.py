@@ -1,5 +1,6 @@
 """Loading a span: only its blocks' tensors are fetched, read, and quantized as they come."""
 
+import logging
 from typing import Any
 
 import torch
@@ -77,6 +78,8 @@ def _quantization_options(quantization: str, double: bool, dtype: torch.dtype) -
     if quantization == "none":
         return {}
     if quantization == "int8":
+        # Otherwise a line for every single matmul, saying that int8 works in float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     return {
         "quantization_config": BitsAndBytesConfig(

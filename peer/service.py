@@ -14,6 +14,7 @@ import torch
 from peer.adapters import AdapterStore, Bundle
 from peer.calls import Call, Trainer
 from peer.checks import check_inputs, check_mode, check_prefix, prefix_length
+from peer.factors import check_factorize, factorize
 from peer.kv_cache import CacheMemory, Session, SpanCache, apply_edit, check_edit, prefix_cache
 from peer.scheduler import Priority, Scheduler
 from peer.span import Mode, Span
@@ -181,6 +182,8 @@ class Service:
             return await self._put_adapter(connection, message, body)
         if isinstance(body, pb.ReadWeight):
             return await self._read_weight(connection, body)
+        if isinstance(body, pb.Factorize):
+            return await self._factorize(connection, message, body)
         raise BadRequest(f"A peer does not answer {type(body).__name__} messages.")
 
     # ---- generation
@@ -312,6 +315,10 @@ class Service:
             return {f"value.{i}": norm for i, norm in enumerate(norms)}
 
         return Message(pb.Result(), await self._compute(connection, Priority.CALL, read))
+
+    async def _factorize(self, connection: _Connection, message: Message, body: pb.Factorize) -> Message:
+        job = check_factorize(self._span, body, message.tensors)
+        return Message(pb.Result(), await self._compute(connection, Priority.CALL, partial(factorize, job)))
 
     # ---- the compute thread
 

@@ -1,4 +1,4 @@
-"""What a client may ask of a base weight: row norms (DoRA's initialisation needs them)."""
+"""What a client may ask of a base weight: row norms (DoRA's initialisation needs them); for factors see `factors`."""
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
@@ -8,8 +8,8 @@ from peer.span import Span
 from protocol.errors import BadRequest
 
 
-def read_norm(span: Span, name: str, transposed: bool, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The 2-norm over `dims` of the weight `BLOCK.PATH.weight`, cast to `dtype` first as PEFT does.
+def find_matrix(span: Span, name: str) -> nn.Module:
+    """The module of the weight `BLOCK.PATH.weight`.
 
     Raises `BadRequest` for a name that is no weight matrix of this span.
     """
@@ -22,9 +22,23 @@ def read_norm(span: Span, name: str, transposed: bool, dims: tuple[int, ...], dt
     weight = getattr(module, "weight", None)
     if leaf != "weight" or module is None or weight is None or weight.ndim != 2:
         raise BadRequest(f"{name!r} is no weight matrix of blocks {span.start}:{span.end}.")
+    return module
+
+
+def dense_weight(module: nn.Module) -> torch.Tensor:
+    """The module's weight, dequantized: (rows, columns)."""
+    weight: torch.Tensor = dequantize_module_weight(module) if isinstance(module, nn.Linear) else module.weight  # type: ignore[assignment]
+    return weight.detach()
+
+
+def read_norm(span: Span, name: str, transposed: bool, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The 2-norm over `dims` of the weight `BLOCK.PATH.weight`, cast to `dtype` first as PEFT does.
+
+    Raises `BadRequest` for a name that is no weight matrix of this span.
+    """
+    module = find_matrix(span, name)
     if not dims or not set(dims) <= {0, 1, -1, -2} or len({dim % 2 for dim in dims}) < len(dims):
         raise BadRequest(f"Norms of a matrix are over dimensions 0 or 1, not {dims}.")
-    dense = dequantize_module_weight(module) if isinstance(module, nn.Linear) else weight
-    dense = dense.detach().to(dtype)
+    dense = dense_weight(module).to(dtype)
     norm: torch.Tensor = torch.linalg.vector_norm(dense.T if transposed else dense, dim=dims)
     return norm

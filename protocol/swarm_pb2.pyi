@@ -22,6 +22,13 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     RAW: _ClassVar[Codec]
+
+class Factorization(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    NO_FACTORIZATION: _ClassVar[Factorization]
+    SVD: _ClassVar[Factorization]
+    LOW_RANK_SVD: _ClassVar[Factorization]
+    QR: _ClassVar[Factorization]
 DTYPE_NONE: DType
 FLOAT32: DType
 FLOAT16: DType
@@ -32,6 +39,10 @@ INT32: DType
 BOOL: DType
 UINT8: DType
 RAW: Codec
+NO_FACTORIZATION: Factorization
+SVD: Factorization
+LOW_RANK_SVD: Factorization
+QR: Factorization
 
 class Tensor(_message.Message):
     __slots__ = ("name", "dtype", "shape", "codec", "nbytes")
@@ -48,7 +59,7 @@ class Tensor(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[_Union[Codec, str]] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "welcome", "failure", "result", "forward", "backward", "open_session", "step", "fork_session", "put_adapter", "read_weight", "ping", "working", "tensors")
+    __slots__ = ("hello", "welcome", "failure", "result", "forward", "backward", "open_session", "step", "fork_session", "put_adapter", "read_weight", "ping", "working", "factorize", "tensors")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +73,7 @@ class Frame(_message.Message):
     READ_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
     WORKING_FIELD_NUMBER: _ClassVar[int]
+    FACTORIZE_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     welcome: Welcome
@@ -76,8 +88,9 @@ class Frame(_message.Message):
     read_weight: ReadWeight
     ping: Ping
     working: Working
+    factorize: Factorize
     tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., open_session: _Optional[_Union[OpenSession, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., fork_session: _Optional[_Union[ForkSession, _Mapping]] = ..., put_adapter: _Optional[_Union[PutAdapter, _Mapping]] = ..., read_weight: _Optional[_Union[ReadWeight, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., open_session: _Optional[_Union[OpenSession, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., fork_session: _Optional[_Union[ForkSession, _Mapping]] = ..., put_adapter: _Optional[_Union[PutAdapter, _Mapping]] = ..., read_weight: _Optional[_Union[ReadWeight, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ..., factorize: _Optional[_Union[Factorize, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("version", "config_hash", "weights")
@@ -240,3 +253,17 @@ class ReadWeight(_message.Message):
     norm_dims: _containers.RepeatedScalarFieldContainer[int]
     dtype: DType
     def __init__(self, names: _Optional[_Iterable[str]] = ..., transposed: _Optional[bool] = ..., norm_dims: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[DType, str]] = ...) -> None: ...
+
+class Factorize(_message.Message):
+    __slots__ = ("name", "transposed", "factorization", "rank", "iterations")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TRANSPOSED_FIELD_NUMBER: _ClassVar[int]
+    FACTORIZATION_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ITERATIONS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    transposed: bool
+    factorization: Factorization
+    rank: int
+    iterations: int
+    def __init__(self, name: _Optional[str] = ..., transposed: _Optional[bool] = ..., factorization: _Optional[_Union[Factorization, str]] = ..., rank: _Optional[int] = ..., iterations: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,51 @@
+"""One membership, and so one p2pd process, for all models of this process that use the same swarm."""
+
+import asyncio
+from dataclasses import dataclass
+
+from bootstrap.member import Member, MemberOptions
+
+_LINGER = 5.0
+"""Seconds that an unused membership is kept, in case that the next model joins the same swarm."""
+
+
+@dataclass
+class _Shared:
+    member: Member
+    users: int = 0
+
+
+class Memberships:
+    """The swarms that this process is a member of, by initial peers. Used on the loop only."""
+
+    def __init__(self) -> None:
+        self._shared: dict[tuple[str, ...], _Shared] = {}
+        self._joining = asyncio.Lock()
+
+    async def acquire(self, initial_peers: tuple[str, ...]) -> Member:
+        """Join, or share a membership that is there. Raises as `Member.join`."""
+        async with self._joining:
+            shared = self._shared.get(initial_peers)
+            if shared is None or shared.member.lost.is_set():
+                options = MemberOptions(initial_peers=initial_peers, client_mode=True)
+                shared = self._shared[initial_peers] = _Shared(await Member.join(options))
+            shared.users += 1
+            return shared.member
+
+    def release(self, member: Member) -> None:
+        """One user less; the last one's leaving ends the membership after a while."""
+        for initial_peers, shared in self._shared.items():
+            if shared.member is member:
+                shared.users -= 1
+                asyncio.get_running_loop().call_later(_LINGER, self._end_if_unused, initial_peers)
+
+    async def close(self) -> None:
+        """Leave every swarm."""
+        for initial_peers in list(self._shared):
+            await self._shared.pop(initial_peers).member.shutdown()
+
+    def _end_if_unused(self, initial_peers: tuple[str, ...]) -> None:
+        shared = self._shared.get(initial_peers)
+        if shared is not None and not shared.users:
+            del self._shared[initial_peers]
+            self._ending = asyncio.create_task(shared.member.shutdown())

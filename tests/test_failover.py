@@ -1,0 +1,430 @@
+"""Peers that are killed, stopped and restarted in the middle of things: the same tokens, the same loss, a short stall."""
+
+import contextlib
+import copy
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import psutil
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+
+from client import AutoDistributedModelForCausalLM
+from protocol import swarm_pb2 as pb
+from protocol.channel import Channel, Message
+from protocol.errors import NoRoute
+from tests.swarm import ForkServer, Peer, Swarm, new_swarm
+
+VOCABULARY, BLOCKS, PROMPT = 128, 5, 14
+SPAN = "2:5"
+STALL = 5.0
+"""Seconds that a failure may take, on a busy machine; found by heartbeats it takes `SILENCE` more."""
+SILENCE = 2.0
+
+
+@dataclass
+class Arena:
+    """Blocks 0:2 on a peer that lives; 2:5 on two peers, one of which is for a test to kill, and, in parts, on others."""
+
+    path: Path
+    swarm: Swarm
+    parts: list[Peer]
+    whole: list[Peer] = field(default_factory=list)
+
+    def launch(self, *options: str) -> Peer:
+        join = ("--initial-peers", self.swarm.peers[0].address, "--host", "127.0.0.1", "--threads", "1")
+        return self.swarm.launch("serve", str(self.path), "--blocks", SPAN, *join, *options)
+
+    def pair(self) -> tuple[Peer, Peer]:
+        """A victim and its heir, both serving 2:5. The next victim is already being started."""
+        self.whole = [peer for peer in self.whole if peer.is_alive()]
+        while len(self.whole) < 3:
+            self.whole.append(self.launch())
+        for peer in self.whole[:2]:
+            peer.wait_ready()
+        return self.whole[0], self.whole[1]
+
+    def connect(self, victim: Peer, then: list[Peer], **options: Any) -> Any:
+        """A model that goes through the victim first; of 2:5 it knows only the victim and `then`."""
+        allowed = [peer.peer_id for peer in (self.swarm.peers[0], victim, *then)]
+        model = AutoDistributedModelForCausalLM.from_pretrained(
+            str(self.path), initial_peers=self.swarm.initial_peers, allowed_peers=allowed, **options
+        )
+        for peer in then:
+            model.swarm.health.measured(peer.peer_id, 9.0)  # far away, as far as anyone knows
+        assert [hop.peer.peer_id for hop in model.swarm.route()][1:] == [victim.peer_id]
+        return model
+
+
+@pytest.fixture(scope="module")
+def arena(fork_server: ForkServer, models: Callable[[str], Path]) -> Iterator[Arena]:
+    with new_swarm(fork_server) as swarm:
+        _, *parts = swarm.serve(models("llama"), "0:2", "2:4", "4:5")
+        yield Arena(models("llama"), swarm, parts)
+
+
+@pytest.fixture(scope="module")
+def local(models: Callable[[str], Path]) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(models("llama")).eval()
+
+
+class AtToken(LogitsProcessor):
+    """Does something while token number `count` is being chosen; notes the longest pause between two tokens."""
+
+    def __init__(self, count: int, action: Callable[[], Any]):
+        self.first, self.count, self.action = 0, count, action
+        self.times: list[float] = []
+        self.done = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.first = self.first or input_ids.shape[1]
+        self.times.append(time.monotonic())
+        if not self.done and input_ids.shape[1] - self.first >= self.count:
+            self.done = True
+            self.action()
+            self.times.append(time.monotonic())
+        return scores
+
+    @property
+    def stall(self) -> float:
+        return max(later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False))
+
+
+def batch() -> dict[str, Any]:
+    ids = torch.randint(3, VOCABULARY, (3, PROMPT), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    return {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 12, "eos_token_id": None, "do_sample": False}
+
+
+def one() -> dict[str, Any]:
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6, 7]])
+    return batch() | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def with_adapter(model: Any, method: str = "lora") -> Any:
+    torch.manual_seed(7)
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if method == "prefix":
+        return peft.get_peft_model(model, peft.PrefixTuningConfig(num_virtual_tokens=3, **options))
+    options |= {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    return peft.get_peft_model(model, peft.LoraConfig(lora_dropout=0.2 if method == "dropout" else 0.0, **options))
+
+
+def generate_with_kill(model: Any, victim: Peer, at: int = 5, options: dict[str, Any] | None = None) -> torch.Tensor:
+    """What is generated while the victim is killed at a token; its end was noticed, and passed over quickly."""
+    killer = AtToken(at, victim.kill)
+    tokens = model.generate(**(options or batch()), logits_processor=LogitsProcessorList([killer]))
+    assert killer.done
+    assert killer.stall < STALL
+    assert _swarm(model).health.is_banned(victim.peer_id) or victim.peer_id not in _route(model)
+    return tokens  # type: ignore[no-any-return]
+
+
+def _swarm(model: Any) -> Any:
+    return model.swarm
+
+
+def _route(model: Any) -> list[str]:
+    return [hop.peer.peer_id for hop in _swarm(model).route()]
+
+
+# ---- generation
+
+
+@pytest.mark.parametrize("heirs", ["one peer", "two peers with a part each"])
+def test_killed_in_greedy_decoding(heirs: str, arena: Arena, local: Any) -> None:
+    victim, heir = arena.pair()
+    model = arena.connect(victim, [heir] if heirs == "one peer" else arena.parts)
+    assert torch.equal(generate_with_kill(model, victim), local.generate(**batch()))
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_killed_between_prefill_and_decode(at: int, arena: Arena, local: Any) -> None:
+    victim, heir = arena.pair()
+    assert torch.equal(generate_with_kill(arena.connect(victim, [heir]), victim, at), local.generate(**batch()))
+
+
+def test_killed_before_the_first_answer(arena: Arena, local: Any) -> None:
+    """The client had talked to the peer before, so it does not know of its end."""
+    victim, heir = arena.pair()
+    model = arena.connect(victim, [heir])
+    model(**{name: batch()[name] for name in ("input_ids", "attention_mask")})
+    victim.kill()
+    start = time.monotonic()
+    assert torch.equal(model.generate(**batch()), local.generate(**batch()))
+    assert time.monotonic() - start < STALL
+
+
+METHODS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "beams": lambda local: batch() | {"num_beams": 4, "num_return_sequences": 2},
+    "assisted": lambda local: one() | {"assistant_model": local},
+    "prompt_lookup": lambda local: one() | {"prompt_lookup_num_tokens": 4},
+    "sampling": lambda local: batch() | {"do_sample": True, "top_k": 20},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_with_another_method(method: str, arena: Arena, local: Any) -> None:
+    """The cache was reordered, repeated or cropped before; twice as many peers as before take over."""
+    victim, _ = arena.pair()
+    options = METHODS[method](local)
+    torch.manual_seed(9)
+    ours = generate_with_kill(arena.connect(victim, arena.parts), victim, 4, options)
+    torch.manual_seed(9)
+    assert torch.equal(ours, local.generate(**options))
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_killed_with_an_adapter(method: str, arena: Arena, models: Callable[[str], Path]) -> None:
+    """The heirs get the adapter, and the KV prefix of the beginning."""
+    victim, _ = arena.pair()
+    ours = with_adapter(arena.connect(victim, arena.parts), method).eval()
+    theirs = with_adapter(transformers.AutoModelForCausalLM.from_pretrained(models("llama")), method).eval()
+    options = batch() | {"num_beams": 2}
+    assert torch.equal(generate_with_kill(ours, victim, 4, options), theirs.generate(**options))
+
+
+def test_killed_between_the_turns_of_a_conversation(arena: Arena, local: Any) -> None:
+    """The user's cache outlives the peer; so does a deep copy of it, made before or after the end."""
+    victim, heir = arena.pair()
+
+    def talk(model: Any, end: Callable[[], Any]) -> list[torch.Tensor]:
+        cache = DynamicCache(config=model.config)
+        said = [model.generate(**one(), past_key_values=cache)]
+        before = copy.deepcopy(cache)
+        end()
+        after = copy.deepcopy(cache)
+        for which, word in ((before, 11), (cache, 12), (after, 13)):
+            ids = torch.cat([said[0], torch.tensor([[word, 13]])], 1)
+            options = one() | {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 4}
+            said.append(model.generate(**options, past_key_values=which))
+        return said
+
+    ours = talk(arena.connect(victim, [heir]), victim.kill)
+    assert all(map(torch.equal, ours, talk(local, lambda: None)))
+
+
+def test_killed_one_after_the_other(arena: Arena, local: Any) -> None:
+    victim, heir = arena.pair()
+    model = arena.connect(victim, [heir, *arena.parts])
+    for peer in arena.parts:
+        model.swarm.health.measured(peer.peer_id, 9.0)
+    killers = [AtToken(4, victim.kill), AtToken(8, heir.kill)]
+    tokens = model.generate(**batch(), logits_processor=LogitsProcessorList(killers))
+    assert killers[1].done
+    assert torch.equal(tokens, local.generate(**batch()))
+    assert killers[1].stall < STALL
+
+
+@pytest.mark.parametrize("family", ["mistral", "bloom"])
+def test_the_founder_of_a_swarm_is_killed(family: str, models: Callable[[str], Path], swarm: Swarm) -> None:
+    """It was the client's only initial peer; the window of 8 is exceeded, so old keys are gone everywhere."""
+    founder, heir = swarm.serve(models(family), "0:5", "0:5")
+    model = AutoDistributedModelForCausalLM.from_pretrained(str(models(family)), initial_peers=[founder.address])
+    model.swarm.health.measured(heir.peer_id, 9.0)
+    assert _route(model) == [founder.peer_id]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(models(family)).eval()
+    assert torch.equal(generate_with_kill(model, founder), theirs.generate(**batch()))
+
+
+# ---- silence
+
+
+@contextlib.contextmanager
+def stopped(*processes: int) -> Iterator[None]:
+    """SIGSTOP for processes, until the end."""
+    yield
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            psutil.Process(process).send_signal(signal.SIGCONT)
+
+
+def _family_of(peer: Peer) -> list[psutil.Process]:
+    process = psutil.Process(peer.pid)
+    return [process, *process.children(recursive=True)]
+
+
+@pytest.mark.parametrize("what", ["the peer", "the whole machine"])
+def test_a_peer_falls_silent(what: str, arena: Arena, local: Any) -> None:
+    """Its connection stays open; of the whole machine not even p2pd answers. Found by the missing heartbeats."""
+    victim, heir = arena.pair()
+    model = arena.connect(victim, [heir], silence_timeout=SILENCE)
+    family = _family_of(victim)
+    frozen = family[:1] if what == "the peer" else family
+    assert len(family) > 1  # its p2pd
+    freezer = AtToken(5, lambda: [process.suspend() for process in frozen])
+    try:
+        tokens = model.generate(**batch(), logits_processor=LogitsProcessorList([freezer]))
+        assert torch.equal(tokens, local.generate(**batch()))
+        assert SILENCE * 0.9 < freezer.stall < SILENCE + STALL
+        assert torch.equal(model.generate(**batch()), tokens)
+    finally:
+        victim.kill()
+        for process in frozen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+
+
+def test_a_stopped_peer_comes_back(arena: Arena, local: Any) -> None:
+    """Stopped and continued: what it missed is made again, and it is used again later."""
+    victim, heir = arena.pair()
+    model = arena.connect(victim, [heir], silence_timeout=SILENCE)
+    freezer = AtToken(5, lambda: victim.send(signal.SIGSTOP))
+    tokens = model.generate(**batch(), logits_processor=LogitsProcessorList([freezer]))
+    victim.send(signal.SIGCONT)
+    assert torch.equal(tokens, local.generate(**batch()))
+    heir.kill()
+    assert torch.equal(model.generate(**batch()), tokens)
+
+
+def test_silence_in_training(arena: Arena, models: Callable[[str], Path]) -> None:
+    victim, heir = arena.pair()
+    ours = with_adapter(arena.connect(victim, [heir], silence_timeout=SILENCE))
+    try:
+        found = step(ours, between=lambda: victim.send(signal.SIGSTOP))
+    finally:
+        victim.kill()
+    assert_close(found, step(with_adapter(transformers.AutoModelForCausalLM.from_pretrained(models("llama")))))
+
+
+# ---- training
+
+
+def step(model: Any, between: Callable[[], Any] = lambda: None) -> list[torch.Tensor]:
+    """Loss and gradients of a step, with something in between forward and backward."""
+    model.train()
+    torch.manual_seed(11)
+    inputs = {name: batch()[name] for name in ("input_ids", "attention_mask")}
+    loss = model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)).loss
+    between()
+    loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    assert all(gradient is not None for gradient in gradients)
+    model.zero_grad()
+    return [loss.detach(), *gradients]
+
+
+def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def reference(models: Callable[[str], Path]) -> list[torch.Tensor]:
+    return step(with_adapter(transformers.AutoModelForCausalLM.from_pretrained(models("llama"))))
+
+
+@pytest.mark.parametrize("heirs", ["one peer", "two peers with a part each"])
+@pytest.mark.parametrize("when", ["before the forward", "before the backward"])
+def test_killed_in_a_training_step(when: str, heirs: str, arena: Arena, reference: list[torch.Tensor]) -> None:
+    victim, heir = arena.pair()
+    model = with_adapter(arena.connect(victim, [heir] if heirs == "one peer" else arena.parts, micro_batch_tokens=14))
+    assert_close(step(model), reference)
+    if when == "before the forward":
+        victim.kill()
+    start = time.monotonic()
+    assert_close(step(model, victim.kill if when == "before the backward" else lambda: None), reference)
+    assert time.monotonic() - start < STALL
+    assert_close(step(model), reference)
+
+
+def test_dropout_masks_survive_a_kill(arena: Arena) -> None:
+    """The heir computes the forward again with the very masks that the loss was made with."""
+    victim, heir = arena.pair()
+    undisturbed = step(with_adapter(arena.connect(victim, [heir]), "dropout"))
+    disturbed = step(with_adapter(arena.connect(victim, [heir]), "dropout"), victim.kill)
+    assert_close(disturbed, undisturbed)
+    assert any(not torch.equal(one, other) for one, other in zip(undisturbed, step(undisturbed_twin(arena, heir))))
+
+
+def undisturbed_twin(arena: Arena, heir: Peer) -> Any:
+    """The same without dropout."""
+    return with_adapter(arena.connect(heir, []))
+
+
+def test_prefix_gradients_survive_a_kill(arena: Arena, models: Callable[[str], Path]) -> None:
+    victim, _ = arena.pair()
+    ours = step(with_adapter(arena.connect(victim, arena.parts), "prefix"), victim.kill)
+    assert_close(ours, step(with_adapter(transformers.AutoModelForCausalLM.from_pretrained(models("llama")), "prefix")))
+
+
+def test_killed_while_an_adapter_is_put(
+    arena: Arena, reference: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim, heir = arena.pair()
+    send, killed = Channel.send, []
+
+    async def kill_first(self: Channel, message: Message) -> None:
+        if isinstance(message.body, pb.PutAdapter) and self.remote == victim.peer_id and not killed:
+            killed.append(True)
+            victim.send(signal.SIGKILL)
+        await send(self, message)
+
+    monkeypatch.setattr(Channel, "send", kill_first)
+    model = with_adapter(arena.connect(victim, [heir]))
+    next(parameter for parameter in model.parameters() if parameter.requires_grad).data.mul_(1.0)
+    assert_close(step(model), reference)
+    assert killed
+
+
+def test_killed_in_the_middle_of_a_run(arena: Arena, models: Callable[[str], Path]) -> None:
+    """Ten steps of AdamW, the peer killed in the fourth; the losses are those of an undisturbed run."""
+    victim, heir = arena.pair()
+
+    def run(model: Any, end: Callable[[], Any]) -> list[float]:
+        optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-3)
+        losses = []
+        for number in range(10):
+            inputs = batch()["input_ids"] + number % 3
+            loss = model(input_ids=inputs, labels=inputs).loss
+            if number == 3:
+                end()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    ours = run(with_adapter(arena.connect(victim, [heir])), victim.kill)
+    theirs = run(with_adapter(transformers.AutoModelForCausalLM.from_pretrained(models("llama"))), lambda: None)
+    assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+# ---- nobody left
+
+
+def test_nobody_else_holds_the_blocks(arena: Arena) -> None:
+    victim, _ = arena.pair()
+    model = arena.connect(victim, [], max_attempts=3)
+    with pytest.raises(NoRoute, match="2:5"):
+        generate_with_kill(model, victim)
+    with pytest.raises(NoRoute, match="2:5"):
+        step(with_adapter(model))
+
+
+def test_restarted_under_the_same_identity(arena: Arena, local: Any, tmp_path: Path) -> None:
+    """The only holder of the blocks is killed and started again; the client waits for it."""
+    options = ("--identity", str(tmp_path / "identity"))
+    first = arena.launch(*options)
+    first.wait_ready()
+    model = arena.connect(first, [])
+    again: list[Peer] = []
+
+    def restart() -> None:
+        first.kill()
+        again.append(arena.launch(*options))
+
+    restarter = AtToken(5, restart)
+    tokens = model.generate(**batch(), logits_processor=LogitsProcessorList([restarter]))
+    again[0].wait_ready()
+    assert again[0].peer_id == first.peer_id
+    assert torch.equal(tokens, local.generate(**batch()))
+    again[0].kill()
