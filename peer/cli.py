@@ -24,13 +24,22 @@ from peer.options import (
     parse_device,
     parse_dtype,
 )
-from protocol.errors import BadAdapter, BadRequest, BadUsage, SwarmError, UnsupportedModel
+from protocol.errors import (
+    BadAdapter,
+    BadRequest,
+    BadUsage,
+    NoSwarm,
+    SwarmError,
+    TooLong,
+    UnsupportedModel,
+    WrongModel,
+)
 
 app = typer.Typer(
     cls=LazyGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Fine-tune and run models too big for your GPU, on a swarm of peers.",
 )  # fmt: skip
-_USAGE_ERRORS = (BadUsage, BadRequest, BadAdapter, UnsupportedModel)
+_USAGE_ERRORS = (BadUsage, BadRequest, BadAdapter, UnsupportedModel, NoSwarm, WrongModel, TooLong)
 
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")]
@@ -180,7 +189,7 @@ def status(
 @app.command()
 def demo(
     model: Annotated[str | None, typer.Option(help="Another model: a folder or hub name.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the fine-tuning.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the fine-tuning.")] = 40,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where the adapter goes.")] = Path("demo-adapter"),
 ) -> None:
     """The whole thing on this machine in one go: a swarm, text from it, an adapter trained through it."""

@@ -178,7 +178,7 @@ def _start_swarm(start: _Start, checkpoint: Checkpoint, console: Console) -> lis
     address = start.address_of(start("bootstrap"))
     total = checkpoint.model_id.num_blocks
     borders = [total * i // 3 for i in range(4)]
-    threads = str(max(1, (os.cpu_count() or 1) // 2))
+    threads = str(os.cpu_count() or 1)  # the peers take turns
     peers = []
     for number, (name, quantization) in enumerate((("ada", "none"), ("bob", "int8"), ("cleo", "none"))):
         span = f"{borders[number]}:{borders[number + 1]}"

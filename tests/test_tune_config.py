@@ -51,12 +51,12 @@ def test_the_defaults_of_the_example_are_the_defaults(tmp_path: Path) -> None:
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, {**MINIMAL, "trainer": {"epochs": 2, "batch_size": 4}})
     config = load_config(
-        path, ["trainer.steps=7", "trainer.learning_rate=2e-4", "data.path=[a.csv, b.csv]", "swarm_key=k"]
+        path, ["trainer.steps=7", "trainer.learning_rate=2e-4", "data.path=[a.csv, b.csv]", "revision=k"]
     )
     assert (config.trainer.steps, config.trainer.epochs, config.trainer.batch_size) == (7, None, 4)
     assert config.trainer.learning_rate == 2e-4
     assert config.data.path == [Path("a.csv"), Path("b.csv")]
-    assert config.swarm_key == Path("k")
+    assert config.revision == "k"
     assert load_config(None, ["model=m", "data.path=d.json", "output=o"]).adapter.method == "lora"
 
 

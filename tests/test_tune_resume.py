@@ -283,7 +283,7 @@ def test_more_steps_can_be_asked_of_a_finished_run(config: TuneConfig) -> None:
     ],
 )
 def test_another_run_is_not_resumed(config: TuneConfig, section: str, change: dict[str, Any], expected: str) -> None:
-    start(config)
+    start(config).begin()
     changed = getattr(config, section).model_copy(update=change)
     with pytest.raises(ConfigError) as caught:
         start(config.model_copy(update={section: changed}), resume=True)
@@ -291,7 +291,7 @@ def test_another_run_is_not_resumed(config: TuneConfig, section: str, change: di
 
 
 def test_a_run_is_not_begun_over_another(config: TuneConfig) -> None:
-    start(config)
+    start(config).begin()
     for attempt in (lambda: start(config), lambda: check_output(config, resume=False)):
         with pytest.raises(OutputError, match=r"holds a run \(run.json\); go on with it \(--resume\) or name another"):
             attempt()

@@ -18,7 +18,7 @@ from client.tune.errors import ConfigError, OutputError
 
 _LEAST_FREE = 1 << 20  # bytes; torch.save does not say why it failed, so a disk with less than this counts as full
 # What may differ between a run and its continuation: where to, how far, how often. The data is compared by its tokens.
-_FREE = {"output", "initial_peers", "swarm_key", "samples", "data"}
+_FREE = {"output", "initial_peers", "samples", "data"}
 _FREE_TRAINER = {"steps", "epochs", "log_every", "eval_every", "save_every", "keep_checkpoints", "tensorboard"}
 
 
@@ -51,8 +51,8 @@ class RunFolder:
                 f"{self.root} holds a run ({', '.join(taken)}); go on with it (--resume) or name another output"
             )
 
-    def begin(self, config: TuneConfig, fingerprint: str) -> None:
-        """Writes down what this run is, or makes sure that it is the one already written down.
+    def check_same(self, config: TuneConfig, fingerprint: str) -> None:
+        """Makes sure that a run already written down here is this one.
 
         Args:
             config: the run.
@@ -60,12 +60,17 @@ class RunFolder:
 
         Raises:
             ConfigError: the run in this folder is another; the text names the first key that differs.
+        """
+        if self.record.exists():
+            self._compare(_described(config, fingerprint))
+
+    def begin(self, config: TuneConfig, fingerprint: str) -> None:
+        """Writes down what this run is.
+
+        Raises:
             OutputError: the folder can't be written to.
         """
-        now = {"config": config.model_dump(mode="json", exclude_unset=False), "data": fingerprint}
-        if self.record.exists():
-            self._compare(now)
-        replace_file(self.record, json.dumps(now, indent=1).encode())
+        replace_file(self.record, json.dumps(_described(config, fingerprint), indent=1).encode())
 
     def _compare(self, now: dict[str, Any]) -> None:
         try:
@@ -166,3 +171,7 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _described(config: TuneConfig, fingerprint: str) -> dict[str, Any]:
+    return {"config": config.model_dump(mode="json", exclude_unset=False), "data": fingerprint}

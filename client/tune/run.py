@@ -103,7 +103,7 @@ class TuneRun:
         # The seed is set here too: the adapter's first values are the same in a run and in its continuation.
         set_seed(config.trainer.seed)
         self.model: PeftModel = attach(model, peft_config(config.adapter, config.model, self.steps))
-        self.folder.begin(config, prepared.train.fingerprint())
+        self.folder.check_same(config, prepared.train.fingerprint())
         self._store = CheckpointStore(self.folder.checkpoints, config.trainer.keep_checkpoints)
         self._start = self._store.newest()
         self._guard = InterruptGuard()
@@ -117,6 +117,10 @@ class TuneRun:
         """What the run will do; `extra` rows come from whoever knows the swarm."""
         return make_plan(self._config, self._prepared, self.model.get_nb_trainable_parameters(), extra)
 
+    def begin(self) -> None:
+        """Writes down in the output folder what this run is; from then on the folder belongs to it."""
+        self.folder.begin(self._config, self._prepared.train.fingerprint())
+
     def train(self, console: Console | None = None) -> TuneResult:
         """Trains, saves the adapter, plots the losses, writes the samples.
 
@@ -127,6 +131,7 @@ class TuneRun:
             Exception: whatever the model raised; the last finished step is saved.
         """
         console = console or Console()
+        self.begin()
         self._store.discard_after(self.first_step)
         if self._start and self._start[0] >= self.steps:
             load_trained(self.model, self._start[1])
