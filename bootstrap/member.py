@@ -17,7 +17,7 @@ from bootstrap.directory import Directory
 from bootstrap.identity import Identity
 from bootstrap.neighbours import Neighbours, create_node
 from bootstrap.validator import SignedRecords
-from protocol.errors import BadUsage, PeerFailed, PeerUnreachable
+from protocol.errors import BadUsage, NoSwarm, PeerFailed
 from protocol.transport.base import Transport
 from protocol.transport.libp2p import LibP2PTransport
 
@@ -74,7 +74,7 @@ class Member:
     async def join(cls, options: MemberOptions) -> Self:
         """Join the swarm of `options.initial_peers`, or found one.
 
-        Raises `BadUsage` for options that cannot be right, `PeerUnreachable` when no initial peer answers in time,
+        Raises `BadUsage` for options that cannot be right, `NoSwarm` when no initial peer answers in time,
         `PeerFailed` when p2pd cannot be started. Leaves nothing behind when it fails or is cancelled.
         """
         for address in options.initial_peers:
@@ -88,9 +88,7 @@ class Member:
             if not options.initial_peers:
                 raise PeerFailed(f"p2pd did not start within {options.join_timeout:g} s.") from error
             peers = ", ".join(options.initial_peers)
-            raise PeerUnreachable(
-                f"None of the initial peers answers within {options.join_timeout:g} s: {peers}."
-            ) from error
+            raise NoSwarm(f"None of the initial peers answers within {options.join_timeout:g} s: {peers}.") from error
 
     @classmethod
     async def _start(cls, options: MemberOptions, resources: AsyncExitStack) -> Self:

@@ -16,7 +16,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from bootstrap.addresses import split_peer_address
 from bootstrap.daemon import Connection
 from bootstrap.storage import RecordStorage
-from protocol.errors import PeerUnreachable
+from protocol.errors import NoSwarm, PeerUnreachable
 
 GRACE = 0.5
 """Seconds for the other initial peers once one has answered."""
@@ -68,7 +68,7 @@ class Neighbours:
             raise PeerUnreachable(f"No member of the swarm answers any more, {self._names()} included.")
 
     async def join(self) -> None:
-        """Meet the initial peers, then the members nearest to us. Raises `PeerUnreachable` when none answers."""
+        """Meet the initial peers, then the members nearest to us. Raises `NoSwarm` when none answers."""
         if not self._initial:
             return
         tasks = {asyncio.create_task(self._meet(peer_id)): peer_id for peer_id in self._initial}
@@ -79,7 +79,7 @@ class Neighbours:
                 task.cancel()
         failures = {tasks[task]: error for task in tasks if task.done() and (error := task.exception())}
         if not met:
-            raise PeerUnreachable(f"None of the initial peers answers: {self._explain(failures)}.")
+            raise NoSwarm(f"None of the initial peers answers: {self._explain(failures)}.")
         for peer_id, error in failures.items():
             _log.warning("Initial peer %s does not answer: %s", peer_id, error)
         with suppress(TimeoutError):

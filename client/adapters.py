@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from client.ghost import GhostTensor
+from client.shifts import shift_adapter
 from protocol.adapters import DROPOUTS, METHODS, PATTERNS, AdapterSpec, Manifest, bundle_hash
 from protocol.errors import BadAdapter, BadUsage
 
@@ -103,23 +104,40 @@ class AdapterSource:
         return self._snapshot
 
     def _collect(self, layers: Mapping[str, BaseTunerLayer]) -> Snapshot | None:
+        specs, shift = self._specs(layers), shift_adapter(self._blocks)
+        active = {spec.name for spec in specs}
+        scaling = {path: found for path, layer in layers.items() if (found := _scaling(layer, active))}
+        tensors = dict(self._tensors(layers, active))
+        if shift is not None:
+            if any(spec.options.get("use_dora") for spec in specs):
+                raise BadAdapter(
+                    "use_dora=True does not work on weights that PiSSA or OLoRA has changed; use one or the other."
+                )
+            specs.insert(0, shift.spec)  # first, for the least rounding: it mostly cancels what comes after
+            tensors |= shift.tensors
+            for path, factor in shift.scaling.items():
+                scaling[path] = {**scaling.get(path, {}), shift.spec.name: factor}
+        if not specs:
+            return None
+        return Snapshot(
+            tuple(specs),
+            scaling,
+            tensors,
+            any(isinstance(m, nn.Dropout) and m.p > 0 for m in self._blocks.modules())
+            or any(spec.options.get(option) for spec in specs for option in DROPOUTS),
+        )
+
+    def _specs(self, layers: Mapping[str, BaseTunerLayer]) -> list[AdapterSpec]:
         first = next(iter(layers.values()), None)
         if first is None or first.disable_adapters:
-            return None
+            return []
         configs: Mapping[str, PeftConfig] = self._model.peft_config  # type: ignore[assignment]
         specs = []
         for name in first.active_adapters:
             targets = {path: layer for path, layer in layers.items() if name in _adapters_of(layer)}
             if targets:
                 specs.append(_spec(name, configs[name], targets))
-        active = {spec.name for spec in specs}
-        return Snapshot(
-            tuple(specs),
-            {path: _scaling(layer, active) for path, layer in layers.items() if _scaling(layer, active)},
-            dict(self._tensors(layers, active)),
-            any(isinstance(m, nn.Dropout) and m.p > 0 for m in self._blocks.modules())
-            or any(spec.options.get(option) for spec in specs for option in DROPOUTS),
-        )
+        return specs
 
     @staticmethod
     def _tensors(layers: Mapping[str, BaseTunerLayer], active: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -151,7 +169,8 @@ class _Watch:
         self._tensors = [(tensor, tensor._version, tensor.requires_grad) for tensor in tensors]
         self._states = [(layer, *_state(layer)) for layer in self.layers.values()]
         self._modules = list(blocks.modules())
-        self._ghosts = [(n, p) for n, p in blocks.named_parameters() if isinstance(p.data, GhostTensor)]
+        self._ghosts = [(n, p) for n, p in blocks.named_parameters() if isinstance(p, GhostTensor)]
+        self._shifts = [p.shift for _, p in self._ghosts]
 
     def refuse_misuse(self) -> None:
         """Raise for what would pass without effect: training a ghost, hooks on modules that never run here."""
@@ -174,7 +193,9 @@ class _Watch:
                 return True
         if any(t._version != version or t.requires_grad != trained for t, version, trained in self._tensors):
             return True
-        return any(_state(layer) != (active, disabled, scaling) for layer, active, disabled, scaling in self._states)
+        if any(_state(layer) != (active, disabled, scaling) for layer, active, disabled, scaling in self._states):
+            return True
+        return any(ghost.shift is not shift for (_, ghost), shift in zip(self._ghosts, self._shifts, strict=True))
 
 
 def _state(layer: BaseTunerLayer) -> tuple[list[str], bool, dict[str, float]]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from protocol.errors import BadUsage
+from protocol.errors import BadUsage, first_line
 
 app = typer.Typer(add_completion=False)
 
@@ -70,7 +70,7 @@ def load_model(
     try:
         return PeftModel.from_pretrained(swarm_model, adapter).eval()
     except (ValueError, OSError, RuntimeError, KeyError) as error:
-        raise BadUsage(f"--adapter {adapter} cannot be put on {model}: {str(error).splitlines()[0]}") from error
+        raise BadUsage(f"--adapter {adapter} cannot be put on {model} ({first_line(error)}).") from error
 
 
 @app.command()

@@ -3,23 +3,26 @@
 import torch
 from transformers import PreTrainedModel
 
+from client.factors import FactorCache
 from client.loop import LOOP
 from client.swarm import Retries, Swarm
+from client.weights import WeightReader
 from client.work import read_norms
 from protocol.errors import SwarmError
 from protocol.model.anatomy import BlockList
 
 
 class NormCache:
-    """Answers for `GhostTensor`s."""
+    """Answers for `GhostTensor`s: norms by itself, factors by a `FactorCache`."""
 
     def __init__(self, swarm: Swarm, skeleton: PreTrainedModel, where: BlockList):
         blocks = where.of(skeleton)
         self._swarm = swarm
         self._names = {name for name, parameter in blocks.named_parameters() if parameter.ndim == 2}
         self._known: dict[tuple[str, bool, tuple[int, ...], torch.dtype], torch.Tensor] = {}
+        self.read = WeightReader(self.norm, FactorCache(swarm, self._names))
 
-    def read(self, name: str, transposed: bool, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def norm(self, name: str, transposed: bool, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """The 2-norm over `dims` of the weight `name`, transposed first if asked, cast to `dtype`."""
         key = (name, transposed, dims, dtype)
         if key not in self._known:

@@ -23,7 +23,6 @@ _REFUSED = {
     "output_attentions": "attention weights stay on the peers",
     "output_hidden_states": "the hidden states between blocks stay on the peers",
     "output_router_logits": "router logits stay on the peers",
-    "cu_seq_lens_q": "packed sequences must be given by position_ids alone (padding_free=False)",
 }
 
 
@@ -141,6 +140,8 @@ class PseudoLayer:
         for option, reason in _REFUSED.items():
             if kwargs.get(option) is not None and kwargs[option] is not False:
                 raise BadUsage(f"{option} does not work through a swarm: {reason}.")
+        if kwargs.get("cu_seq_lens_q") is not None:
+            _check_packing(trunk.config, kwargs.get("position_ids"))
         self._caught.mask, self._caught.positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -213,6 +214,15 @@ def _autocast_dtype() -> torch.dtype | None:
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
     return None
+
+
+def _check_packing(config: Any, positions: torch.Tensor | None) -> None:
+    """Where records begin in a packed row is taken from the positions, which say the same as `cu_seq_lens_q`."""
+    if positions is None or "linear_attention" in (getattr(config, "layer_types", None) or ()):
+        raise BadUsage(
+            "cu_seq_lens_q does not travel: packed rows need position_ids that begin again with every record, and a "
+            "model all of whose layers look at them; switch packing off."
+        )
 
 
 def _check_2d(name: str, tensor: torch.Tensor | None) -> None:

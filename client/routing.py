@@ -50,7 +50,7 @@ def find_route(peers: Iterable[PeerRecord], start: int, end: int, cost: Cost) ->
                 if there not in best or total < best[there][0]:
                     best[there] = (total, Hop(peer, here, there))
     if end not in best:
-        raise NoRoute(_describe_holes(useful, start, end))
+        raise NoRoute(describe_holes(useful, start, end))
     hops: list[Hop] = []
     while hop := best[hops[0].start if hops else end][1]:
         hops.insert(0, hop)
@@ -71,7 +71,8 @@ def holes(peers: Iterable[PeerRecord], start: int, end: int) -> list[range]:
     return missing
 
 
-def _describe_holes(peers: list[PeerRecord], start: int, end: int) -> str:
+def describe_holes(peers: list[PeerRecord], start: int, end: int) -> str:
+    """One sentence that names the blocks of [start, end) that none of `peers` serves."""
     spans = ", ".join(f"{hole.start}:{hole.stop}" for hole in holes(peers, start, end))
     return (
         f"Blocks {spans or f'{start}:{end}'} are served by nobody that can be reached; "

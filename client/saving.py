@@ -89,8 +89,8 @@ def _expect(blocks: nn.Module, state_dict: dict[str, Any], prefix: str, *_rest: 
     given = sorted(absent & state_dict.keys())
     if given:
         raise BadUsage(
-            f"This state dict holds weights of the transformer blocks, such as {given[0]}, which live on remote peers and "
-            "cannot be loaded here; leave them out."
+            f"This state dict holds weights of the transformer blocks, such as {given[0]}, which live on remote peers "
+            "and cannot be loaded here; leave them out."
         )
     blocks._absent = absent  # type: ignore[assignment]
 

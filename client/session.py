@@ -12,7 +12,7 @@ from client.swarm import Retries, Swarm
 from client.work import Prefix, Work, answered_hidden, call_with_adapter
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
-from protocol.errors import PeerFailed, SwarmError
+from protocol.errors import PeerFailed, PeerUnreachable, SwarmError
 
 
 @dataclass
@@ -20,7 +20,8 @@ class _Stage:
     """One hop's session on its peer."""
 
     hop: Hop
-    channel: Channel
+    channel: Channel | None
+    """None: there is no such session, it is to be made from the history."""
     number: int = 0
     """Of the last step done."""
     history: History = field(default_factory=History)
@@ -78,6 +79,8 @@ class Session:
     async def _run(
         self, stage: _Stage, work: Work, hidden: torch.Tensor, edits: list[pb.CacheEdit], keep_past: bool
     ) -> torch.Tensor:
+        if stage.channel is None:
+            raise PeerUnreachable(f"Peer {stage.hop.peer.peer_id} could not copy a session.")
         number = stage.number + 1
         body = pb.Step(context=work.context(stage.hop), number=number, edits=edits, keep_past=keep_past)
         message = Message(body, work.tensors(stage.hop, hidden, with_prefix=number == 1))
@@ -94,7 +97,7 @@ class Session:
         Returns the index of the next stage to run and the hidden states that go into it.
         """
         failed = self._stages[index]
-        failed.channel.close()
+        _close_stages([failed])
         past = failed.history.replay()
         everything = hidden if past is None else torch.cat([past, hidden], 1)
         replay = self._whole(work, everything)
@@ -151,12 +154,22 @@ class Session:
         twin = Session(self._swarm, self._blocks)
         twin._positions, twin._prefix = self._positions.fork(), self._prefix
         for stage in self._stages:
+            channel = await self._copy(stage)
+            twin._stages.append(_Stage(stage.hop, channel, stage.number, stage.history.fork()))
+        return twin
+
+    async def _copy(self, stage: _Stage) -> Channel | None:
+        """A copy of a stage's session; `None` when its peer cannot make one: the first step will, elsewhere."""
+        if stage.channel is None:
+            return None
+        try:
             answer = await stage.channel.call(Message(pb.ForkSession()))
             if not isinstance(answer.body, pb.Result) or not answer.body.token:
                 raise PeerFailed(f"Peer {stage.hop.peer.peer_id} did not fork a session.")
-            channel = await self._open(stage.hop, answer.body.token)
-            twin._stages.append(_Stage(stage.hop, channel, stage.number, stage.history.fork()))
-        return twin
+            return await self._open(stage.hop, answer.body.token)
+        except SwarmError as error:
+            self._swarm.blame(stage.hop.peer, error)
+            return None
 
 
 def _expanded(pair: tuple[torch.Tensor, torch.Tensor], batch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,5 +184,6 @@ def _expanded(pair: tuple[torch.Tensor, torch.Tensor], batch: int) -> tuple[torc
 
 def _close_stages(stages: list[_Stage]) -> None:
     for stage in stages:
-        stage.channel.close()
+        if stage.channel is not None:
+            stage.channel.close()
     stages.clear()

@@ -13,9 +13,9 @@ from client.config import SwarmConfig
 from client.connections import Connections, Wanted
 from client.loop import LOOP
 from client.membership import Memberships
-from client.routing import Health, Hop, find_route
+from client.routing import Health, Hop, describe_holes, find_route, holes
 from client.work import Puts
-from protocol.errors import BadAdapter, BadRequest, NoRoute, SwarmError, TooLong, WrongModel
+from protocol.errors import BadAdapter, BadRequest, NoRoute, PeerUnreachable, SwarmError, TooLong, WrongModel
 from protocol.model.checkpoint import Checkpoint
 from protocol.records import PeerRecord
 
@@ -84,7 +84,19 @@ class Swarm:
         try:
             return find_route(self._usable(await self.fetch_peers(), without), start, end, cost)
         except NoRoute:
-            return find_route(self._usable(await self.fetch_peers(fresh=True), without), start, end, cost)
+            peers = await self.fetch_peers(fresh=True)
+            if not peers and (others := await self._other_models()):
+                raise NoRoute(
+                    f"This swarm serves {others}, and not {self.model_id.name} as configured here; "
+                    "use a model that it serves, or start peers for this one."
+                ) from None
+            return find_route(self._usable(peers, without), start, end, cost)
+
+    async def _other_models(self) -> str:
+        """The names of what the swarm serves, when this model is not among it."""
+        models = await self._member.directory.models()
+        known = {model.config_hash: model.name for model in models}
+        return "" if self.model_id.config_hash in known else ", ".join(sorted(known.values()))
 
     async def fetch_peers(self, fresh: bool = False) -> list[PeerRecord]:
         """The peers of this model that the configuration allows, as of at most `look_up_period` seconds ago."""
@@ -95,6 +107,10 @@ class Swarm:
                 self._known = [peer for peer in found if self._allows(peer.peer_id)]
                 self._looked_up = time.monotonic()
         return self._known
+
+    def may_recover(self, start: int, end: int) -> bool:
+        """Whether blocks [start, end) lack nothing but peers that failed of late and are kept away from."""
+        return not holes([peer for peer in self._known if peer.state == "online"], start, end)
 
     def blame(self, peer: PeerRecord, error: SwarmError) -> None:
         """Take note that `peer` failed with `error`: keep away from it for a while."""
@@ -137,10 +153,8 @@ class Retries:
         self._last: SwarmError | None = None
 
     def failed(self, peer: PeerRecord, error: SwarmError) -> None:
-        """`peer` failed with `error`; raises it after too many attempts."""
+        """Take note that `peer` failed with `error`: the next route goes round it."""
         self._left -= 1
-        if self._left <= 0:
-            raise error
         if isinstance(error, _NOT_THIS):
             self._refused.add(peer.peer_id)
         else:
@@ -150,16 +164,21 @@ class Retries:
     async def find_route(self, start: int, end: int, purpose: Purpose) -> list[Hop]:
         """A route round the peers that failed; waits for one to come back or to turn up.
 
-        Raises `NoRoute` when there was none to begin with, and the last failure when waiting did not help.
+        Raises `NoRoute` when nobody serves the blocks, and after too many attempts that, or a peer's last refusal.
         """
-        while True:
+        missing: NoRoute | None = None
+        while self._left > 0:
             try:
                 return await self._swarm.find_route(start, end, purpose, self._refused)
-            except NoRoute:
+            except NoRoute as error:
+                missing = error
                 self._left -= 1
-                if self._last is None:
+                if self._last is None and not self._swarm.may_recover(start, end):
                     raise
-                if isinstance(self._last, _NOT_THIS) or self._left <= 0:
+                if isinstance(self._last, _NOT_THIS):
                     raise self._last from None
             await asyncio.sleep(self._pause)
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        if self._last is not None and not isinstance(self._last, PeerUnreachable):
+            raise self._last
+        raise (missing or NoRoute(describe_holes([], start, end))) from self._last

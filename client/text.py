@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from protocol.errors import BadUsage
+from protocol.errors import BadUsage, first_line
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> Any:
@@ -12,7 +12,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
     except (ValueError, OSError, KeyError, TypeError) as error:
-        raise BadUsage(f"{model} has no tokenizer that can be loaded: {str(error).splitlines()[0]}") from error
+        raise BadUsage(f"{model} has no tokenizer that can be loaded ({first_line(error)}).") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -3,12 +3,13 @@
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 import warnings
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -23,6 +24,7 @@ from peer.options import (
     parse_blocks,
     parse_device,
     parse_dtype,
+    parse_name,
 )
 from protocol.errors import (
     BadAdapter,
@@ -34,6 +36,10 @@ from protocol.errors import (
     UnsupportedModel,
     WrongModel,
 )
+
+if TYPE_CHECKING:
+    from protocol.model.checkpoint import Checkpoint
+    from protocol.records import ModelId
 
 app = typer.Typer(
     cls=LazyGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -78,6 +84,7 @@ def serve(
 
     from bootstrap.member import MemberOptions
     from peer.loading import QUANTIZATIONS
+    from peer.scheduler import Scheduler
     from peer.server import ServeOptions, Server
     from protocol.model.checkpoint import open_checkpoint
 
@@ -87,8 +94,9 @@ def serve(
     if blocks is not None and num_blocks is not None:
         raise BadUsage("Give --blocks or --num-blocks, not both.")
     parse_blocks(blocks)
+    parse_name(name)
     addresses = tuple(initial_peers or ())
-    checkpoint = open_checkpoint(model or _the_only_model(addresses), revision)
+    checkpoint = open_checkpoint(model, revision) if model else _open_the_only_model(addresses, revision)
     if threads:
         torch.set_num_threads(threads)
     options = ServeOptions(
@@ -107,13 +115,14 @@ def serve(
 
     async def run() -> None:
         stop = _stop_on_signals()
-        server = await _unless_stopped(Server.start(options), stop)
-        if server is None:
-            return
-        _say_ready(
-            server.member.addresses, f"blocks={server.span.start}:{server.span.end} model={checkpoint.model_id.name}"
-        )
-        await server.run(stop)
+        scheduler = Scheduler()
+        server = await _unless_stopped(Server.start(options, scheduler), stop)
+        if server is not None:
+            span = f"blocks={server.span.start}:{server.span.end}"
+            _say_ready(server.member.addresses, f"{span} model={checkpoint.model_id.name}")
+            await server.run(stop)
+        if not scheduler.close(patience=0.2):
+            _leave_at_once()
 
     _run(run())
 
@@ -240,30 +249,49 @@ async def _unless_stopped(starting: Coroutine[Any, Any, Any], stop: asyncio.Even
     return task.result()
 
 
+def _leave_at_once() -> NoReturn:
+    """For the interpreter's own end waits for what the compute thread is in the middle of: loading, a long call."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def _say_ready(addresses: list[str], details: str = "") -> None:
     print(f"ready address={addresses[0]} {details}".rstrip(), flush=True)
     for other in addresses[1:]:
         logging.getLogger("peer").info("also at %s", other)
 
 
-def _the_only_model(addresses: tuple[str, ...]) -> str:
-    """The name of the swarm's model when there is exactly one. Raises `BadUsage`."""
+def _open_the_only_model(addresses: tuple[str, ...], revision: str | None) -> "Checkpoint":
+    """The swarm's model, when it has exactly one and that is found here or on the hub. Raises `BadUsage`."""
+    from protocol.model.checkpoint import open_checkpoint
+
+    found = asyncio.run(_look_for_models(addresses))
+    names = ", ".join(model.name for model in found)
+    if len(found) != 1:
+        raise BadUsage(f"The swarm serves {len(found)} models ({names or 'none'}); name the MODEL to serve.")
+    try:
+        checkpoint = open_checkpoint(names, revision)
+    except UnsupportedModel as error:
+        raise BadUsage(
+            f"The swarm's model is called {names!r}, which is no folder here and not found on the hub; "
+            "name its folder as MODEL."
+        ) from error
+    if checkpoint.model_id.config_hash != found[0].config_hash:
+        raise BadUsage(f"What is called {names!r} here is another model than the swarm's; name its folder as MODEL.")
+    return checkpoint
+
+
+async def _look_for_models(addresses: tuple[str, ...]) -> list["ModelId"]:
     from bootstrap.member import Member, MemberOptions
 
     if not addresses:
         raise BadUsage("Name a MODEL to found a swarm, or join one with --initial-peers.")
-
-    async def look() -> list[str]:
-        member = await Member.join(MemberOptions(addresses, client_mode=True))
-        try:
-            return [model.name for model in await member.directory.models()]
-        finally:
-            await member.shutdown()
-
-    names = asyncio.run(look())
-    if len(names) != 1:
-        raise BadUsage(f"The swarm serves {len(names)} models ({', '.join(names) or 'none'}); name the MODEL to serve.")
-    return names[0]
+    member = await Member.join(MemberOptions(addresses, client_mode=True))
+    try:
+        return list(await member.directory.models())
+    finally:
+        await member.shutdown()
 
 
 def _only(models: dict[Any, Any], wanted: str | None) -> dict[Any, Any]:

@@ -48,20 +48,36 @@ def check_factorize(span: Span, request: pb.Factorize, tensors: Mapping[str, tor
 
 @torch.no_grad()
 def factorize(job: Job) -> Factors:
-    """The factors, in float32. Takes from milliseconds to minutes, so it belongs on the compute thread."""
+    """The factors, in float32. Takes from milliseconds to minutes, so it belongs on the compute thread.
+
+    Raises `BadRequest` when there are none (a shift that is not finite).
+    """
+    torch.get_num_threads()  # LAPACK heeds the number only on threads that have asked: this may be the first work here
     weight = dense_weight(job.module).to(torch.float32)
     given = {name: tensor.to(weight.device, torch.float32) for name, tensor in job.tensors.items()}
     if "shift.b" in given:
         weight = weight - given["shift.b"] @ given["shift.a"]
     if job.request.transposed:
         weight = weight.T
-    return _FACTORIZATIONS[job.request.factorization](weight, job.request, given)
+    try:
+        factors = _FACTORIZATIONS[job.request.factorization](weight, job.request, given)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise BadRequest(f"{job.request.name!r} cannot be factorized: {error}") from error
+    return {name: factor.cpu().contiguous() for name, factor in factors.items()}
+
+
+# Whole decompositions, of which the leading part is given: shorter ways choose other signs, or round otherwise, than
+# PEFT does with weights of its own.
 
 
 def _svd(weight: torch.Tensor, request: pb.Factorize, _given: Factors) -> Factors:
-    # The whole decomposition: a shorter way would choose other signs than PEFT gets on its own machine.
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     return {"u": u[:, : request.rank], "s": s[: request.rank], "vh": vh[: request.rank]}
+
+
+def _qr(weight: torch.Tensor, request: pb.Factorize, _given: Factors) -> Factors:
+    q, r = torch.linalg.qr(weight)
+    return {"q": q[:, : request.rank], "r": r[: request.rank]}
 
 
 def _low_rank_svd(weight: torch.Tensor, request: pb.Factorize, given: Factors) -> Factors:
@@ -72,12 +88,6 @@ def _low_rank_svd(weight: torch.Tensor, request: pb.Factorize, given: Factors) -
         basis = torch.linalg.qr(weight @ basis).Q
     u, s, vh = torch.linalg.svd(basis.mT @ weight, full_matrices=False)
     return {"u": basis @ u, "s": s, "vh": vh}
-
-
-def _qr(weight: torch.Tensor, request: pb.Factorize, _given: Factors) -> Factors:
-    """The first columns of Q depend on the first columns of the weight only."""
-    q = torch.linalg.qr(weight[:, : request.rank]).Q
-    return {"q": q, "r": q.mT @ weight}
 
 
 _FACTORIZATIONS: dict[int, Callable[[torch.Tensor, pb.Factorize, Factors], Factors]] = {
@@ -106,7 +116,7 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], 
             raise BadRequest(f"shift.b must have the shape [{rows}, k] with k between 1 and {MAX_RANK}.")
         expected |= {"shift.b": (rows, rank), "shift.a": (rank, columns)}
     if tensors.keys() != expected.keys():
-        raise BadRequest(f"Factorize came with {sorted(tensors) or 'no tensors'}; expected {sorted(expected) or 'none'}.")
+        raise BadRequest(f"Factorize came with the tensors {sorted(tensors)}; expected {sorted(expected)}.")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name] or not tensor.is_floating_point():
             raise BadRequest(

@@ -10,7 +10,8 @@ import torch
 import typer
 import yaml
 
-from protocol.errors import BadUsage
+from protocol.errors import BadUsage, first_line
+from protocol.records import MAX_NAME
 
 InitialPeers = Annotated[
     list[str] | None,
@@ -22,18 +23,21 @@ def _load_defaults(context: typer.Context, value: Path | None) -> Path | None:
     if value is None:
         return None
     try:
-        options = yaml.safe_load(value.read_text()) or {}
+        # All values as text, for the options to parse: YAML 1.1 takes 12:24 for 744, sixties and units.
+        options = yaml.load(value.read_text(), yaml.BaseLoader) or {}
     except (OSError, yaml.YAMLError) as error:
-        raise BadUsage(f"--config {value} cannot be read as YAML: {error}") from error
+        raise BadUsage(f"--config {value} cannot be read as YAML ({first_line(error)}).") from error
     if not isinstance(options, dict):
         raise BadUsage(f"--config {value} must hold a mapping of options to values.")
-    known = {str(parameter.name) for parameter in context.command.params}
+    known = {str(parameter.name): parameter for parameter in context.command.params}
     options = {str(key).replace("-", "_"): item for key, item in options.items()}
     for key in options:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, 1)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
             raise BadUsage(f"--config {value}: {key!r} is no option of `peer {context.info_name}`.{hint}")
+        if getattr(known[key], "multiple", False) and not isinstance(options[key], list):
+            options[key] = [options[key]]
     context.default_map = {**(context.default_map or {}), **options}
     return value
 
@@ -61,6 +65,13 @@ def parse_blocks(text: str | None, total: int | None = None) -> range | None:
     return blocks
 
 
+def parse_name(text: str) -> str:
+    """A peer's name. Raises `BadUsage` for one that a record cannot hold."""
+    if len(text) > MAX_NAME or not text.isprintable():
+        raise BadUsage(f"--name must be at most {MAX_NAME} printable characters.")
+    return text
+
+
 def parse_dtype(text: str) -> torch.dtype | None:
     """A dtype by name; `auto` is `None`. Raises `BadUsage`."""
     names = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,7 +88,7 @@ def parse_device(text: str) -> str:
         device = torch.device(text)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise BadUsage(f"--device {text} is not usable on this machine: {str(error).splitlines()[0]}") from error
+        raise BadUsage(f"--device {text} is not usable on this machine ({first_line(error)[:100]}).") from error
     return text
 
 

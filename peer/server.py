@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import psutil
@@ -17,7 +18,7 @@ from peer.calls import Trainer
 from peer.kv_cache import CacheMemory
 from peer.loading import block_bytes, load_span
 from peer.placement import choose_blocks
-from peer.scheduler import Scheduler
+from peer.scheduler import Priority, Scheduler
 from peer.service import Served, Service
 from peer.span import Span
 from peer.throughput import measure
@@ -77,12 +78,12 @@ class Server:
         self._announcer = Announcer(member.directory, self.record, _ANNOUNCE_PERIOD, _RECORD_LIFETIME)
 
     @classmethod
-    async def start(cls, options: ServeOptions) -> "Server":
+    async def start(cls, options: ServeOptions, scheduler: Scheduler) -> "Server":
         """Load, join, announce. Raises `UnsupportedModel`, `BadUsage`, `PeerUnreachable`."""
         member = await Member.join(options.member)
         try:
             blocks = options.blocks or await _choose_blocks(options, member)
-            loaded = await asyncio.to_thread(_load, options, blocks)
+            loaded = await scheduler.submit(Priority.CALL, partial(_load, options, blocks, scheduler))
             server = cls(options, loaded, member)
             await member.transport.serve(server.service.handle)
             await member.directory.announce(server.record(), _RECORD_LIFETIME)
@@ -128,12 +129,14 @@ class Server:
         """Withdraw the record, let running calls finish for a moment, close everything."""
         self.service.draining = True
         self._state = PeerState.DRAINING
-        await self._announcer.stop()
+        await asyncio.gather(self._announcer.stop(), self._drain())
+        self._scheduler.close()
+        await self.member.shutdown()
+
+    async def _drain(self) -> None:
         deadline = asyncio.get_running_loop().time() + _DRAIN
         while self.service.load.calls and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
-        self._scheduler.close()
-        await self.member.shutdown()
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ async def _choose_blocks(options: ServeOptions, member: Member) -> range:
     return choose_blocks(peers, total, count)
 
 
-def _load(options: ServeOptions, blocks: range) -> _Loaded:
+def _load(options: ServeOptions, blocks: range, scheduler: Scheduler) -> _Loaded:
     span = load_span(
         options.checkpoint,
         blocks.start,
@@ -170,7 +173,6 @@ def _load(options: ServeOptions, blocks: range) -> _Loaded:
     share = int(_free_memory(span.device) * _CACHE_SHARE)
     total = options.cache_tokens if options.cache_tokens is not None else max(options.max_length, share // token_bytes)
     adapters = AdapterStore(span, max_bytes=share)
-    scheduler = Scheduler()
     service = Service(
         Served(options.checkpoint.model_id, options.checkpoint.digests),
         span,

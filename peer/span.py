@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from protocol.errors import UnsupportedModel
+from peer.kv_cache import SpanCache
+from protocol.errors import UnsupportedModel, first_line
 from protocol.model.anatomy import BlockList, find_blocks, hidden_size
 
 
@@ -184,12 +185,25 @@ class Span:
                 out = self.run(Inputs(hidden), nothing)
             except Exception:  # any failure at all: this form is not it
                 continue
-            if out.shape == hidden.shape and torch.equal(out, hidden):
-                return
+            if isinstance(out, torch.Tensor) and out.shape == hidden.shape and torch.equal(out, hidden):
+                return self._check_cache(hidden)
         raise UnsupportedModel(
             f"{type(self._trunk(self.model)).__name__} changes the hidden states outside of its blocks, so spans of "
             "it would compute something else than the model; it cannot be served."
         )
+
+    def _check_cache(self, hidden: torch.Tensor) -> None:
+        """A trunk that has no place for a KV cache (Mamba) would ignore it and generate wrong tokens without a word."""
+        trunk = type(self._trunk(self.model))
+        try:
+            if "past_key_values" not in inspect.signature(trunk.forward).parameters:
+                raise TypeError("it takes none")
+            self.run(Inputs(hidden), Mode(range(self.start, self.start)), SpanCache(self.model.config, self.blocks))
+        except Exception as error:  # any failure at all
+            raise UnsupportedModel(
+                f"{trunk.__name__} does not generate with the KV cache that peers keep ({first_line(error)}); "
+                "it cannot be served."
+            ) from error
 
 
 def _neutralise_scalars(model: nn.Module) -> None:

@@ -46,7 +46,8 @@ def holes(model: ModelId, peers: list[PeerRecord]) -> list[range]:
 
 
 def _peers_table(model: ModelId, peers: list[PeerRecord]) -> Table:
-    table = Table(title=f"{model.name}: {model.num_blocks} blocks, {len(peers)} peers", title_justify="left")
+    title = Text(f"{model.name}: {model.num_blocks} blocks, {len(peers)} peers")
+    table = Table(title=title, title_justify="left")
     for column in (
         "blocks",
         "peer",
@@ -60,7 +61,7 @@ def _peers_table(model: ModelId, peers: list[PeerRecord]) -> Table:
         table.add_column(column, no_wrap=True)
     for peer in peers:
         count = peer.end - peer.start
-        table.add_row(
+        cells = (
             f"{peer.start}:{peer.end}",
             peer.name or f"…{peer.peer_id[-8:]}",
             peer.state.value,
@@ -70,6 +71,7 @@ def _peers_table(model: ModelId, peers: list[PeerRecord]) -> Table:
             f"{peer.free_cache_tokens:,}",
             str(peer.sessions),
         )
+        table.add_row(*map(Text, cells))  # others' text: no markup
     return table
 
 

@@ -58,6 +58,10 @@ class PeerUnreachable(SwarmError):
     """A peer cannot be reached, or its connection broke or fell silent."""
 
 
+class NoSwarm(PeerUnreachable):
+    """None of the initial peers answers: an address is wrong, or the swarm is gone."""
+
+
 class NoRoute(SwarmError):
     """Some blocks are served by nobody."""
 
@@ -80,6 +84,12 @@ _BY_NAME = {
 _MAX_MESSAGE = 2000
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, to stand within a sentence of ours."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(" .:")[:300]
+
+
 def to_failure(error: BaseException) -> pb.Failure:
     """The wire form of `error`; what is not a `SwarmError` becomes `PeerFailed` without its details' traceback."""
     if isinstance(error, SwarmError) and type(error).__name__ in _BY_NAME:
@@ -88,7 +98,8 @@ def to_failure(error: BaseException) -> pb.Failure:
 
 
 def from_failure(failure: pb.Failure, remote: str) -> SwarmError:
-    """The error that the peer `remote` reported."""
-    error = _BY_NAME.get(failure.kind, PeerFailed)(f"{failure.message} (peer {remote})")
-    error.retry_after = min(max(failure.retry_after, 0.0), 600.0)
+    """The error that the peer `remote` reported. What it says is shown to people: a bounded line, nothing else."""
+    line = "".join(letter if letter.isprintable() else " " for letter in failure.message[:_MAX_MESSAGE])
+    error = _BY_NAME.get(failure.kind, PeerFailed)(f"{line.rstrip('.')} (peer {remote}).")
+    error.retry_after = min(failure.retry_after, 600.0) if failure.retry_after > 0 else 0.0  # also when it is no number
     return error

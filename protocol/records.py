@@ -4,13 +4,23 @@ import json
 from enum import StrEnum
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from protocol.errors import BadRequest
 
 MAX_BLOCKS = 4096
 MAX_RECORD_BYTES = 8192
 
+MAX_NAME = 100
+
+
+def _check_printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("text of a record must be printable, for it is shown to people")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_printable)]
 ConfigHash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 PeerIdText = Annotated[str, Field(pattern=r"^[1-9A-HJ-NP-Za-km-z]{20,80}$")]
 
@@ -36,7 +46,7 @@ class _Record(BaseModel):
 class ModelId(_Record):
     """What identifies a model in a swarm. Peers and clients meet under `config_hash`; `name` is for people."""
 
-    name: str = Field(max_length=200)
+    name: Text = Field(max_length=200)
     config_hash: ConfigHash
     """Of the configuration: same architecture and sizes. Which weights, the handshake's digests tell."""
     num_blocks: int = Field(gt=0, le=MAX_BLOCKS)
@@ -63,22 +73,22 @@ class PeerRecord(_Record):
     """One peer's announcement for one model."""
 
     peer_id: PeerIdText
-    name: str = Field(default="", max_length=100)
+    name: Text = Field(default="", max_length=MAX_NAME)
     model: ModelId
     start: int = Field(ge=0)
     end: int = Field(gt=0)
     """Blocks [start, end)."""
     state: PeerState = PeerState.ONLINE
-    dtype: str = Field(max_length=20)
-    quantization: str = Field(max_length=20)
-    addresses: tuple[Annotated[str, Field(max_length=300)], ...] = Field(default=(), max_length=20)
+    dtype: Text = Field(max_length=20)
+    quantization: Text = Field(max_length=20)
+    addresses: tuple[Annotated[Text, Field(max_length=300)], ...] = Field(default=(), max_length=20)
     speed: Speed
     free_cache_tokens: int = Field(ge=0)
     """Tokens (of one row) that the peer's KV memory could still take."""
     max_length: int = Field(gt=0)
     """Tokens that one session may hold."""
     sessions: int = Field(default=0, ge=0)
-    version: str = Field(max_length=40)
+    version: Text = Field(max_length=40)
 
     @model_validator(mode="after")
     def _span_lies_in_model(self) -> Self:

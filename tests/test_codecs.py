@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from protocol import generate
 from protocol import swarm_pb2 as pb
-from protocol.errors import BadRequest
+from protocol.errors import BadRequest, PeerFailed, PeerFull, TooLong, from_failure, to_failure
 from protocol.records import MAX_RECORD_BYTES, ModelId, PeerRecord, Speed
 from protocol.tensors import Limits, check_entries, decode, encode
 
@@ -130,6 +130,10 @@ def test_a_record_with_one_arbitrary_field_is_sound_or_refused(field: str, value
         {"name": "n" * 101},
         {"model": {"name": "m", "config_hash": "0" * 32, "num_blocks": 5000}},
         {"state": "on fire"},
+        {"name": "\x1b[2J"},
+        {"version": "1\n2"},
+        {"addresses": ["/ip4/1.2.3.4\r"]},
+        {"model": {"name": "m\u202e", "config_hash": "0" * 32, "num_blocks": 9}},
         {"padding": "x" * MAX_RECORD_BYTES},
     ],
 )
@@ -143,3 +147,27 @@ def test_generated_code_is_up_to_date(tmp_path: Path) -> None:
     committed = Path(generate.__file__).parent
     for name in ("swarm_pb2.py", "swarm_pb2.pyi"):
         assert (tmp_path / name).read_text() == (committed / name).read_text(), "run: python -m protocol.generate"
+
+
+def test_what_a_peer_says_of_its_failure_is_one_line() -> None:
+    hostile = pb.Failure(kind="PeerFull", message="\x1b[2J full\nerror: pay" + "!" * 9000, retry_after=1e300)
+    error = from_failure(hostile, "Qm")
+    assert isinstance(error, PeerFull)
+    assert str(error).isprintable()
+    assert "full error: pay" in str(error)
+    assert str(error).endswith("(peer Qm).")
+    assert len(str(error)) < 2100
+    assert error.retry_after == 600
+
+
+@pytest.mark.parametrize("kind", ["", "Exception", "SystemExit", "BadUsage", "NoSuch"])
+def test_an_unknown_failure_is_the_peers(kind: str) -> None:
+    error = from_failure(pb.Failure(kind=kind, retry_after=float("nan")), "Qm")
+    assert type(error) is PeerFailed
+    assert error.retry_after == 0
+
+
+def test_errors_survive_the_wire() -> None:
+    error = from_failure(to_failure(TooLong("It is too long.")), "Qm")
+    assert (type(error), str(error)) == (TooLong, "It is too long (peer Qm).")
+    assert type(from_failure(to_failure(KeyError("x")), "Qm")) is PeerFailed

@@ -42,6 +42,7 @@ class Pair:
 
 def connect(path: Path, swarm: Swarm) -> Pair:
     local = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    local.requires_grad_(False)  # as the swarm's: torch multiplies by a trainable matrix in another way
     return Pair(local, AutoDistributedModelForCausalLM.from_pretrained(str(path), initial_peers=swarm.initial_peers))
 
 

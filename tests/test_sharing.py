@@ -1,7 +1,6 @@
 """Many users of few peers: spans that overlap or are used in part, clients and adapters at once, without cross-talk."""
 
-import subprocess
-import sys
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,6 +11,9 @@ import peft
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from client import AutoDistributedModelForCausalLM
 from protocol.errors import BadUsage, NoRoute
@@ -253,32 +255,32 @@ def test_two_adapters_interleaved_on_one_peer(connect: Connect, local: Connect) 
 
 
 def test_client_processes_at_once(shared: tuple[Path, Swarm], connect: Connect, local: Connect, tmp_path: Path) -> None:
-    """Processes of their own, one generating and one training, while this one does both."""
+    """Two more processes generate by the command line while this one trains and generates."""
     path, swarm = shared
-    files = {"generate": tmp_path / "tokens.pt", "train": tmp_path / "trained.pt"}
-    root = Path(__file__).parent.parent
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.test_sharing", what, str(path), swarm.initial_peers[0], str(file)], cwd=root
-        )
-        for what, file in files.items()
-    ]
-    plain = local()
-    expected = generate(plain, 6, 8)
-    model, rounds = connect(), 0
-    while any(child.poll() is None for child in children):
-        assert torch.equal(generate(model, 6, 8), expected)
+    tokenizer = _tokenizer()
+    folder = shutil.copytree(path, tmp_path / "llama")
+    tokenizer.save_pretrained(folder)
+    prompts = ["w5 w6 w7 w8 w9", "w100 w90 w80"]
+    options = ("--initial-peers", swarm.initial_peers[0], "--max-new-tokens", "40")
+    children = [swarm.launch("generate", str(folder), prompt, *options) for prompt in prompts]
+    plain, model, rounds = local(), connect(), 0
+    expected_tokens, expected_run = generate(plain, 6, 8), train(with_lora(local()))
+    while any(child.is_alive() for child in children) or not rounds:
+        assert torch.equal(generate(model, 6, 8), expected_tokens)
+        assert same(train(with_lora(connect())), expected_run)
         rounds += 1
-    assert rounds > 1
-    assert [child.returncode for child in children] == [0, 0]
-    assert torch.equal(torch.load(files["generate"])[0], generate(local(), 11, 30))
-    assert same(torch.load(files["train"]), train(with_lora(local(), 12), 12))
+    for child, prompt in zip(children, prompts, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        tokens = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+        said = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
+        assert said
+        assert child.stdout.read_text().split() == said.split(), child.stderr.read_text()
 
 
-def _client_process(what: str, path: str, address: str, file: str) -> None:
-    torch.set_num_threads(1)
-    model = AutoDistributedModelForCausalLM.from_pretrained(path, initial_peers=[address])
-    torch.save([generate(model, 11, 30)] if what == "generate" else train(with_lora(model, 12), 12), file)
+def _tokenizer() -> transformers.PreTrainedTokenizerFast:
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w0")
 
 
 # ---- micro-batches
@@ -308,7 +310,3 @@ def test_micro_batches(method: str, connect: Connect, local: Connect) -> None:
         assert abs(split_loss - loss) <= 1e-6
         for ours, theirs in zip(split, whole, strict=True):
             assert (ours - theirs).abs().max() <= 1e-6
-
-
-if __name__ == "__main__":
-    _client_process(*sys.argv[1:])

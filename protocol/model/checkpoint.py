@@ -15,9 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
-from protocol.errors import UnsupportedModel
+from protocol.errors import UnsupportedModel, first_line
 from protocol.model.anatomy import num_blocks
-from protocol.records import ModelId
+from protocol.records import MAX_BLOCKS, ModelId
 
 _INDEX, _SINGLE, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 _VOLATILE = {
@@ -51,14 +51,18 @@ class Checkpoint:
         digest = hashlib.sha256(json.dumps(essential, sort_keys=True).encode()).hexdigest()[:32]
         folder = Path(self.name)
         name = folder.resolve().name if folder.is_dir() else self.name
-        return ModelId(name=name[:200], config_hash=digest, num_blocks=num_blocks(self.config))
+        name = "".join(letter if letter.isprintable() else "?" for letter in name[:200])
+        return ModelId(name=name, config_hash=digest, num_blocks=num_blocks(self.config))
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
         """Tensor name -> the file that holds it."""
         index = self._optional_file(_INDEX)
         if index is not None:
-            return dict(_read_json(index)["weight_map"])
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise UnsupportedModel(f"{index} has no weight_map of tensors to files; download the model again.")
+            return weight_map
         single = self._optional_file(_SINGLE)
         if single is None:
             raise UnsupportedModel(
@@ -119,10 +123,14 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         )
     raw = _read_json(path)
     try:
-        config = AutoConfig.from_pretrained(path.parent)
-        num_blocks(config)
-    except (ValueError, KeyError, AttributeError, OSError) as error:
-        raise UnsupportedModel(f"{path} does not describe a language model that Transformers knows: {error}") from error
+        config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+        blocks = num_blocks(config)
+    except Exception as error:  # Transformers' refusals come as many types
+        raise UnsupportedModel(
+            f"{path} does not describe a language model that Transformers knows ({first_line(error)})."
+        ) from error
+    if not 0 < blocks <= MAX_BLOCKS:
+        raise UnsupportedModel(f"{path} describes a model of {blocks} blocks; expected 1 to {MAX_BLOCKS}.")
     return Checkpoint(model, revision, config, raw)
 
 
@@ -162,7 +170,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"{path} is not readable as JSON: {error}") from error
+        raise UnsupportedModel(f"{path} is not readable as JSON ({first_line(error)}).") from error
     if not isinstance(data, dict):
         raise UnsupportedModel(f"{path} holds no JSON object.")
     return data

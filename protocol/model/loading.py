@@ -7,6 +7,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from protocol.errors import UnsupportedModel, first_line
+
 
 def class_for(config: PreTrainedConfig, mapping: Any) -> type[PreTrainedModel] | None:
     """The class that one of Transformers' auto mappings has for a configuration; `None`: it has none."""
@@ -27,6 +29,9 @@ def load_part(
 
     What was cut away is never read from disk. Transformers' key renames, expert fusions and on-the-fly quantization
     (`quantization_config`) apply as in `from_pretrained`.
+
+    Raises `UnsupportedModel` for weights of other shapes than the configuration says, and for a class that cannot be
+    cut.
     """
 
     def init(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -41,11 +46,21 @@ def load_part(
     transformers_logging.disable_progress_bar()
     try:
         model, info = part.from_pretrained(
-            None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True, **options
-        )
+            None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
+    except (AttributeError, TypeError, LookupError) as error:
+        raise UnsupportedModel(
+            f"{cls.__name__} cannot be loaded in part ({first_line(error)}), so it cannot be served."
+        ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+    for name, found, expected in sorted(info["mismatched_keys"])[:1]:
+        raise UnsupportedModel(
+            f"{name} has shape {list(found)} and the configuration says {list(expected)}; "
+            "config.json and weights are of different models."
+        )
     model.__class__ = cls
     return model, sorted(info["missing_keys"])

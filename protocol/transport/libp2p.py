@@ -1,6 +1,7 @@
 """The libp2p carrier: raw binary streams through hivemind's p2pd (NAT traversal, relays, encryption, identities)."""
 
 import asyncio
+from contextlib import suppress
 
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
 
@@ -76,11 +77,13 @@ class LibP2PTransport:
         async def accept(info: object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             stream = LibP2PStream(info.peer_id.to_base58(), reader, writer)  # type: ignore[attr-defined]
             self._open.add(stream)
-            try:
-                await handler(stream)
-            finally:
-                self._open.discard(stream)
-                stream.close()
+            # As the process ends, its tasks are cancelled; of a cancelled one of these asyncio prints a traceback.
+            with suppress(asyncio.CancelledError):
+                try:
+                    await handler(stream)
+                finally:
+                    self._open.discard(stream)
+                    stream.close()
 
         await self._p2p.add_binary_stream_handler(PROTOCOL_NAME, accept)
 

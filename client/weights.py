@@ -1,0 +1,65 @@
+"""What this machine knows of weights on remote peers, and may ask about them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from protocol.errors import SwarmError
+
+
+class RemoteWeightError(SwarmError, RuntimeError):
+    """Somebody computed with a weight that is not on this machine."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """What was subtracted from a weight: it is now what the peers hold less `b @ a`. Never changed in place."""
+
+    b: torch.Tensor
+    """(rows, rank), float32."""
+    a: torch.Tensor
+    """(rank, columns), float32."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A matrix on remote peers, as it is here."""
+
+    name: str
+    """`BLOCK.PATH.weight`."""
+    transposed: bool
+    shift: Shift | None
+    """Of the matrix as the peers hold it, not transposed."""
+
+
+NormReader = Callable[[str, bool, tuple[int, ...], torch.dtype], torch.Tensor]
+"""(`BLOCK.PATH.weight`, transposed, dimensions, dtype) -> norms."""
+
+
+class FactorReader(Protocol):
+    """Asks peers for factors of their weights; all in float32. Raises `SwarmError` when they do not give them."""
+
+    def svd(self, weight: Weight, shape: torch.Size) -> tuple[torch.Tensor, ...]:
+        """U (rows, k), S (k,) and Vh (k, columns); only a leading part of each can be had, by slicing."""
+
+    def qr(self, weight: Weight, shape: torch.Size) -> tuple[torch.Tensor, ...]:
+        """Q (rows, k) and R (k, columns); only a leading part of each can be had, by slicing."""
+
+    def svd_lowrank(self, weight: Weight, shape: torch.Size, rank: int, iterations: int) -> tuple[torch.Tensor, ...]:
+        """U (rows, rank), S (rank,) and V (columns, rank), as `torch.svd_lowrank` finds them."""
+
+    def subtract(self, weight: Weight, part: torch.Tensor) -> Shift:
+        """The shift of `weight` less `part`, which is a product of the factors of it that were read last.
+
+        Raises `RemoteWeightError` for any other `part`.
+        """
+
+
+@dataclass(frozen=True)
+class WeightReader:
+    """What may be asked about remote weights."""
+
+    norm: NormReader
+    factors: FactorReader
