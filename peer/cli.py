@@ -84,7 +84,6 @@ def serve(
 
     from bootstrap.member import MemberOptions
     from peer.loading import QUANTIZATIONS
-    from peer.scheduler import Scheduler
     from peer.server import ServeOptions, Server
     from protocol.model.checkpoint import open_checkpoint
 
@@ -115,14 +114,12 @@ def serve(
 
     async def run() -> None:
         stop = _stop_on_signals()
-        scheduler = Scheduler()
-        server = await _unless_stopped(Server.start(options, scheduler), stop)
+        server = await _unless_stopped(Server.start(options), stop)
         if server is not None:
             span = f"blocks={server.span.start}:{server.span.end}"
             _say_ready(server.member.addresses, f"{span} model={checkpoint.model_id.name}")
             await server.run(stop)
-        if not scheduler.close(patience=0.2):
-            _leave_at_once()
+        _leave_at_once()
 
     _run(run())
 
@@ -155,6 +152,7 @@ def bootstrap(
         await member.shutdown()
         if is_lost:
             raise PeerFailed("The p2pd process died; start this node again.")
+        _leave_at_once()
 
     _run(run())
 
@@ -250,7 +248,7 @@ async def _unless_stopped(starting: Coroutine[Any, Any, Any], stop: asyncio.Even
 
 
 def _leave_at_once() -> NoReturn:
-    """For the interpreter's own end waits for what the compute thread is in the middle of: loading, a long call."""
+    """Everything is closed; the interpreter's own end takes a second, and waits for a thread that loads or computes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -40,16 +40,11 @@ class Scheduler:
             self._ready.notify()
         return future
 
-    def close(self, patience: float = 0.0) -> bool:
-        """Begin no more work. Returns whether what is running has ended within `patience` seconds; if not, it runs on.
-
-        May be called again.
-        """
+    def close(self) -> None:
+        """Begin no more work. What is running runs on."""
         with self._ready:
             self._closed = True
             self._ready.notify()
-        self._thread.join(patience)
-        return not self._thread.is_alive()
 
     def _work(self) -> None:
         while True:

@@ -78,9 +78,10 @@ class Server:
         self._announcer = Announcer(member.directory, self.record, _ANNOUNCE_PERIOD, _RECORD_LIFETIME)
 
     @classmethod
-    async def start(cls, options: ServeOptions, scheduler: Scheduler) -> "Server":
+    async def start(cls, options: ServeOptions) -> "Server":
         """Load, join, announce. Raises `UnsupportedModel`, `BadUsage`, `PeerUnreachable`."""
         member = await Member.join(options.member)
+        scheduler = Scheduler()
         try:
             blocks = options.blocks or await _choose_blocks(options, member)
             loaded = await scheduler.submit(Priority.CALL, partial(_load, options, blocks, scheduler))
@@ -88,6 +89,7 @@ class Server:
             await member.transport.serve(server.service.handle)
             await member.directory.announce(server.record(), _RECORD_LIFETIME)
         except BaseException:
+            scheduler.close()
             await member.shutdown()
             raise
         server._announcer.start()

@@ -285,7 +285,8 @@ def spoken(fork_server: ForkServer, llama: Path) -> Iterator[Swarm]:
         yield swarm
 
 
-def test_status_shows_who_serves_what(spoken: Swarm, llama: Path, command: Command) -> None:
+def test_status_shows_who_serves_what(spoken: Swarm, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     outcome = command("status", "--initial-peers", spoken.initial_peers[0])
     assert outcome.code == 0
     assert "llama: 5 blocks, 2 peers" in outcome.stdout
