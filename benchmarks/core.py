@@ -52,10 +52,13 @@ def running_swarm(model: Path, peers: int, threads: int) -> Iterator[list[Starte
             for i in range(peers):
                 span = f"{total * i // peers}:{total * (i + 1) // peers}"
                 join = ["--initial-peers", started[0].address] if started else []
-                command = [sys.executable, "-m", "peer.cli", "serve", str(model), "--blocks", span, "--host", "127.0.0.1"]
+                command = [sys.executable, "-m", "peer.cli", "serve", str(model), "--blocks", span]
                 begin = time.perf_counter()
                 process = subprocess.Popen(
-                    [*command, "--threads", str(threads), *join], stdout=subprocess.PIPE, stderr=log, text=True
+                    [*command, "--host", "127.0.0.1", "--threads", str(threads), *join],
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
                 )
                 assert process.stdout
                 line = process.stdout.readline()
@@ -100,7 +103,7 @@ def train_rate(model: Any, vocabulary: int, batch: int, length: int) -> float:
         optimizer.zero_grad()
 
     step()
-    times = [_timed(step) for _ in range(3)]
+    times = [_timed(step) for _ in range(2)]
     model.eval()
     return batch * length / statistics.median(times)
 
@@ -157,7 +160,8 @@ def main() -> None:
         ratio = local[name] / ours if name.endswith(", s") else ours / local[name]
         print(f"| {name} | {ours:.2f} | {local[name]:.2f} | {ratio:.2f} |")
     print(f"\nPeer start: {', '.join(f'{s:.1f} s' for s in starts)} (imports included). Client start: {start:.1f} s.")
-    print(f"RSS: peers {', '.join(f'{m / 2**20:.0f} MiB' for m in memory)}; client grew by {client_memory / 2**20:.0f} MiB.")
+    resident = ", ".join(f"{m / 2**20:.0f} MiB" for m in memory)
+    print(f"RSS: peers {resident}; client grew by {client_memory / 2**20:.0f} MiB.")
 
 
 if __name__ == "__main__":

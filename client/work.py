@@ -71,15 +71,16 @@ class Puts:
     def __init__(self) -> None:
         self._latest = OrderedDict[tuple[str, bytes], asyncio.Future[None]]()
 
-    def latest(self, peer_id: str, key: bytes) -> "asyncio.Future[None] | None":
-        """The last put of an adapter to a peer, done or going on."""
-        return self._latest.get((peer_id, key))
+    def last_done(self, peer_id: str, key: bytes) -> "asyncio.Future[None] | None":
+        """The last put of an adapter to a peer, unless it is going on."""
+        latest = self._latest.get((peer_id, key))
+        return latest if latest is not None and latest.done() else None
 
     async def put(self, channel: Channel, bundle: Bundle, seen: "asyncio.Future[None] | None") -> None:
-        """Give the peer an adapter that it missed when `seen` was the last put: by waiting, if there is a later one."""
+        """Give the peer an adapter that it missed after the put `seen`: by waiting, if there was another since."""
         slot = (channel.remote, bundle.key)
         latest = self._latest.get(slot)
-        if latest is not None and not (latest is seen and latest.done()):
+        if latest is not None and latest is not seen:
             await asyncio.wait({latest})
             return
         self._latest[slot] = done = asyncio.get_running_loop().create_future()
@@ -94,7 +95,7 @@ class Puts:
 
 async def call_with_adapter(puts: Puts, channel: Channel, message: Message, bundle: Bundle | None) -> Message:
     """Call; when the peer does not hold the adapter, put it and call again."""
-    seen = puts.latest(channel.remote, bundle.key) if bundle else None
+    seen = puts.last_done(channel.remote, bundle.key) if bundle else None
     try:
         return await channel.call(message)
     except UnknownAdapter:

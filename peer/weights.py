@@ -1,6 +1,10 @@
 """What a client may ask of a base weight: row norms (DoRA's initialisation needs them); for factors see `factors`."""
 
+from typing import Any
+
+import bitsandbytes
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
@@ -27,8 +31,13 @@ def find_matrix(span: Span, name: str) -> nn.Module:
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
     """The module's weight, dequantized: (rows, columns)."""
-    weight: torch.Tensor = dequantize_module_weight(module) if isinstance(module, nn.Linear) else module.weight  # type: ignore[assignment]
-    return weight.detach()
+    weight: Any = module.weight
+    if isinstance(module, Linear8bitLt):  # PEFT's helper replaces the weight, on a CPU, by one without its scales
+        scales = module.state.SCB if module.state.SCB is not None else weight.SCB
+        weight = bitsandbytes.functional.int8_vectorwise_dequant(weight.data, scales)
+    elif isinstance(module, nn.Linear):
+        weight = dequantize_module_weight(module)
+    return weight.detach()  # type: ignore[no-any-return]
 
 
 def read_norm(span: Span, name: str, transposed: bool, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -30,7 +30,6 @@ def _become_peer(request: dict) -> None:
 
 
 def _serve() -> None:
-    import bootstrap.member
     import peer.cli
     import peer.server  # noqa: F401
 

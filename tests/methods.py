@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 import client
+from protocol.errors import BadAdapter
 
 TARGETS = {
     "bloom": ["query_key_value", "dense_h_to_4h"],
@@ -67,13 +68,12 @@ METHODS: dict[str, Callable[[str, str], peft.PeftConfig]] = {
         num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=16, task_type=t
     ),
     "modules_to_save": lambda f, t: _lora(f, t, modules_to_save=[EMBEDDINGS.get(f, "embed_tokens")]),
-    "LoRA on embeddings": lambda f, t: _lora(
-        f, t, target_modules=[*TARGETS[f], EMBEDDINGS.get(f, "embed_tokens")]
-    ),
+    "LoRA on embeddings": lambda f, t: _lora(f, t, target_modules=[*TARGETS[f], EMBEDDINGS.get(f, "embed_tokens")]),
     "PiSSA": lambda f, t: _lora(f, t, init_lora_weights="pissa"),
-    # PEFT's OLoRA mistakes GPT-2's layers for their transposes: only square ones run at all
+    # PEFT's OLoRA mistakes GPT-2's layers for their transposes: only square ones run at all. The larger its scaling,
+    # the more it leaves to cancel, and the more rounding.
     "OLoRA": lambda f, t: _lora(
-        f, t, init_lora_weights="olora", **{"target_modules": ["attn.c_proj"]} if f == "gpt2" else {}
+        f, t, init_lora_weights="olora", lora_alpha=2, **{"target_modules": ["attn.c_proj"]} if f == "gpt2" else {}
     ),
 }
 
@@ -90,6 +90,9 @@ def load(path: Path, task: str, initial_peers: list[str] | None) -> Any:
         model = local.from_pretrained(path, **options)
     else:
         model = distributed.from_pretrained(str(path), initial_peers=initial_peers, **options)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # of the head: some methods draw random numbers in the blocks, and here they draw none
     torch.manual_seed(5)
     for name, parameter in model.named_parameters():
         if name.split(".")[0] in HEADS:
@@ -153,3 +156,16 @@ def logits(model: Any, task: str) -> torch.Tensor:
     batch = batch_for(task)
     output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return output if task == "SEQ_CLS" else output[:, -8:]
+
+
+def refusal_of(family: str, task: str, method: str) -> type[Exception] | tuple[type[Exception], ...] | None:
+    """What cannot be done: by plain PEFT (so there is nothing to equal), or not through a swarm yet (`BadAdapter`)."""
+    if family == "gpt2" and method in ("LoHa", "LoKr", "OFT"):
+        return TypeError  # PEFT has them for Linear layers only, and GPT-2's are Conv1D
+    if task == "TOKEN_CLS" and method == "LoRA all-linear" and family != "mixtral":
+        return TypeError  # PEFT targets the classifier, and keeps a trainable copy of it too
+    if task == "TOKEN_CLS" and method in ("prompt tuning", "P-tuning MLP", "P-tuning LSTM"):
+        return (RuntimeError, ValueError)  # PEFT gives logits to the virtual tokens
+    if family == "mixtral" and method == "LoRA all-linear":
+        return (BadAdapter, TypeError)  # PEFT targets the fused experts' parameters
+    return None

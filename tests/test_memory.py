@@ -89,3 +89,12 @@ def test_a_client_holds_no_block(path: Path, swarm: Swarm) -> None:
     client.send(signal.SIGSTOP)
     assert mapped(client.pid, path) < 1.05 * OUTSIDE
     assert client.rss() - peer.rss() < NOISE
+
+
+def test_a_peer_that_is_loading_leaves_at_once(path: Path, swarm: Swarm) -> None:
+    peer = swarm.launch("serve", str(path), "--host", "127.0.0.1", "--quantize", "nf4", "--threads", "1")
+    while mapped(peer.pid, path) < 2 * BLOCK:
+        time.sleep(0.01)
+    assert peer.stop() < 3
+    assert "ready" not in peer.stdout.read_text()
+    assert "Traceback" not in peer.stderr.read_text()

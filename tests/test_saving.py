@@ -75,7 +75,7 @@ def assert_equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
 def test_embeddings_are_trained_saved_and_loaded(family: Family, tmp_path: Path) -> None:
     """Three steps in training mode; the folder loads in a swarm, and over the base model in plain Transformers."""
     ours, theirs = only_embeddings(family.remote()), only_embeddings(family.local())
-    assert_equal(train(ours, "CAUSAL_LM"), train(theirs, "CAUSAL_LM"))
+    assert_equal(train(ours, "CAUSAL_LM", "embeddings"), train(theirs, "CAUSAL_LM", "embeddings"))
     ours.save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
     written = load_file(tmp_path / "model.safetensors")
@@ -96,7 +96,7 @@ def test_a_head_is_trained_saved_and_loaded(task: str, llama: Family, tmp_path: 
     theirs.requires_grad_(False)
     for model in ours, theirs:
         model.score.requires_grad_(True)
-    assert_equal(train(ours, task), train(theirs, task))
+    assert_equal(train(ours, task, "head"), train(theirs, task, "head"))
     ours.save_pretrained(tmp_path / "once")
     again = TASKS[task][1].from_pretrained(str(tmp_path / "once"), initial_peers=llama.swarm.initial_peers)
     assert again.num_labels == 3
@@ -237,7 +237,7 @@ def test_prepared_for_quantized_training(llama: Family) -> None:
         torch.manual_seed(0)
         tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
         assert {parameter.dtype for parameter in tuned.parameters()} == {torch.float32}
-        results.append(train(tuned, "CAUSAL_LM"))
+        results.append(train(tuned, "CAUSAL_LM", "LoRA"))
     assert_equal(*results)
 
 

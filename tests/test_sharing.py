@@ -260,7 +260,7 @@ def test_client_processes_at_once(shared: tuple[Path, Swarm], connect: Connect, 
     tokenizer = _tokenizer()
     folder = shutil.copytree(path, tmp_path / "llama")
     tokenizer.save_pretrained(folder)
-    prompts = ["w5 w6 w7 w8 w9", "w100 w90 w80"]
+    prompts = ["w64 w40 w111", "w100 w90 w80"]
     options = ("--initial-peers", swarm.initial_peers[0], "--max-new-tokens", "40")
     children = [swarm.launch("generate", str(folder), prompt, *options) for prompt in prompts]
     plain, model, rounds = local(), connect(), 0
