@@ -61,7 +61,7 @@ def _llama_of_400_mb(folder: Path) -> tuple[tf.PreTrainedModel, int]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_memory(tmp_path: Path) -> None:
-    """A LoRA of every linear module of a 400 MB model is merged in a quarter of that."""
+    """A LoRA of every linear module of a 400 MB model is merged in a third of that."""
     model, nbytes = _llama_of_400_mb(tmp_path / "base")
     assert nbytes > 380e6
     with torch.device("meta"):
@@ -74,7 +74,7 @@ def test_memory(tmp_path: Path) -> None:
     command = [sys.executable, "-c", textwrap.dedent(_MEASURE), *arguments]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root)
-    assert int(done.stdout.split()[-1]) < 0.25 * nbytes
+    assert int(done.stdout.split()[-1]) < nbytes / 3
     for file in (tmp_path / "out").glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118
