@@ -52,6 +52,7 @@ class AdapterStore:
         Raises `BadAdapter` when method, options, names or shapes are not acceptable.
         """
         manifest = Manifest.from_json(manifest_json)
+        tree_key = manifest.config_key()
         numbered = _numbered(tensors)
         key = bundle_hash(manifest_json, numbered)
         size = nbytes(tensors)
@@ -62,11 +63,11 @@ class AdapterStore:
         device = [tensor.to(self._span.device) for tensor in numbered]
         named = {name: device[number] for name, number in manifest.tensors.items()}
         try:
-            self._check(manifest, named)
+            self._check(manifest, tree_key, named)
         except BadAdapter:
-            self._trees.pop(manifest.config_key(), None)  # nobody can use it, and nobody paid for it in tensors
+            self._trees.pop(tree_key, None)  # nobody can use it, and nobody paid for it in tensors
             raise
-        self._bundles[key] = Bundle(manifest, named, manifest.config_key(), size)
+        self._bundles[key] = Bundle(manifest, named, tree_key, size)
         while sum(bundle.size for bundle in self._bundles.values()) > self._max_bytes:
             self._bundles.popitem(last=False)
         return key
@@ -86,9 +87,9 @@ class AdapterStore:
             layer.scaling.update(factors)
         return Adapted(tree, tensors)
 
-    def _check(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _check(self, manifest: Manifest, tree_key: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """`functional_call` ignores names that it does not know: find them here, and wrong shapes."""
-        blocks = self._span.where.of(self._tree(manifest, manifest.config_key()))
+        blocks = self._span.where.of(self._tree(manifest, tree_key))
         known = dict(blocks.named_parameters(remove_duplicate=False)) | dict(
             blocks.named_buffers(remove_duplicate=False)
         )
