@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from client.retries import Retries
 from client.routing import Hop
-from client.swarm import Retries, Swarm
+from client.swarm import Swarm
 from client.work import Work, answered_hidden, call_with_adapter
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message
@@ -65,18 +66,15 @@ async def run_backward(swarm: Swarm, traces: list[Trace], grad: torch.Tensor) ->
 async def _forward_part(
     swarm: Swarm, work: Work, rows: slice, blocks: range, hidden: torch.Tensor, keep: bool
 ) -> tuple[torch.Tensor, Trace]:
-    retries, passed = Retries(swarm), list[_Passed]()
-    route = await retries.find_route(blocks.start, blocks.stop, "forward")
-    while route:
-        hop = route.pop(0)
-        try:
-            output, call_id = await _forward_hop(swarm, work, hop, hidden, keep)
-        except SwarmError as error:
-            retries.failed(hop.peer, error)
-            route = [*await retries.find_route(hop.start, hop.end, "forward"), *route]
-            continue
+    passed = list[_Passed]()
+
+    async def go(hop: Hop) -> None:
+        nonlocal hidden
+        output, call_id = await _forward_hop(swarm, work, hop, hidden, keep)
         passed.append(_Passed(hop, hidden, call_id))
         hidden = output
+
+    await Retries(swarm).hop_by_hop(blocks.start, blocks.stop, "forward", go)
     return hidden, Trace(work, rows, tuple(passed) if keep else ())
 
 

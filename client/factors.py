@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from client.loop import LOOP
+from client.retries import Retries
 from client.routing import Hop
-from client.swarm import Retries, Swarm
+from client.swarm import Swarm
 from client.weights import RemoteWeightError, Shift, Weight
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message

@@ -5,10 +5,11 @@ from transformers import PreTrainedModel
 
 from client.factors import FactorCache
 from client.loop import LOOP
-from client.swarm import Retries, Swarm
+from client.retries import Retries
+from client.routing import Hop
+from client.swarm import Swarm
 from client.weights import WeightReader
 from client.work import read_norms
-from protocol.errors import SwarmError
 from protocol.model.anatomy import BlockList
 
 
@@ -31,15 +32,10 @@ class NormCache:
 
     async def _fetch(self, path: str, transposed: bool, dims: tuple[int, ...], dtype: torch.dtype) -> None:
         """The norms of the weights with this path, in every block that has one."""
-        retries = Retries(self._swarm)
-        route = await retries.find_route(0, self._swarm.model_id.num_blocks, "forward")
-        while route:
-            hop = route.pop(0)
+
+        async def read(hop: Hop) -> None:
             names = [f"{i}.{path}" for i in range(hop.start, hop.end) if f"{i}.{path}" in self._names]
-            try:
-                found = await read_norms(self._swarm.connections, hop, names, transposed, dims, dtype) if names else {}
-            except SwarmError as error:
-                retries.failed(hop.peer, error)
-                route = [*await retries.find_route(hop.start, hop.end, "forward"), *route]
-                continue
+            found = await read_norms(self._swarm.connections, hop, names, transposed, dims, dtype) if names else {}
             self._known |= {(name, transposed, dims, dtype): norm for name, norm in found.items()}
+
+        await Retries(self._swarm).hop_by_hop(0, self._swarm.model_id.num_blocks, "forward", read)

@@ -7,12 +7,13 @@ import torch
 
 from client.history import History
 from client.loop import LOOP
+from client.retries import Retries
 from client.routing import Hop
-from client.swarm import Retries, Swarm
+from client.swarm import Swarm
 from client.work import Prefix, Work, answered_hidden, call_with_adapter
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
-from protocol.errors import PeerFailed, PeerUnreachable, SwarmError
+from protocol.errors import NoRoute, PeerFailed, PeerUnreachable, SwarmError
 
 
 @dataclass
@@ -26,6 +27,8 @@ class _Stage:
     """Of the last step done."""
     history: History = field(default_factory=History)
     """Hidden states that went in."""
+    leaving: bool = False
+    """Its peer has said that it is about to leave."""
 
 
 class Session:
@@ -59,11 +62,13 @@ class Session:
             stage.history.edit(edits)
         self._positions.edit(edits)
         if not self._stages:
-            route = await retries.find_route(self._blocks.start, self._blocks.stop, "decode")
-            self._stages += await self._open_stages(retries, route)
+            self._stages += await self._open_stages(retries, self._blocks.start, self._blocks.stop)
         index = 0
         while index < len(self._stages):
             stage = self._stages[index]
+            if stage.leaving and await self._may_move(stage):
+                index, hidden = await self._replace(retries, index, work, hidden, keep_past)
+                continue
             try:
                 output = await self._run(stage, work, hidden, edits, keep_past)
             except SwarmError as error:
@@ -86,13 +91,23 @@ class Session:
         message = Message(body, work.tensors(stage.hop, hidden, with_prefix=number == 1))
         answer = await call_with_adapter(self._swarm.puts, stage.channel, message, work.bundle(stage.hop))
         stage.number = number
+        stage.leaving = isinstance(answer.body, pb.Result) and answer.body.leaving
         self._swarm.health.succeed(stage.hop.peer.peer_id)
         return answered_hidden(answer, hidden, stage.hop.peer.peer_id)
+
+    async def _may_move(self, stage: _Stage) -> bool:
+        """Whether others serve the blocks of a peer that is about to leave. Until they do, it goes on serving them."""
+        self._swarm.keep_away(stage.hop.peer)
+        try:
+            await self._swarm.find_route(stage.hop.start, stage.hop.end, "decode")
+        except NoRoute:
+            return False
+        return True
 
     async def _replace(
         self, retries: Retries, index: int, work: Work, hidden: torch.Tensor, keep_past: bool
     ) -> tuple[int, torch.Tensor]:
-        """Put other peers in the place of a failed stage and give them all that it had seen, in one prefill.
+        """Put other peers in the place of a stage and give them all that it had seen, in one prefill.
 
         Returns the index of the next stage to run and the hidden states that go into it.
         """
@@ -102,8 +117,7 @@ class Session:
         everything = hidden if past is None else torch.cat([past, hidden], 1)
         replay = self._whole(work, everything)
         while True:
-            route = await retries.find_route(failed.hop.start, failed.hop.end, "decode")
-            stages = await self._open_stages(retries, route)
+            stages = await self._open_stages(retries, failed.hop.start, failed.hop.end)
             flow = everything
             try:
                 for stage in stages:
@@ -125,23 +139,21 @@ class Session:
         prefix = {b: _expanded(pair, everything.shape[0]) for b, pair in work.prefix.items()}
         return replace(work, positions=positions, prefix=prefix)
 
-    async def _open_stages(self, retries: Retries, route: list[Hop], fork_of: bytes = b"") -> list[_Stage]:
-        """Sessions on the peers of `route`; on others where one refuses."""
+    async def _open_stages(self, retries: Retries, start: int, end: int) -> list[_Stage]:
+        """Sessions on the peers of a route over blocks [start, end)."""
         stages: list[_Stage] = []
-        while route:
-            hop = route.pop(0)
-            try:
-                stages.append(_Stage(hop, await self._open(hop, fork_of)))
-            except SwarmError as error:
-                try:
-                    retries.failed(hop.peer, error)
-                    route = [*await retries.find_route(hop.start, hop.end, "decode"), *route]
-                except SwarmError:
-                    _close_stages(stages)
-                    raise
+
+        async def open_stage(hop: Hop) -> None:
+            stages.append(_Stage(hop, await self._open(hop)))
+
+        try:
+            await retries.hop_by_hop(start, end, "decode", open_stage)
+        except BaseException:
+            _close_stages(stages)
+            raise
         return stages
 
-    async def _open(self, hop: Hop, fork_of: bytes) -> Channel:
+    async def _open(self, hop: Hop, fork_of: bytes = b"") -> Channel:
         channel = await self._swarm.connections.open(hop.peer.peer_id)
         try:
             await channel.call(Message(pb.OpenSession(start=hop.start, end=hop.end, fork_of=fork_of)))

@@ -1,4 +1,4 @@
-"""The handle to the network: who serves what, by which route, and what to do when a peer fails."""
+"""The handle to the network: who serves what, and by which route."""
 
 import asyncio
 import copy
@@ -13,9 +13,9 @@ from client.config import SwarmConfig
 from client.connections import Connections, Wanted
 from client.loop import LOOP
 from client.membership import Memberships
-from client.routing import Health, Hop, describe_holes, find_route, holes
+from client.routing import Health, Hop, find_route, holes
 from client.work import Puts
-from protocol.errors import BadAdapter, BadRequest, NoRoute, PeerUnreachable, SwarmError, TooLong, WrongModel
+from protocol.errors import NoRoute, SwarmError
 from protocol.model.checkpoint import Checkpoint
 from protocol.records import PeerRecord
 
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Purpose = Literal["decode", "forward"]
-_NOT_THIS = (BadRequest, BadAdapter, TooLong, WrongModel)
-"""What a peer refuses will not get better by waiting; another peer may still take it."""
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 _MEMBERSHIPS = Memberships()
 LOOP.at_exit(_MEMBERSHIPS.close)
 
@@ -118,6 +115,10 @@ class Swarm:
         self.connections.forget(peer.peer_id)
         self.health.ban(peer.peer_id, at_least=error.retry_after)
 
+    def keep_away(self, peer: PeerRecord) -> None:
+        """A peer is leaving: no new work for it until the directory has heard of it, or of its return."""
+        self.health.ban(peer.peer_id, at_least=self.config.look_up_period)
+
     def _usable(self, peers: list[PeerRecord], without: Collection[str]) -> list[PeerRecord]:
         return [
             peer
@@ -140,45 +141,3 @@ def swarm_of(model: Any) -> Swarm:
     swarm = model.swarm
     assert isinstance(swarm, Swarm)
     return swarm
-
-
-class Retries:
-    """The attempts at one piece of work: goes round failed peers, waits when there is nobody left to ask."""
-
-    def __init__(self, swarm: Swarm):
-        self._swarm = swarm
-        self._left = swarm.config.max_attempts
-        self._pause = _FIRST_PAUSE
-        self._refused = set[str]()
-        self._last: SwarmError | None = None
-
-    def failed(self, peer: PeerRecord, error: SwarmError) -> None:
-        """Take note that `peer` failed with `error`: the next route goes round it."""
-        self._left -= 1
-        if isinstance(error, _NOT_THIS):
-            self._refused.add(peer.peer_id)
-        else:
-            self._swarm.blame(peer, error)
-        self._last = error
-
-    async def find_route(self, start: int, end: int, purpose: Purpose) -> list[Hop]:
-        """A route round the peers that failed; waits for one to come back or to turn up.
-
-        Raises `NoRoute` when nobody serves the blocks, and after too many attempts that, or a peer's last refusal.
-        """
-        missing: NoRoute | None = None
-        while self._left > 0:
-            try:
-                return await self._swarm.find_route(start, end, purpose, self._refused)
-            except NoRoute as error:
-                missing = error
-                self._left -= 1
-                if self._last is None and not self._swarm.may_recover(start, end):
-                    raise
-                if isinstance(self._last, _NOT_THIS):
-                    raise self._last from None
-            await asyncio.sleep(self._pause)
-            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-        if self._last is not None and not isinstance(self._last, PeerUnreachable):
-            raise self._last
-        raise (missing or NoRoute(describe_holes([], start, end))) from self._last

@@ -3,7 +3,7 @@
 import copy
 import logging
 import re
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
+from peer.quotas import Quota
 from peer.span import Adapted, Span
 from protocol.adapters import AdapterSpec, Manifest, bundle_hash
 from protocol.errors import BadAdapter, UnknownAdapter
@@ -38,15 +39,21 @@ class Bundle:
 
 
 class AdapterStore:
-    """The bundles that clients put, the least recently used dropped first. A client holds them all itself."""
+    """The bundles that clients put, the least recently used dropped first. A client holds them all itself.
 
-    def __init__(self, span: Span, max_bytes: int):
+    Each client may keep so many and so many bytes (`Quota`): its own oldest give way to its new ones. When all clients
+    together have too much, those of the one that has most give way.
+    """
+
+    def __init__(self, span: Span, max_bytes: int, quota: Quota | None = None):
         self._span = span
-        self._max_bytes = max_bytes
-        self._bundles = OrderedDict[bytes, Bundle]()
+        self._max_bytes, self._quota = max_bytes, quota or Quota()
+        self._bundles = dict[bytes, Bundle]()
+        self._owned = defaultdict[str, OrderedDict[bytes, int]](OrderedDict)
+        """Client -> the hashes that it put, the least recently used first, and their sizes in bytes."""
         self._trees = OrderedDict[str, PreTrainedModel]()
 
-    def put(self, manifest_json: str, tensors: Mapping[str, torch.Tensor]) -> bytes:
+    def put(self, manifest_json: str, tensors: Mapping[str, torch.Tensor], client: str = "") -> bytes:
         """Keep a bundle; returns its hash. Runs PEFT's construction, so it belongs on the compute thread.
 
         Raises `BadAdapter` when method, options, names or shapes are not acceptable.
@@ -55,9 +62,9 @@ class AdapterStore:
         tree_key = manifest.config_key()
         numbered = _numbered(tensors)
         key = bundle_hash(manifest_json, numbered)
-        size = nbytes(tensors)
-        if size > self._max_bytes:
-            raise BadAdapter(f"An adapter of {size} bytes is over this peer's limit of {self._max_bytes}.")
+        size = nbytes(tensors) + len(manifest_json)
+        if size > (limit := min(self._max_bytes, self._quota.adapter_bytes or self._max_bytes)):
+            raise BadAdapter(f"An adapter of {size} bytes is over this peer's limit of {limit}.")
         if any(not 0 <= number < len(numbered) for number in manifest.tensors.values()):
             raise BadAdapter("The adapter's manifest refers to a tensor that was not sent.")
         device = [tensor.to(self._span.device) for tensor in numbered]
@@ -68,16 +75,33 @@ class AdapterStore:
             self._trees.pop(tree_key, None)  # nobody can use it, and nobody paid for it in tensors
             raise
         self._bundles[key] = Bundle(manifest, named, tree_key, size)
-        while sum(bundle.size for bundle in self._bundles.values()) > self._max_bytes:
-            self._bundles.popitem(last=False)
+        self._owned[client][key] = size
+        self._owned[client].move_to_end(key)
+        self._make_room(client)
         return key
 
-    def get(self, key: bytes) -> Bundle:
-        """The bundle of this hash. Raises `UnknownAdapter`."""
+    def get(self, key: bytes, client: str = "") -> Bundle:
+        """The bundle of this hash, whoever put it. Raises `UnknownAdapter`."""
         if key not in self._bundles:
             raise UnknownAdapter(f"No adapter {key.hex()} here; put it and repeat the call.")
-        self._bundles.move_to_end(key)
+        own = self._owned.get(client)
+        if own and key in own:
+            own.move_to_end(key)
         return self._bundles[key]
+
+    def _make_room(self, client: str) -> None:
+        own, quota = self._owned[client], self._quota
+        while len(own) > quota.adapters or sum(own.values()) > (quota.adapter_bytes or self._max_bytes):
+            self._drop_oldest(client)
+        while sum(bundle.size for bundle in self._bundles.values()) > self._max_bytes:
+            self._drop_oldest(max(self._owned, key=lambda owner: sum(self._owned[owner].values())))
+
+    def _drop_oldest(self, client: str) -> None:
+        key, _ = self._owned[client].popitem(last=False)
+        if not self._owned[client]:
+            del self._owned[client]
+        if not any(key in owned for owned in self._owned.values()):
+            del self._bundles[key]
 
     def adapt(self, bundle: Bundle, tensors: Mapping[str, torch.Tensor]) -> Adapted:
         """The tree to run for `bundle`, with `tensors` (its own, or leaves made from them) in place."""

@@ -1,7 +1,7 @@
 """Training calls: forward, and backward from kept activations or by computing the forward again."""
 
 import secrets
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -41,7 +41,8 @@ class Trainer:
 
     def __init__(self, span: Span, adapters: AdapterStore, max_kept_bytes: int):
         self._span, self._adapters, self._max_kept = span, adapters, max_kept_bytes
-        self._kept = OrderedDict[int, _Graph]()
+        self._kept = dict[int, _Graph]()
+        """Oldest first."""
 
     def forward(self, call: Call, owner: str, keep: bool) -> tuple[torch.Tensor, int]:
         """The hidden states, and the name under which the activations are kept (0: they are not)."""
@@ -53,8 +54,7 @@ class Trainer:
             return graph.result.detach(), 0
         call_id = secrets.randbits(63) | 1
         self._kept[call_id] = graph
-        while sum(kept.size for kept in self._kept.values()) > self._max_kept:
-            self._kept.popitem(last=False)
+        self._make_room()
         return graph.result.detach(), call_id
 
     def backward_kept(self, call_id: int, owner: str, grad: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -75,6 +75,17 @@ class Trainer:
         """Drop everything kept for a client that has gone."""
         for call_id in [i for i, graph in self._kept.items() if graph.owner == owner]:
             del self._kept[call_id]
+
+    def _make_room(self) -> None:
+        """The client that keeps most loses its oldest."""
+        while True:
+            sizes = Counter[str]()
+            for graph in self._kept.values():
+                sizes[graph.owner] += graph.size
+            if sizes.total() <= self._max_kept:
+                return
+            greediest = sizes.most_common(1)[0][0]
+            del self._kept[next(i for i, graph in self._kept.items() if graph.owner == greediest)]
 
     def _forward_with_graph(self, call: Call, owner: str) -> _Graph:
         leaves = {"hidden_states": call.inputs.hidden.detach().requires_grad_()}

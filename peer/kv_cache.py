@@ -1,9 +1,13 @@
 """Sessions' KV caches: bounded memory, edits, and Transformers' cache seen from the middle of a model."""
 
 import copy
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from math import inf
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedConfig
@@ -12,6 +16,8 @@ from transformers.cache_utils import DynamicCache
 from protocol import swarm_pb2 as pb
 from protocol.errors import BadRequest, PeerFull, TooLong
 
+IDLE = 30.0
+"""Seconds after which a session may have to give way to others."""
 _PAGE = 64
 _MAX_ROWS = 4096
 
@@ -117,11 +123,17 @@ def prefix_cache(
 
 
 class CacheMemory:
-    """The tokens that all sessions together may hold, and the most that one may."""
+    """The tokens that all sessions together may hold, and the most that one may.
+
+    When there are too few, the sessions that have lain idle the longest give way: their clients hold what is needed to
+    make them again, if they are still there.
+    """
 
     def __init__(self, total_tokens: int, max_length: int):
         self.total_tokens, self.max_length = total_tokens, max_length
         self._taken = 0
+        self._lock = threading.RLock()  # forks are made on the event loop, steps on the compute thread
+        self._sessions: set[Session] = set()
 
     @property
     def free_tokens(self) -> int:
@@ -130,30 +142,82 @@ class CacheMemory:
 
     def take(self, tokens: int) -> None:
         """Reserve. Raises `PeerFull`."""
+        with self._lock:
+            if tokens > self.free_tokens:
+                self._reclaim(tokens)
+            self._taken += tokens
+
+    def give_back(self, tokens: int) -> None:
+        """Release what was taken."""
+        with self._lock:
+            self._taken -= tokens
+
+    def watch(self, session: "Session") -> None:
+        """From now on `session` gives way when it lies idle."""
+        self._sessions.add(session)
+
+    def is_in_use(self, lately: float) -> bool:
+        """Whether any session ended a step in the last `lately` seconds."""
+        since = time.monotonic() - lately
+        return any(since < session.idle_since < inf for session in self._sessions)
+
+    def forget(self, session: "Session") -> None:
+        """`session` has ended."""
+        self._sessions.discard(session)
+
+    def _reclaim(self, tokens: int) -> None:
+        long_ago = time.monotonic() - IDLE
+        idle = sorted((s for s in self._sessions if s.idle_since < long_ago), key=lambda s: s.idle_since)
+        for session in idle:
+            if tokens <= self.free_tokens:
+                return
+            session.close()
         if tokens > self.free_tokens:
             raise PeerFull(
                 f"This peer's KV cache has {self.free_tokens} of {self.total_tokens} tokens free, "
                 f"{tokens} more are needed; try again later or use another peer."
             )
-        self._taken += tokens
+
+
+class Memory(Protocol):
+    """What a session takes its tokens from: all of a peer's, or a client's share."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that one session may hold."""
+
+    def take(self, tokens: int) -> None:
+        """Reserve. Raises `PeerFull`."""
 
     def give_back(self, tokens: int) -> None:
         """Release what was taken."""
-        self._taken -= tokens
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
     """One generation's state on this peer."""
 
-    memory: CacheMemory
+    memory: Memory
     cache: SpanCache
     batch_size: int = 0
     number: int = 0
     """Of the last step run."""
     answer: torch.Tensor | None = None
     """Of the last step run: a repeated step is answered by it."""
+    idle_since: float = inf
+    """When its last step ended (`time.monotonic`); infinite before the first and during a step."""
+    lost: bool = False
+    """Its memory is gone."""
     _reserved: int = 0
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within the block this session need not give way."""
+        self.idle_since = inf
+        try:
+            yield
+        finally:
+            self.idle_since = time.monotonic()
 
     def reserve(self, batch_size: int, length: int) -> None:
         """Make sure that the cache may grow to `length` tokens per row. Raises `TooLong`, `PeerFull`."""
@@ -169,15 +233,20 @@ class Session:
 
     def fork(self) -> "Session":
         """A copy that goes its own way. Raises `PeerFull`."""
-        self.memory.take(self._reserved)
-        twin = copy.copy(self)
-        twin.cache = copy.deepcopy(self.cache)
+        with self.in_use():
+            self.memory.take(self._reserved)
+            twin = copy.copy(self)
+            twin.cache = copy.deepcopy(self.cache)
+        twin.idle_since = self.idle_since
         return twin
 
     def close(self) -> None:
         """Free the memory."""
         self.memory.give_back(self._reserved)
         self._reserved = 0
+        self.lost = True
+        self.answer = None
+        self.cache.layers.clear()
 
 
 def bytes_per_token(caches: Sequence[SpanCache], tokens: int) -> int:

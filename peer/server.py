@@ -18,6 +18,7 @@ from peer.calls import Trainer
 from peer.kv_cache import CacheMemory
 from peer.loading import block_bytes, load_span
 from peer.placement import choose_blocks
+from peer.quotas import Quota
 from peer.scheduler import Priority, Scheduler
 from peer.service import Served, Service
 from peer.span import Span
@@ -30,8 +31,6 @@ from protocol.tensors import Limits
 logger = logging.getLogger(__name__)
 
 _ANNOUNCE_PERIOD, _RECORD_LIFETIME = 20.0, 60.0
-_DRAIN = 1.0
-"""Seconds that running calls get to finish when the peer leaves."""
 _WEIGHTS_SHARE = 0.6
 """Of the memory that is free at first, for weights, when nobody says how many blocks to serve."""
 _CACHE_SHARE = 0.25
@@ -57,6 +56,11 @@ class ServeOptions:
     """Tokens of one session."""
     cache_tokens: int | None = None
     """Tokens of all sessions; None: what a share of the free memory holds."""
+    quota: Quota = field(default_factory=Quota)
+    max_message: int = Limits.max_payload
+    """Bytes of the tensors of one message."""
+    drain_timeout: float = 30.0
+    """Seconds that clients get to take their sessions elsewhere when the peer leaves."""
 
 
 def own_version() -> str:
@@ -128,17 +132,19 @@ class Server:
             raise PeerFailed("The p2pd process died, so nobody can reach this peer any more; start the peer again.")
 
     async def leave(self) -> None:
-        """Withdraw the record, let running calls finish for a moment, close everything."""
+        """Take no new work, let clients take their sessions elsewhere, withdraw the record, close everything."""
         self.service.draining = True
         self._state = PeerState.DRAINING
-        await asyncio.gather(self._announcer.stop(), self._drain())
+        self._announcer.refresh()
+        await self._drain()
+        await self._announcer.stop()
         self._scheduler.close()
         await self.member.shutdown()
 
     async def _drain(self) -> None:
-        deadline = asyncio.get_running_loop().time() + _DRAIN
-        while self.service.load.calls and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.02)
+        deadline = asyncio.get_running_loop().time() + self.options.drain_timeout
+        while self.service.is_busy and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,7 @@ def _load(options: ServeOptions, blocks: range, scheduler: Scheduler) -> _Loaded
     _return_freed_memory()
     share = int(_free_memory(span.device) * _CACHE_SHARE)
     total = options.cache_tokens if options.cache_tokens is not None else max(options.max_length, share // token_bytes)
-    adapters = AdapterStore(span, max_bytes=share)
+    adapters = AdapterStore(span, max_bytes=share, quota=options.quota)
     service = Service(
         Served(options.checkpoint.model_id, options.checkpoint.digests),
         span,
@@ -182,7 +188,8 @@ def _load(options: ServeOptions, blocks: range, scheduler: Scheduler) -> _Loaded
         adapters,
         Trainer(span, adapters, max_kept_bytes=share),
         scheduler,
-        Limits(),
+        Limits(max_payload=options.max_message),
+        options.quota,
     )
     return _Loaded(span, speed, service, scheduler)
 

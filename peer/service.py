@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import secrets
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,15 +15,25 @@ from peer.calls import Call, Trainer
 from peer.checks import check_inputs, check_mode, check_prefix, prefix_length
 from peer.factors import check_factorize, factorize
 from peer.kv_cache import CacheMemory, Session, SpanCache, apply_edit, check_edit, prefix_cache
+from peer.quotas import Account, Accounts, Quota
 from peer.scheduler import Priority, Scheduler
 from peer.span import Mode, Span
 from peer.weights import read_norm
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
-from protocol.errors import BadRequest, Draining, OutOfMemory, PeerFailed, SwarmError, WrongModel
+from protocol.errors import (
+    BadRequest,
+    Draining,
+    OutOfMemory,
+    OverQuota,
+    PeerFailed,
+    SessionLost,
+    SwarmError,
+    WrongModel,
+)
 from protocol.model.checkpoint import same_weights
 from protocol.records import ModelId
-from protocol.tensors import Limits, torch_dtype, wire_dtype
+from protocol.tensors import Limits, nbytes, torch_dtype, wire_dtype
 from protocol.transport.base import Stream
 
 logger = logging.getLogger(__name__)
@@ -33,6 +42,8 @@ T = TypeVar("T")
 HEARTBEAT = 2.0
 """Seconds between the signs of life that a client gets while its answer is computed."""
 _PATIENCE = 60.0
+_LIVELY = 3.0
+"""Seconds after its last step in which a session's next one is likely to come."""
 _MAX_NAMES = 4096
 
 
@@ -49,10 +60,16 @@ class _Connection:
     """One stream from one client, and the session that lives on it."""
 
     channel: Channel
+    account: Account
     session: Session | None = None
     mode: Mode | None = None
     forks: list[bytes] = field(default_factory=list)
     """Tokens of the session's copies; those that nobody opened end with this stream."""
+
+    @property
+    def client(self) -> str:
+        """The client's peer ID."""
+        return self.channel.remote
 
 
 @dataclass
@@ -61,8 +78,6 @@ class Load:
 
     sessions: int = 0
     calls: int = 0
-    streams: Counter[str] = field(default_factory=Counter)
-    """Client -> open streams."""
 
 
 class Service:
@@ -77,31 +92,48 @@ class Service:
         trainer: Trainer,
         scheduler: Scheduler,
         limits: Limits,
+        quota: Quota,
     ):
         self._served, self._span, self.memory = served, span, memory
+        self._accounts = Accounts(quota, memory)
         self._adapters, self._trainer, self._scheduler = adapters, trainer, scheduler
         self._limits = limits
-        self._forks: dict[bytes, tuple[Session, Mode]] = {}
+        self._forks: dict[bytes, tuple[str, Session, Mode]] = {}
+        """Token -> client, session, mode."""
         self.load = Load()
         self.draining = False
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is being answered, or a session was in use a moment ago and is likely to go on."""
+        return bool(self.load.calls) or self.memory.is_in_use(_LIVELY)
+
     async def handle(self, stream: Stream) -> None:
         """Serve one stream until its client closes it."""
-        connection = _Connection(Channel(stream, self._limits, _PATIENCE))
-        client = stream.remote
-        self.load.streams[client] += 1
+        channel, client = Channel(stream, self._limits, _PATIENCE), stream.remote
         try:
-            await self._greet(connection.channel)
+            await self._greet(channel)
+            account = await self._enter(channel)
+        except SwarmError as error:
+            logger.debug("stream of %s refused: %s", client, error)
+            return
+        connection = _Connection(channel, account)
+        try:
             while True:
                 await self._serve_one(connection)
         except SwarmError as error:  # the stream is over: broken, or not to be trusted any more
             logger.debug("stream of %s ended: %s", client, error)
         finally:
             self._end_session(connection)
-            self.load.streams[client] -= 1
-            if not self.load.streams[client]:
-                del self.load.streams[client]
+            if self._accounts.leave(client):
                 self._trainer.forget(client)
+
+    async def _enter(self, channel: Channel) -> Account:
+        try:
+            return self._accounts.enter(channel.remote)
+        except OverQuota as error:
+            await channel.fail(error)
+            raise
 
     async def _greet(self, channel: Channel) -> None:
         try:
@@ -149,7 +181,8 @@ class Service:
             raise
         self.load.calls += 1
         try:
-            answer = await self._answer(connection, message)
+            with connection.account.call(nbytes(message.tensors)):
+                answer = await self._answer(connection, message)
         except torch.OutOfMemoryError as error:
             await channel.fail(OutOfMemory(f"The call did not fit this peer's memory: {error}"))
         except SwarmError as error:
@@ -177,7 +210,7 @@ class Service:
         if isinstance(body, pb.OpenSession):
             return self._open_session(connection, body)
         if isinstance(body, pb.ForkSession):
-            return self._fork_session(connection)
+            return await self._fork_session(connection)
         if isinstance(body, pb.PutAdapter):
             return await self._put_adapter(connection, message, body)
         if isinstance(body, pb.ReadWeight):
@@ -192,36 +225,60 @@ class Service:
         mode = check_mode(self._span, pb.Context(start=body.start, end=body.end))
         self._end_session(connection)
         if body.fork_of:
-            if body.fork_of not in self._forks:
+            owner, session, blocks = self._forks.get(body.fork_of, ("", None, mode))
+            if session is None or owner != connection.client:
                 raise BadRequest("There is no such forked session here.")
-            connection.session, connection.mode = self._forks.pop(body.fork_of)
-        else:
-            cache = SpanCache(self._span.model.config, mode.blocks)
-            connection.session, connection.mode = Session(self.memory, cache), mode
-        self.load.sessions += 1
+            del self._forks[body.fork_of]
+            connection.session, connection.mode = session, blocks
+            return Message(pb.Result())
+        connection.account.open_session()
+        cache = SpanCache(self._span.model.config, mode.blocks)
+        connection.session, connection.mode = Session(connection.account, cache), mode
+        self._begin(connection.session)
         return Message(pb.Result())
 
-    def _fork_session(self, connection: _Connection) -> Message:
+    async def _fork_session(self, connection: _Connection) -> Message:
         session, mode = self._session(connection)
+        connection.account.open_session()
+        try:
+            twin = await self._compute(connection, Priority.STEP, session.fork)
+        except BaseException:
+            connection.account.close_session()
+            raise
+        self._begin(twin)
         token = secrets.token_bytes(16)
-        self._forks[token] = (session.fork(), mode)
+        self._forks[token] = (connection.client, twin, mode)
         connection.forks.append(token)
         return Message(pb.Result(token=token))
+
+    def _begin(self, session: Session) -> None:
+        self.memory.watch(session)
+        self.load.sessions += 1
+
+    def _end(self, session: Session, account: Account) -> None:
+        session.close()
+        self.memory.forget(session)
+        account.close_session()
+        self.load.sessions -= 1
 
     async def _step(self, connection: _Connection, message: Message, body: pb.Step) -> Message:
         session, mode = self._session(connection)
         if body.number == session.number and session.answer is not None:
-            return Message(pb.Result(), {"hidden_states": session.answer})
+            return self._stepped(session.answer)
         if body.number != session.number + 1:
             raise BadRequest(f"Step {body.number} follows step {session.number}; expected {session.number + 1}.")
         wanted = check_mode(self._span, body.context)
         if wanted.blocks != mode.blocks:
             raise BadRequest("A session's blocks cannot change between its steps.")
-        bundle = self._bundle(body.context)
+        bundle = self._bundle(connection, body.context)
         work = partial(self._run_step, session, message, body, wanted, bundle)
-        hidden = await self._compute(connection, Priority.STEP, work)
+        with session.in_use():
+            hidden = await self._compute(connection, Priority.STEP, work)
         session.number, session.answer = body.number, hidden
-        return Message(pb.Result(), {"hidden_states": hidden})
+        return self._stepped(hidden)
+
+    def _stepped(self, hidden: torch.Tensor) -> Message:
+        return Message(pb.Result(leaving=self.draining), {"hidden_states": hidden})
 
     @torch.no_grad()
     def _run_step(
@@ -254,23 +311,24 @@ class Service:
     def _session(self, connection: _Connection) -> tuple[Session, Mode]:
         if connection.session is None or connection.mode is None:
             raise BadRequest("No session is open on this stream; open one first.")
+        if connection.session.lost:
+            raise SessionLost("This session lay idle and its memory went to others; send its tokens again.")
         return connection.session, connection.mode
 
     def _end_session(self, connection: _Connection) -> None:
         if connection.session is not None:
-            connection.session.close()
+            self._end(connection.session, connection.account)
             connection.session = None
-            self.load.sessions -= 1
         for token in connection.forks:
             if token in self._forks:
-                self._forks.pop(token)[0].close()
+                self._end(self._forks.pop(token)[1], connection.account)
         connection.forks.clear()
 
     # ---- training
 
     async def _forward(self, connection: _Connection, message: Message, body: pb.Forward) -> Message:
-        call = self._call(message, body.context)
-        work = partial(self._trainer.forward, call, connection.channel.remote, body.keep)
+        call = self._call(connection, message, body.context)
+        work = partial(self._trainer.forward, call, connection.client, body.keep)
         hidden, call_id = await self._compute(connection, Priority.CALL, work)
         return Message(pb.Result(call_id=call_id), {"hidden_states": hidden})
 
@@ -280,29 +338,29 @@ class Service:
             raise BadRequest(f"grad is {grad.dtype} {list(grad.shape)}; expected the shape of the forward's result.")
         work: Callable[[], dict[str, torch.Tensor]]
         if body.call_id:
-            work = partial(self._trainer.backward_kept, body.call_id, connection.channel.remote, grad)
+            work = partial(self._trainer.backward_kept, body.call_id, connection.client, grad)
         else:
-            call = self._call(message, body.context)
+            call = self._call(connection, message, body.context)
             if call.inputs.hidden.shape != grad.shape:
                 raise BadRequest("grad and hidden_states differ in shape.")
             work = partial(self._trainer.backward, call, grad)
         return Message(pb.Result(), await self._compute(connection, Priority.CALL, work))
 
-    def _call(self, message: Message, context: pb.Context) -> Call:
+    def _call(self, connection: _Connection, message: Message, context: pb.Context) -> Call:
         mode = check_mode(self._span, context)
         past = prefix_length(message.tensors)
         inputs = check_inputs(self._span, message, past, self.memory.max_length)
         prefix = check_prefix(self._span, mode, message, inputs.hidden.shape[0])
-        return Call(inputs, mode, self._bundle(context), prefix)
+        return Call(inputs, mode, self._bundle(connection, context), prefix)
 
     # ---- adapters
 
     async def _put_adapter(self, connection: _Connection, message: Message, body: pb.PutAdapter) -> Message:
-        work = partial(self._adapters.put, body.manifest, message.tensors)
+        work = partial(self._adapters.put, body.manifest, message.tensors, connection.client)
         return Message(pb.Result(token=await self._compute(connection, Priority.CALL, work)))
 
-    def _bundle(self, context: pb.Context) -> Bundle | None:
-        return self._adapters.get(context.adapter) if context.adapter else None
+    def _bundle(self, connection: _Connection, context: pb.Context) -> Bundle | None:
+        return self._adapters.get(context.adapter, connection.client) if context.adapter else None
 
     async def _read_weight(self, connection: _Connection, body: pb.ReadWeight) -> Message:
         dtype = torch_dtype(body.dtype)
@@ -324,7 +382,7 @@ class Service:
 
     async def _compute(self, connection: _Connection, priority: Priority, work: Callable[[], T]) -> T:
         """Run `work` on the compute thread, telling the client now and then that it is being done."""
-        future = self._scheduler.submit(priority, work)
+        future = self._scheduler.submit(priority, work, connection.client)
         try:
             while True:
                 done, _ = await asyncio.wait({future}, timeout=HEARTBEAT)

@@ -24,6 +24,16 @@ class PeerFull(SwarmError):
     retry_after = 5.0
 
 
+class OverQuota(PeerFull):
+    """This client has as much of the peer as one client may."""
+
+    retry_after = 2.0
+
+
+class SessionLost(SwarmError):
+    """The peer gave a session's memory to others, or never had it; what the cache held must be sent again."""
+
+
 class TooLong(SwarmError):
     """A prompt or a session is longer than the peer allows."""
 
@@ -77,8 +87,8 @@ class BadUsage(SwarmError):
 _BY_NAME = {
     cls.__name__: cls
     for cls in (
-        BadRequest, WrongModel, PeerFull, TooLong, UnknownAdapter, UnknownCall, BadAdapter, OutOfMemory, Draining,
-        PeerFailed,
+        BadRequest, WrongModel, PeerFull, OverQuota, SessionLost, TooLong, UnknownAdapter, UnknownCall, BadAdapter,
+        OutOfMemory, Draining, PeerFailed,
     )
 }  # fmt: skip
 _MAX_MESSAGE = 2000

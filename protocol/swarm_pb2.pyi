@@ -145,12 +145,14 @@ class Failure(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ..., retry_after: _Optional[float] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("call_id", "token")
+    __slots__ = ("call_id", "token", "leaving")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     token: bytes
-    def __init__(self, call_id: _Optional[int] = ..., token: _Optional[bytes] = ...) -> None: ...
+    leaving: bool
+    def __init__(self, call_id: _Optional[int] = ..., token: _Optional[bytes] = ..., leaving: _Optional[bool] = ...) -> None: ...
 
 class Ping(_message.Message):
     __slots__ = ()

@@ -1,0 +1,78 @@
+"""What to do when a peer fails: go round it, wait when there is nobody left to ask, give up in the end."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from client.routing import Hop, describe_holes
+from client.swarm import Purpose, Swarm
+from protocol.errors import (
+    BadAdapter,
+    BadRequest,
+    NoRoute,
+    PeerUnreachable,
+    SessionLost,
+    SwarmError,
+    TooLong,
+    WrongModel,
+)
+from protocol.records import PeerRecord
+
+_NOT_THIS = (BadRequest, BadAdapter, TooLong, WrongModel)
+"""What a peer refuses will not get better by waiting; another peer may still take it."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
+
+
+class Retries:
+    """The attempts at one piece of work."""
+
+    def __init__(self, swarm: Swarm):
+        self._swarm = swarm
+        self._left = swarm.config.max_attempts
+        self._pause = _FIRST_PAUSE
+        self._refused = set[str]()
+        self._last: SwarmError | None = None
+
+    def failed(self, peer: PeerRecord, error: SwarmError) -> None:
+        """Take note that `peer` failed with `error`: the next route goes round it."""
+        self._left -= 1
+        if isinstance(error, _NOT_THIS):
+            self._refused.add(peer.peer_id)
+        elif not isinstance(error, SessionLost):  # the peer is well, and may be asked to begin again
+            self._swarm.blame(peer, error)
+        self._last = error
+
+    async def find_route(self, start: int, end: int, purpose: Purpose) -> list[Hop]:
+        """A route round the peers that failed; waits for one to come back or to turn up.
+
+        Raises `NoRoute` when nobody serves the blocks, and after too many attempts that, or a peer's last refusal.
+        """
+        missing: NoRoute | None = None
+        while self._left > 0:
+            try:
+                return await self._swarm.find_route(start, end, purpose, self._refused)
+            except NoRoute as error:
+                missing = error
+                self._left -= 1
+                if self._last is None and not self._swarm.may_recover(start, end):
+                    raise
+                if isinstance(self._last, _NOT_THIS):
+                    raise self._last from None
+            await asyncio.sleep(self._pause)
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        if self._last is not None and not isinstance(self._last, PeerUnreachable):
+            raise self._last
+        raise (missing or NoRoute(describe_holes([], start, end))) from self._last
+
+    async def hop_by_hop(self, start: int, end: int, purpose: Purpose, do: Callable[[Hop], Awaitable[None]]) -> None:
+        """Do something on one hop after the other of a route over blocks [start, end); elsewhere where a peer fails.
+
+        Raises as `find_route`.
+        """
+        route = await self.find_route(start, end, purpose)
+        while route:
+            hop = route.pop(0)
+            try:
+                await do(hop)
+            except SwarmError as error:
+                self.failed(hop.peer, error)
+                route = [*await self.find_route(hop.start, hop.end, purpose), *route]
