@@ -19,6 +19,15 @@ InitialPeers = Annotated[
 ]
 
 
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")]
+Identity = Annotated[Path | None, typer.Option(metavar="FILE", help="Key file of this member; made if missing.")]
+Announce = Annotated[
+    list[str] | None,
+    typer.Option("--announce", metavar="ADDRESS", help="Address to announce instead of those found (may be repeated)."),
+]
+
+
 def _load_defaults(context: typer.Context, value: Path | None) -> Path | None:
     if value is None:
         return None
