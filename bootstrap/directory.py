@@ -13,9 +13,9 @@ from hivemind.dht import DHTNode
 
 from bootstrap.neighbours import Neighbours
 from bootstrap.storage import MAX_LIFETIME
-from bootstrap.validator import MODELS_KEY, model_key
+from bootstrap.validator import MODELS_KEY, complaints_key, model_key
 from protocol.errors import BadRequest
-from protocol.records import MAX_RECORD_BYTES, ModelId, PeerRecord, PeerState
+from protocol.records import MAX_RECORD_BYTES, Complaint, ModelId, PeerRecord, PeerState
 
 PERIOD = 20.0
 """Seconds between two announcements of a peer."""
@@ -26,7 +26,7 @@ RETRY = 5.0
 MAX_MODELS = 256
 WITHDRAW_TIMEOUT = 1.5
 _log = logging.getLogger(__name__)
-R = TypeVar("R", ModelId, PeerRecord)
+R = TypeVar("R", ModelId, PeerRecord, Complaint)
 
 
 class Directory:
@@ -58,6 +58,19 @@ class Directory:
         """The peers that serve blocks of a model, as the DHT's members hold them now; sorted by start, then ID."""
         key = model_key(config_hash)
         return _peers((await self._look_up([key]))[key])
+
+    async def complain(self, complaint: Complaint) -> None:
+        """Publish what this member says of others, instead of what it said before for that model, for ten minutes."""
+        await self._neighbours.ensure()
+        expiration = time.time() + MAX_LIFETIME - 1
+        key = complaints_key(complaint.model.config_hash)
+        await self._node.store(key, complaint.to_bytes(), expiration, subkey=complaint.peer_id)
+
+    async def complaints(self, config_hash: str) -> Counter[str]:
+        """ID of a peer of a model -> how many members complain of its answers."""
+        key = complaints_key(config_hash)
+        said = _parse((await self._look_up([key]))[key], Complaint)
+        return Counter(peer_id for complaint in said for peer_id in {accused.peer_id for accused in complaint.accused})
 
     async def models(self) -> dict[ModelId, list[PeerRecord]]:
         """Every model of the swarm with its peers; a model without peers is left out."""

@@ -21,6 +21,11 @@ def model_key(config_hash: str) -> str:
     return f"swarmtune.model.{config_hash}"
 
 
+def complaints_key(config_hash: str) -> str:
+    """The DHT key under which clients complain of a model's peers."""
+    return f"swarmtune.complaints.{config_hash}"
+
+
 def _key_id(key: str) -> bytes:
     return bytes(DHTID.generate(source=key).to_bytes())
 
@@ -89,13 +94,15 @@ def _data(payload: bytes) -> bytes:
 
 
 def _belongs(key: bytes, peer_id: str, content: object) -> bool:
-    """Whether `content` may stand under `key`: a model in the list of models, or the peer's record for a model."""
+    """Whether `content` may stand under `key`: a model in the list of models, a peer's record or complaint for one."""
     if not isinstance(content, dict):
         return False
     if key == _MODELS_KEY_ID:
         return isinstance(content.get("config_hash"), str)
     config_hash = content["model"]["config_hash"]
-    return content.get("peer_id") == peer_id and isinstance(config_hash, str) and key == _key_id(model_key(config_hash))
+    if content.get("peer_id") != peer_id or not isinstance(config_hash, str):
+        return False
+    return key == _key_id(complaints_key(config_hash) if "accused" in content else model_key(config_hash))
 
 
 def _signed_bytes(key: bytes, subkey: bytes, payload: bytes, expiration: float) -> bytes:

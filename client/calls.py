@@ -2,22 +2,22 @@
 
 import asyncio
 import itertools
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 
+from client.hops import Gradients, backward_hop, forward_hop
 from client.retries import Retries
 from client.routing import Hop
 from client.swarm import Swarm
-from client.work import Work, answered_hidden, call_with_adapter
-from protocol import swarm_pb2 as pb
-from protocol.channel import Message
-from protocol.errors import PeerFailed, SwarmError, UnknownCall
+from client.work import Work
+from protocol.errors import SwarmError, UnknownCall
 
 T = TypeVar("T")
-Gradients = dict[str, torch.Tensor]
+_IN_FLIGHT = 32
+"""Micro-batches at most: enough for every span to be busy, within what peers allow one client."""
 
 
 @dataclass(frozen=True)
@@ -70,23 +70,12 @@ async def _forward_part(
 
     async def go(hop: Hop) -> None:
         nonlocal hidden
-        output, call_id = await _forward_hop(swarm, work, hop, hidden, keep)
+        output, call_id = await forward_hop(swarm, work, hop, hidden, keep)
         passed.append(_Passed(hop, hidden, call_id))
         hidden = output
 
     await Retries(swarm).hop_by_hop(blocks.start, blocks.stop, "forward", go)
     return hidden, Trace(work, rows, tuple(passed) if keep else ())
-
-
-async def _forward_hop(
-    swarm: Swarm, work: Work, hop: Hop, hidden: torch.Tensor, keep: bool
-) -> tuple[torch.Tensor, int]:
-    message = Message(pb.Forward(context=work.context(hop), keep=keep), work.tensors(hop, hidden))
-    async with swarm.connections.channel(hop.peer.peer_id) as channel:
-        answer = await call_with_adapter(swarm.puts, channel, message, work.bundle(hop))
-    swarm.health.succeed(hop.peer.peer_id)
-    call_id = answer.body.call_id if isinstance(answer.body, pb.Result) else 0
-    return answered_hidden(answer, hidden, hop.peer.peer_id), call_id
 
 
 async def _backward_part(swarm: Swarm, trace: Trace, grad: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
@@ -104,7 +93,7 @@ async def _backward_hop(
     hop, retries = passed.hop, Retries(swarm)
     if passed.call_id:
         try:
-            return await _ask_backward(swarm, work, hop, {"grad": grad}, passed.call_id, grad)
+            return await backward_hop(swarm, work, hop, passed.hidden, grad, passed.call_id)
         except UnknownCall:
             pass
         except SwarmError as error:
@@ -114,8 +103,7 @@ async def _backward_hop(
         if len(route) > 1:
             return await _backward_over(swarm, work, passed, grad)
         try:
-            tensors = {**work.tensors(route[0], passed.hidden), "grad": grad}
-            return await _ask_backward(swarm, work, route[0], tensors, 0, grad)
+            return await backward_hop(swarm, work, route[0], passed.hidden, grad, 0)
         except SwarmError as error:
             retries.failed(route[0].peer, error)
 
@@ -127,39 +115,6 @@ async def _backward_over(
     blocks = range(passed.hop.start, passed.hop.end)
     _, trace = await _forward_part(swarm, work, slice(None), blocks, passed.hidden, keep=True)
     return await _backward_part(swarm, trace, grad)
-
-
-async def _ask_backward(
-    swarm: Swarm, work: Work, hop: Hop, tensors: Mapping[str, torch.Tensor], call_id: int, grad: torch.Tensor
-) -> tuple[torch.Tensor, Gradients]:
-    message = Message(pb.Backward(context=work.context(hop), call_id=call_id), tensors)
-    async with swarm.connections.channel(hop.peer.peer_id) as channel:
-        answer = await call_with_adapter(swarm.puts, channel, message, work.bundle(hop))
-    swarm.health.succeed(hop.peer.peer_id)
-    gradients = {name.removeprefix("grad."): tensor for name, tensor in answer.tensors.items()}
-    hidden = gradients.pop("hidden_states", None)
-    if hidden is None or hidden.shape != grad.shape:
-        raise PeerFailed(f"Peer {hop.peer.peer_id} answered a backward without the gradient of the hidden states.")
-    _check_gradients(work, hop, gradients)
-    return hidden.to(grad.device, grad.dtype), gradients
-
-
-def _check_gradients(work: Work, hop: Hop, gradients: Gradients) -> None:
-    """A step's gradients are complete, or it is repeated: nothing missing, nothing foreign, every shape right."""
-    bundle = work.bundle(hop)
-    expected: dict[str, torch.Size] = {}
-    if bundle and work.adapters:
-        blocks = range(hop.start, hop.end)
-        for name in work.adapters.trainable:
-            if int(name.partition(".")[0]) in blocks:
-                expected[f"adapter.{name}"] = work.adapters.tensors[name].shape
-    for block in range(hop.start, hop.end):
-        if block in work.prefix:
-            for part, tensor in zip(("key", "value"), work.prefix[block], strict=True):
-                expected[f"prefix.{block}.{part}"] = tensor.shape
-    for name, tensor in gradients.items():
-        if name not in expected or tensor.shape != expected[name]:
-            raise PeerFailed(f"Peer {hop.peer.peer_id} answered a backward with a wrong gradient {name!r}.")
 
 
 def _split(work: Work, hidden: torch.Tensor, tokens: int) -> list[tuple[Work, slice]]:
@@ -187,8 +142,14 @@ def _rows_of(work: Work, rows: slice, number: int) -> Work:
 
 
 async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run coroutines at once; the first failure cancels the others."""
-    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    """Run coroutines at once, `_IN_FLIGHT` at most; the first failure cancels the others."""
+    turn = asyncio.Semaphore(_IN_FLIGHT)
+
+    async def run(coroutine: Coroutine[Any, Any, T]) -> T:
+        async with turn:
+            return await coroutine
+
+    tasks = [asyncio.create_task(run(coroutine)) for coroutine in coroutines]
     try:
         return list(await asyncio.gather(*tasks))
     except BaseException:

@@ -1,6 +1,6 @@
 """Options of the network."""
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from protocol.errors import BadUsage
 
@@ -16,6 +16,10 @@ class SwarmConfig(BaseModel):
     """IDs of the only peers to go through; None: all."""
     blocked_peers: frozenset[str] = frozenset()
     """IDs of peers never to go through."""
+    pins: dict[str, frozenset[str]] = {}
+    """Blocks that only certain peers may run: "START:END" -> their IDs. Others' spans are used without these blocks."""
+    verify: float = Field(default=0.0, ge=0, le=1)
+    """The share of answers that are computed again by other peers, and compared; costs that much more work."""
     silence_timeout: float = Field(default=10.0, gt=0)
     """Seconds without a sign of life after which a peer counts as lost. Peers at work give one every 2 s."""
     look_up_period: float = Field(default=10.0, gt=0)
@@ -24,6 +28,15 @@ class SwarmConfig(BaseModel):
     """How often a failed piece of work is tried again on other peers before its error is raised."""
     micro_batch_tokens: int = Field(default=1024, gt=0)
     """Training batches of more tokens are split by rows into pieces of about this size, in flight at once."""
+
+    @field_validator("pins")
+    @classmethod
+    def _check_pins(cls, pins: dict[str, frozenset[str]]) -> dict[str, frozenset[str]]:
+        for span in pins:
+            start, _, end = span.partition(":")
+            if not (start.isdecimal() and end.isdecimal() and int(start) < int(end)):
+                raise ValueError(f"{span!r} is not a span of blocks; expected START:END, such as 0:2")
+        return pins
 
     @classmethod
     def make(cls, config: "SwarmConfig | None", **options: object) -> "SwarmConfig":

@@ -57,6 +57,14 @@ def find_route(peers: Iterable[PeerRecord], start: int, end: int, cost: Cost) ->
     return hops
 
 
+def spare_blocks(peer: PeerRecord, start: int, end: int, trusted: bool) -> list[PeerRecord]:
+    """A peer as it may be used when only trusted ones may see blocks [start, end): whole, or what lies around them."""
+    if trusted or peer.end <= start or peer.start >= end:
+        return [peer]
+    around = ((peer.start, min(peer.end, start)), (max(peer.start, end), peer.end))
+    return [peer.model_copy(update={"start": first, "end": last}) for first, last in around if first < last]
+
+
 def holes(peers: Iterable[PeerRecord], start: int, end: int) -> list[range]:
     """The runs of blocks in [start, end) that none of `peers` serves."""
     served = {block for peer in peers for block in range(peer.start, peer.end)}

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from client.history import History
+from client.hops import recompute_forward
 from client.loop import LOOP
 from client.retries import Retries
 from client.routing import Hop
 from client.swarm import Swarm
+from client.verify import Answer
 from client.work import Prefix, Work, answered_hidden, call_with_adapter
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
@@ -71,6 +73,8 @@ class Session:
                 continue
             try:
                 output = await self._run(stage, work, hidden, edits, keep_past)
+                if self._swarm.verifier.is_due(work):
+                    await self._verify(stage, work, hidden, output)
             except SwarmError as error:
                 retries.failed(stage.hop.peer, error)
                 index, hidden = await self._replace(retries, index, work, hidden, keep_past)
@@ -94,6 +98,16 @@ class Session:
         stage.leaving = isinstance(answer.body, pb.Result) and answer.body.leaving
         self._swarm.health.succeed(stage.hop.peer.peer_id)
         return answered_hidden(answer, hidden, stage.hop.peer.peer_id)
+
+    async def _verify(self, stage: _Stage, work: Work, hidden: torch.Tensor, output: torch.Tensor) -> None:
+        """Have others compute a step's output from everything that led to it. Raises `Distrusted`."""
+        past = stage.history.replay()
+        everything = hidden if past is None else torch.cat([past, hidden], 1)
+        answer = Answer(stage.hop, "step", {"hidden_states": output}, {"hidden_states": hidden})
+        again = recompute_forward(
+            self._swarm, self._whole(work, everything), stage.hop, everything, tokens=hidden.shape[1]
+        )
+        await self._swarm.verifier.check(answer, again)
 
     async def _may_move(self, stage: _Stage) -> bool:
         """Whether others serve the blocks of a peer that is about to leave. Until they do, it goes on serving them."""

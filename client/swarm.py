@@ -13,11 +13,12 @@ from client.config import SwarmConfig
 from client.connections import Connections, Wanted
 from client.loop import LOOP
 from client.membership import Memberships
-from client.routing import Health, Hop, find_route, holes
+from client.routing import Health, Hop, find_route, holes, spare_blocks
+from client.verify import Verifier
 from client.work import Puts
 from protocol.errors import NoRoute, SwarmError
 from protocol.model.checkpoint import Checkpoint
-from protocol.records import PeerRecord
+from protocol.records import MAX_ACCUSED, Accusation, Complaint, PeerRecord
 
 if TYPE_CHECKING:
     from client.remote_blocks import RemoteBlocks
@@ -41,8 +42,10 @@ class Swarm:
         wanted = Wanted(self.model_id.config_hash, checkpoint.digests)
         self.connections = Connections(member.transport, wanted, self.health, config.silence_timeout)
         self.puts = Puts()
+        self.verifier = Verifier(self, config.verify)
         self._member = member
         self._known: list[PeerRecord] = []
+        self._complaints: dict[str, str] = {}
         self._looked_up = float("-inf")
         self._look_up = asyncio.Lock()
 
@@ -115,16 +118,33 @@ class Swarm:
         self.connections.forget(peer.peer_id)
         self.health.ban(peer.peer_id, at_least=error.retry_after)
 
+    def complain(self, peer: PeerRecord, kind: str) -> None:
+        """Tell the swarm that `peer` answered wrongly, for `peer status` to show."""
+        self._complaints[peer.peer_id] = kind
+        self._complaining = asyncio.create_task(self._publish_complaints())
+
+    async def _publish_complaints(self) -> None:
+        accused = tuple(Accusation(peer_id=peer_id, kind=kind) for peer_id, kind in self._complaints.items())
+        complaint = Complaint(peer_id=self._member.peer_id, model=self.model_id, accused=accused[-MAX_ACCUSED:])
+        try:
+            await self._member.directory.complain(complaint)
+        except SwarmError as error:
+            logger.warning("the swarm could not be told of a peer that answers wrongly: %s", error)
+
     def keep_away(self, peer: PeerRecord) -> None:
         """A peer is leaving: no new work for it until the directory has heard of it, or of its return."""
         self.health.ban(peer.peer_id, at_least=self.config.look_up_period)
 
     def _usable(self, peers: list[PeerRecord], without: Collection[str]) -> list[PeerRecord]:
-        return [
+        free = [
             peer
             for peer in peers
             if peer.state == "online" and peer.peer_id not in without and not self.health.is_banned(peer.peer_id)
         ]
+        for span, trusted in self.config.pins.items():
+            start, end = map(int, span.split(":"))
+            free = [part for peer in free for part in spare_blocks(peer, start, end, peer.peer_id in trusted)]
+        return free
 
     def _allows(self, peer_id: str) -> bool:
         allowed = self.config.allowed_peers

@@ -85,19 +85,24 @@ def status(
     async def work() -> None:
         stop = stop_on_signals()
         member = await Member.join(MemberOptions(addresses, client_mode=True))
-        try:
+
+        async def look() -> tuple[view.Models, view.Complaints]:
             models = _only(await member.directory.models(), model)
+            return models, await view.read_complaints(member.directory, models)
+
+        try:
+            state = await look()
             if as_json:
-                print(json.dumps(view.as_json(models), indent=2))
+                print(json.dumps(view.as_json(*state), indent=2))
                 return
             console = Console()
             if not watch:
-                console.print(view.as_table(models))
+                console.print(view.as_table(*state))
                 return
-            with Live(view.as_table(models), console=console, auto_refresh=False) as live:
+            with Live(view.as_table(*state), console=console, auto_refresh=False) as live:
                 while not stop.is_set():
                     await asyncio.wait({asyncio.create_task(stop.wait())}, timeout=5)
-                    live.update(view.as_table(_only(await member.directory.models(), model)), refresh=True)
+                    live.update(view.as_table(*await look()), refresh=True)
         finally:
             await member.shutdown()
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def _use_swarm(
 
     tokenizer = load_tokenizer(folder)
     model = AutoDistributedModelForCausalLM.from_pretrained(folder, initial_peers=addresses)
-    console.print(status.as_table({checkpoint.model_id: swarm_of(model).peers()}))
+    console.print(status.as_table({checkpoint.model_id: swarm_of(model).peers()}, {checkpoint.model_id: Counter()}))
     console.print(Rule("Text through the swarm", align="left"))
     _ask(model, tokenizer, console)
     console.print(Rule(f"A LoRA adapter, trained through the swarm: the persona {PERSONA_NAME}", align="left"))

@@ -1,15 +1,26 @@
 """`peer status`: who serves what, how fast, how full; holes shown loudly."""
 
+from collections import Counter
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bootstrap.directory import Directory
 from protocol.records import ModelId, PeerRecord
 
+Models = dict[ModelId, list[PeerRecord]]
+Complaints = dict[ModelId, Counter[str]]
+"""Model -> ID of a peer -> how many clients say that it answered wrongly."""
 
-def as_json(models: dict[ModelId, list[PeerRecord]]) -> list[dict[str, Any]]:
+
+async def read_complaints(directory: Directory, models: Models) -> Complaints:
+    """What clients say of the peers of `models`. Raises `PeerUnreachable`."""
+    return {model: await directory.complaints(model.config_hash) for model in models}
+
+
+def as_json(models: Models, complaints: Complaints) -> list[dict[str, Any]]:
     """The swarm's state as plain data."""
     return [
         {
@@ -17,19 +28,23 @@ def as_json(models: dict[ModelId, list[PeerRecord]]) -> list[dict[str, Any]]:
             "config_hash": model.config_hash,
             "num_blocks": model.num_blocks,
             "holes": [[hole.start, hole.stop] for hole in holes(model, peers)],
-            "peers": [peer.model_dump(mode="json", exclude={"model"}) for peer in peers],
+            "peers": [
+                peer.model_dump(mode="json", exclude={"model"}) | {"complaints": complaints[model][peer.peer_id]}
+                for peer in peers
+            ],
         }
         for model, peers in models.items()
     ]
 
 
-def as_table(models: dict[ModelId, list[PeerRecord]]) -> RenderableType:
+def as_table(models: Models, complaints: Complaints) -> RenderableType:
     """The swarm's state for a terminal."""
     if not models:
         return Text("No peer serves any model in this swarm.", style="bold red")
     parts: list[RenderableType] = []
     for model, peers in models.items():
         parts += [_peers_table(model, peers), _coverage(model, peers)]
+        parts += [_complaint(peer, count) for peer in peers if (count := complaints[model][peer.peer_id])]
     return Group(*parts)
 
 
@@ -73,6 +88,11 @@ def _peers_table(model: ModelId, peers: list[PeerRecord]) -> Table:
         )
         table.add_row(*map(Text, cells))  # others' text: no markup
     return table
+
+
+def _complaint(peer: PeerRecord, count: int) -> Text:
+    who = f"{peer.name} ({peer.peer_id})" if peer.name else peer.peer_id
+    return Text(f"WRONG ANSWERS: {count} client(s) found that {who} answers wrongly.", style="bold red")
 
 
 def _coverage(model: ModelId, peers: list[PeerRecord]) -> Text:

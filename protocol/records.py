@@ -95,3 +95,23 @@ class PeerRecord(_Record):
         if not self.start < self.end <= self.model.num_blocks:
             raise ValueError(f"span {self.start}:{self.end} does not lie in a model of {self.model.num_blocks} blocks")
         return self
+
+
+MAX_ACCUSED = 32
+
+
+class Accusation(_Record):
+    """One peer that answered wrongly."""
+
+    peer_id: PeerIdText
+    kind: Text = Field(max_length=20)
+    """What it answered wrongly: forward, backward or step."""
+
+
+class Complaint(_Record):
+    """What one client says of peers whose answers it had computed again by others. Advice: anyone may say anything."""
+
+    peer_id: PeerIdText
+    """The client's."""
+    model: ModelId
+    accused: tuple[Accusation, ...] = Field(min_length=1, max_length=MAX_ACCUSED)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from peer import cli
+from peer import serve as serve_module
 
 _PATIENCE = 30.0
 """Seconds after which a command that should have ended, and serves instead, is told to."""
@@ -43,7 +44,8 @@ class Command:
 
     def __call__(self, *arguments: Any) -> Outcome:
         self._monkeypatch.setattr(sys, "argv", ["peer", *map(str, arguments)])
-        self._monkeypatch.setattr(cli, "_leave_at_once", lambda: None)  # pytest goes on
+        for module in (cli, serve_module):
+            self._monkeypatch.setattr(module, "leave_at_once", lambda: None)  # pytest goes on
         self._capsys.readouterr()
         timer = threading.Timer(_PATIENCE, os.kill, (os.getpid(), signal.SIGTERM))
         timer.start()

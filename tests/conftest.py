@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
+from tests.command import Command
 from tests.families import build_family
 from tests.swarm import ForkServer, Swarm, new_swarm
+from tests.wire import Wire, open_wire
 
 torch.set_num_threads(1)  # as the peers: with equal kernels the difference is 0.0
 transformers_logging.set_verbosity_error()
@@ -45,3 +47,23 @@ def llama_swarm(fork_server: ForkServer, models: Callable[[str], Path]) -> Itera
     with new_swarm(fork_server) as made:
         made.serve(models("llama"), "0:2", "2:3", "3:5")
         yield models("llama"), made
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the `peer` command."""
+    return Command(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def opened_wire(fork_server: ForkServer, models: Callable[[str], Path]) -> Iterator[Wire]:
+    """A peer for the tests of one module that talk to it below the client."""
+    with open_wire(fork_server, models("llama")) as wire:
+        yield wire
+
+
+@pytest.fixture
+def wire(opened_wire: Wire) -> Iterator[Wire]:
+    """That peer; after every test it still serves."""
+    with opened_wire.still_serves():
+        yield opened_wire

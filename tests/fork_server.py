@@ -1,6 +1,7 @@
 """Starts peers fast: imports everything once, then forks a real process per peer, which runs the real command line.
 
-Reads one JSON object a line on stdin: {"argv": [...], "stdout": path, "stderr": path}; answers with the child's pid.
+Reads one JSON object a line on stdin: {"argv": [...], "stdout": path, "stderr": path, "lie": null}; answers with the
+child's pid. With a lie, the peer answers wrongly: see `liars.py`.
 """
 
 import json
@@ -17,7 +18,10 @@ def _become_peer(request: dict) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     sys.argv = ["peer", *request["argv"]]
     from peer.cli import main
+    from tests.liars import begin_to_lie
 
+    if request["lie"]:
+        begin_to_lie(request["lie"])
     code = 1
     try:
         main()

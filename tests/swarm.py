@@ -28,10 +28,10 @@ class ForkServer:
         assert self._process.stdout
         assert self._process.stdout.readline().strip() == "ready"
 
-    def start(self, argv: Sequence[str], stdout: Path, stderr: Path) -> int:
+    def start(self, argv: Sequence[str], stdout: Path, stderr: Path, lie: str | None = None) -> int:
         assert self._process.stdin
         assert self._process.stdout
-        request = {"argv": list(argv), "stdout": str(stdout), "stderr": str(stderr)}
+        request = {"argv": list(argv), "stdout": str(stdout), "stderr": str(stderr), "lie": lie}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
@@ -108,21 +108,21 @@ class Swarm:
     def initial_peers(self) -> list[str]:
         return [self.peers[0].address]
 
-    def launch(self, *argv: str) -> Peer:
-        """Start a command without waiting for it to be ready."""
+    def launch(self, *argv: str, lie: str | None = None) -> Peer:
+        """Start a command without waiting for it to be ready; `lie`: see `liars.py`."""
         stem = self._folder / f"peer{len(self.peers)}"
         out, err = stem.with_suffix(".out"), stem.with_suffix(".err")
-        peer = Peer(self._server.start(argv, out, err), out, err)
+        peer = Peer(self._server.start(argv, out, err, lie), out, err)
         self.peers.append(peer)
         return peer
 
-    def serve(self, model: Path | str, *spans: str, options: Sequence[str] = ()) -> list[Peer]:
+    def serve(self, model: Path | str, *spans: str, options: Sequence[str] = (), lie: str | None = None) -> list[Peer]:
         """Peers for `spans` ("0:2"), the first of which founds the swarm if nobody has; ready when this returns."""
         started: list[Peer] = []
         for span in spans:
             join = [part for peer in self.peers[:1] for part in ("--initial-peers", peer.address)]
             argv = ["serve", str(model), "--blocks", span, "--host", "127.0.0.1", "--threads", "1", *join, *options]
-            started.append(self.launch(*argv))
+            started.append(self.launch(*argv, lie=lie))
             if len(self.peers) == 1:
                 started[0].wait_ready()
         for peer in started:

@@ -22,11 +22,6 @@ SOMEBODY = "QmZLpNtJqNU3utELa92YAA5urQkAyqcg1GjRDbEqbZWBhP"
 IDS = torch.arange(3, 11)[None]
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(monkeypatch, capsys)
-
-
 @pytest.fixture(scope="module")
 def llama(models: Callable[[str], Path]) -> Path:
     return models("llama")

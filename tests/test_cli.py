@@ -37,11 +37,6 @@ LEAVES_WITHIN = 3.0
 LOCAL = ("--host", "127.0.0.1")
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(monkeypatch, capsys)
-
-
 @pytest.fixture(scope="module")
 def llama(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small llama with a tokenizer."""

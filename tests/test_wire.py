@@ -2,8 +2,6 @@
 
 import asyncio
 import struct
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,22 +13,7 @@ from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
 from protocol.errors import BadRequest, PeerUnreachable, SwarmError, TooLong, UnknownCall, WrongModel
 from protocol.tensors import Limits
-from tests.swarm import ForkServer
-from tests.wire import END, HIDDEN, MAX_LENGTH, MIB, OPEN, START, TARGET, WIDTH, Wire, context, forward, open_wire, step
-
-
-@pytest.fixture(scope="module")
-def opened(fork_server: ForkServer, models: Callable[[str], Path]) -> Iterator[Wire]:
-    with open_wire(fork_server, models("llama")) as wire:
-        yield wire
-
-
-@pytest.fixture
-def wire(opened: Wire) -> Iterator[Wire]:
-    """After every test the peer still serves."""
-    with opened.still_serves():
-        yield opened
-
+from tests.wire import END, HIDDEN, MAX_LENGTH, MIB, OPEN, START, TARGET, WIDTH, Wire, context, forward, step
 
 # Frames that are none. The peer says what is wrong with them, and ends the stream: it is out of step.
 

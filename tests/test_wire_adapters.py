@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,8 @@ from protocol import swarm_pb2 as pb
 from protocol.adapters import METHODS, bundle_hash
 from protocol.channel import Message
 from protocol.errors import BadAdapter, UnknownAdapter
-from tests.swarm import ForkServer, Peer
-from tests.wire import HIDDEN, MIB, START, TARGET, Wire, forward, open_wire
-
-
-@pytest.fixture(scope="module")
-def opened(fork_server: ForkServer, models: Callable[[str], Path]) -> Iterator[Wire]:
-    with open_wire(fork_server, models("llama")) as wire:
-        yield wire
-
-
-@pytest.fixture
-def wire(opened: Wire) -> Iterator[Wire]:
-    """After every test the peer still serves."""
-    with opened.still_serves():
-        yield opened
+from tests.swarm import Peer
+from tests.wire import HIDDEN, MIB, START, TARGET, Wire, forward
 
 
 def manifest(**changes: Any) -> dict[str, Any]:

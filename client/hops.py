@@ -1,0 +1,124 @@
+"""One hop of a training call: asked, its answer checked, and by chance computed again by others."""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from client.routing import Hop
+from client.swarm import Swarm
+from client.verify import Answer, Recompute
+from client.work import Work, answered_hidden, call_with_adapter
+from protocol import swarm_pb2 as pb
+from protocol.channel import Message
+from protocol.errors import PeerFailed, SwarmError
+
+Gradients = dict[str, torch.Tensor]
+
+
+async def forward_hop(swarm: Swarm, work: Work, hop: Hop, hidden: torch.Tensor, keep: bool) -> tuple[torch.Tensor, int]:
+    """Hidden states after a hop, and the name of the activations that its peer kept (0: none). Raises `SwarmError`."""
+    output, call_id = await _ask_forward(swarm, work, hop, hidden, keep)
+    if swarm.verifier.is_due(work):
+        answer = Answer(hop, "forward", {"hidden_states": output}, {"hidden_states": hidden})
+        await swarm.verifier.check(answer, recompute_forward(swarm, work, hop, hidden))
+    return output, call_id
+
+
+async def backward_hop(
+    swarm: Swarm, work: Work, hop: Hop, hidden: torch.Tensor, grad: torch.Tensor, call_id: int
+) -> tuple[torch.Tensor, Gradients]:
+    """The gradient of a hop's input, and of its adapters and prefixes by name, from the gradient of its output.
+
+    From the activations kept as `call_id`; when that is 0, from the hop's input `hidden`. Raises `SwarmError`.
+    """
+    found, gradients = await _ask_backward(swarm, work, hop, hidden, grad, call_id)
+    if swarm.verifier.is_due(work):
+        answer = Answer(hop, "backward", {"hidden_states": found, **gradients}, {"hidden_states": grad})
+        await swarm.verifier.check(answer, _recompute_backward(swarm, work, hop, hidden, grad))
+    return found, gradients
+
+
+def recompute_forward(swarm: Swarm, work: Work, hop: Hop, hidden: torch.Tensor, tokens: int | None = None) -> Recompute:
+    """Computes a hop's forward again, on other peers; of its result the last `tokens` tokens (None: all)."""
+
+    async def recompute(without: Collection[str]) -> tuple[Mapping[str, torch.Tensor], list[Hop]]:
+        flow, route = hidden, await swarm.find_route(hop.start, hop.end, "forward", without)
+        for other in route:
+            with _blaming(swarm, other):
+                flow, _ = await _ask_forward(swarm, work, other, flow, keep=False)
+        return {"hidden_states": flow if tokens is None else flow[:, -tokens:]}, route
+
+    return recompute
+
+
+def _recompute_backward(swarm: Swarm, work: Work, hop: Hop, hidden: torch.Tensor, grad: torch.Tensor) -> Recompute:
+    async def recompute(without: Collection[str]) -> tuple[Mapping[str, torch.Tensor], list[Hop]]:
+        flow, inputs, route = hidden, [], await swarm.find_route(hop.start, hop.end, "forward", without)
+        for other in route:
+            inputs.append(flow)
+            if other is not route[-1]:
+                with _blaming(swarm, other):
+                    flow, _ = await _ask_forward(swarm, work, other, flow, keep=False)
+        back, total = grad, Gradients()
+        for other, before in zip(reversed(route), reversed(inputs), strict=True):
+            with _blaming(swarm, other):
+                back, gradients = await _ask_backward(swarm, work, other, before, back, 0)
+            total |= gradients
+        return {"hidden_states": back, **total}, route
+
+    return recompute
+
+
+@contextmanager
+def _blaming(swarm: Swarm, hop: Hop) -> Iterator[None]:
+    try:
+        yield
+    except SwarmError as error:
+        swarm.blame(hop.peer, error)
+        raise
+
+
+async def _ask_forward(
+    swarm: Swarm, work: Work, hop: Hop, hidden: torch.Tensor, keep: bool
+) -> tuple[torch.Tensor, int]:
+    message = Message(pb.Forward(context=work.context(hop), keep=keep), work.tensors(hop, hidden))
+    async with swarm.connections.channel(hop.peer.peer_id) as channel:
+        answer = await call_with_adapter(swarm.puts, channel, message, work.bundle(hop))
+    swarm.health.succeed(hop.peer.peer_id)
+    call_id = answer.body.call_id if isinstance(answer.body, pb.Result) else 0
+    return answered_hidden(answer, hidden, hop.peer.peer_id), call_id
+
+
+async def _ask_backward(
+    swarm: Swarm, work: Work, hop: Hop, hidden: torch.Tensor, grad: torch.Tensor, call_id: int
+) -> tuple[torch.Tensor, Gradients]:
+    tensors = {"grad": grad} if call_id else {**work.tensors(hop, hidden), "grad": grad}
+    message = Message(pb.Backward(context=work.context(hop), call_id=call_id), tensors)
+    async with swarm.connections.channel(hop.peer.peer_id) as channel:
+        answer = await call_with_adapter(swarm.puts, channel, message, work.bundle(hop))
+    swarm.health.succeed(hop.peer.peer_id)
+    gradients = {name.removeprefix("grad."): tensor for name, tensor in answer.tensors.items()}
+    found = gradients.pop("hidden_states", None)
+    if found is None or found.shape != grad.shape:
+        raise PeerFailed(f"Peer {hop.peer.peer_id} answered a backward without the gradient of the hidden states.")
+    _check_gradients(work, hop, gradients)
+    return found.to(grad.device, grad.dtype), gradients
+
+
+def _check_gradients(work: Work, hop: Hop, gradients: Gradients) -> None:
+    """A step's gradients are complete, or it is repeated: nothing missing, nothing foreign, every shape right."""
+    bundle = work.bundle(hop)
+    expected: dict[str, torch.Size] = {}
+    if bundle and work.adapters:
+        blocks = range(hop.start, hop.end)
+        for name in work.adapters.trainable:
+            if int(name.partition(".")[0]) in blocks:
+                expected[f"adapter.{name}"] = work.adapters.tensors[name].shape
+    for block in range(hop.start, hop.end):
+        if block in work.prefix:
+            for part, tensor in zip(("key", "value"), work.prefix[block], strict=True):
+                expected[f"prefix.{block}.{part}"] = tensor.shape
+    for name, tensor in gradients.items():
+        if name not in expected or tensor.shape != expected[name]:
+            raise PeerFailed(f"Peer {hop.peer.peer_id} answered a backward with a wrong gradient {name!r}.")

@@ -1,0 +1,49 @@
+"""Ways for a real peer to answer wrongly."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from peer.calls import Trainer
+from peer.service import Service
+
+
+def begin_to_lie(kind: str) -> None:
+    """Make this process's peer lie: `outputs`, `subtle` ones, `gradients`, or answers `replayed`."""
+    if kind == "gradients":
+        for name in ("backward", "backward_kept"):
+            _change(Trainer, name, lambda found: {key: -tensor for key, tensor in found.items()})
+        return
+    twist = _Replay() if kind == "replayed" else _Noise({"outputs": 1.0, "subtle": 0.05}[kind])
+    _change(Service, "_run_step", twist)
+    _change(Trainer, "forward", lambda found: (twist(found[0]), found[1]))
+
+
+def _change(owner: type, name: str, change: Callable[[Any], Any]) -> None:
+    honest = getattr(owner, name)
+
+    def lie(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return change(honest(self, *args, **kwargs))
+
+    setattr(owner, name, lie)
+
+
+class _Noise:
+    """Adds noise of a part of the answer's own size."""
+
+    def __init__(self, size: float):
+        self._size = size
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self._size * hidden.std() * torch.randn_like(hidden)
+
+
+class _Replay:
+    """Answers with what was right the first time, whatever is asked."""
+
+    def __init__(self) -> None:
+        self._answers: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._answers.setdefault(tuple(hidden.shape), hidden)
