@@ -11,7 +11,6 @@ import transformers
 from torch import nn
 
 import client
-from protocol.errors import BadAdapter
 
 TARGETS = {
     "bloom": ["query_key_value", "dense_h_to_4h"],
@@ -159,13 +158,11 @@ def logits(model: Any, task: str) -> torch.Tensor:
 
 
 def refusal_of(family: str, task: str, method: str) -> type[Exception] | tuple[type[Exception], ...] | None:
-    """What cannot be done: by plain PEFT (so there is nothing to equal), or not through a swarm yet (`BadAdapter`)."""
+    """What plain PEFT raises where it cannot do this, so that there is nothing to equal."""
     if family == "gpt2" and method in ("LoHa", "LoKr", "OFT"):
         return TypeError  # PEFT has them for Linear layers only, and GPT-2's are Conv1D
-    if task == "TOKEN_CLS" and method == "LoRA all-linear" and family != "mixtral":
+    if task == "TOKEN_CLS" and method == "LoRA all-linear":
         return TypeError  # PEFT targets the classifier, and keeps a trainable copy of it too
     if task == "TOKEN_CLS" and method in ("prompt tuning", "P-tuning MLP", "P-tuning LSTM"):
         return (RuntimeError, ValueError)  # PEFT gives logits to the virtual tokens
-    if family == "mixtral" and method == "LoRA all-linear":
-        return (BadAdapter, TypeError)  # PEFT targets the fused experts' parameters
     return None
