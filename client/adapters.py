@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
+from peft.tuners.lora import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -21,7 +22,7 @@ from protocol.adapters import DROPOUTS, METHODS, PATTERNS, AdapterSpec, Manifest
 from protocol.errors import BadAdapter, BadUsage
 
 _REFUSED: dict[str, Any] = {
-    "bias": "none", "target_parameters": None, "layer_replication": None, "use_qalora": False,
+    "bias": "none", "layer_replication": None, "use_qalora": False,
     "alora_invocation_tokens": None, "velora_config": None, "monteclora_config": None, "arrow_config": None,
     "kasa_config": None, "use_bdlora": None, "megatron_config": None, "use_effective_conv2d": False,
 }  # fmt: skip
@@ -134,7 +135,7 @@ class AdapterSource:
         configs: Mapping[str, PeftConfig] = self._model.peft_config  # type: ignore[assignment]
         specs = []
         for name in first.active_adapters:
-            targets = {path: layer for path, layer in layers.items() if name in _adapters_of(layer)}
+            targets = {_target(path, layer): layer for path, layer in layers.items() if name in _adapters_of(layer)}
             if targets:
                 specs.append(_spec(name, configs[name], targets))
         return specs
@@ -202,6 +203,15 @@ def _state(layer: BaseTunerLayer) -> tuple[list[str], bool, dict[str, float]]:
     return list(layer.active_adapters), layer.disable_adapters, dict(getattr(layer, "scaling", {}))
 
 
+def _target(path: str, layer: BaseTunerLayer) -> str:
+    """The module or parameter that a layer of PEFT's is on. Layers on parameters of one module are nested in it."""
+    if not isinstance(layer, ParamWrapper):
+        return path
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return f"{path}.{layer.parameter_name}"
+
+
 def _adapters_of(layer: BaseTunerLayer) -> set[str]:
     return {name for attribute in layer.adapter_layer_names for name in getattr(layer, attribute, {})}
 
@@ -226,16 +236,18 @@ def _spec(name: str, config: PeftConfig, targets: Mapping[str, BaseTunerLayer]) 
             options[pattern] = _resolve(name, targets, attribute)
     if "feedforward_modules" in options:
         options["feedforward_modules"] = sorted(t for t, layer in targets.items() if layer.is_feedforward)
-    return AdapterSpec(name=name, method=method, options=options, targets=tuple(targets))
+    parameters = tuple(target for target, layer in targets.items() if isinstance(layer, ParamWrapper))
+    modules = tuple(target for target in targets if target not in parameters)
+    return AdapterSpec(name=name, method=method, options=options, targets=modules, parameters=parameters)
 
 
 _ALPHA = {"LORA": "lora_alpha", "ADALORA": "lora_alpha"}
 
 
 def _resolve(adapter: str, targets: Mapping[str, BaseTunerLayer], attribute: str) -> dict[str, Any]:
-    """A pattern option as it came out, module by module: no pattern of a client's is ever run by a peer."""
-    found = {path: getattr(layer, attribute, {}) for path, layer in targets.items()}
-    return {path: values[adapter] for path, values in found.items() if adapter in values}
+    """A pattern option as it came out, target by target: no pattern of a client's is ever run by a peer."""
+    found = {target: getattr(layer, attribute, {}) for target, layer in targets.items()}
+    return {target: values[adapter] for target, values in found.items() if adapter in values}
 
 
 def _plain(value: Any) -> Any:
@@ -248,12 +260,13 @@ def _block(name: str) -> int:
 
 def _restrict(spec: AdapterSpec, blocks: range) -> AdapterSpec | None:
     targets = tuple(target for target in spec.targets if _block(target) in blocks)
-    if not targets:
+    parameters = tuple(target for target in spec.parameters if _block(target) in blocks)
+    if not (targets or parameters):
         return None
     options = dict(spec.options)
     for key in PATTERNS:
         if options.get(key):
-            options[key] = {path: value for path, value in options[key].items() if path in targets}
+            options[key] = {target: value for target, value in options[key].items() if _block(target) in blocks}
     if "feedforward_modules" in options:
         options["feedforward_modules"] = [path for path in options["feedforward_modules"] if path in targets]
-    return AdapterSpec(name=spec.name, method=spec.method, options=options, targets=targets)
+    return AdapterSpec(name=spec.name, method=spec.method, options=options, targets=targets, parameters=parameters)

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import re
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
@@ -154,15 +155,15 @@ class AdapterStore:
         return self._trees[key]
 
     def _build(self, manifest: Manifest) -> PreTrainedModel:
-        tree = share_leaves(self._span.model)
+        tree = share_linears(self._span.model)
         blocks = self._span.where.of(tree)
         for spec in manifest.adapters:
             for target in spec.targets:
-                block = target.partition(".")[0]
-                if not (block.isdigit() and int(block) in self._span.blocks and self._module(blocks, target)):
+                if not self._own_module(blocks, target):
                     raise BadAdapter(
                         f"Adapter target {target!r} is no module of blocks {self._span.start}:{self._span.end}."
                     )
+        self._check_parameters(blocks, manifest.adapters)
         self._inject(tree, manifest.adapters)
         active = [spec.name for spec in manifest.adapters]
         for module in tree.modules():
@@ -171,6 +172,29 @@ class AdapterStore:
                 module._disable_adapters = False
         tree.eval().requires_grad_(False)
         return tree
+
+    def _own_module(self, blocks: torch.nn.Module, name: str) -> torch.nn.Module | None:
+        block = name.partition(".")[0]
+        return self._module(blocks, name) if block.isdigit() and int(block) in self._span.blocks else None
+
+    def _check_parameters(self, blocks: torch.nn.Module, specs: Sequence[AdapterSpec]) -> None:
+        """PEFT makes LoRA of rank x experts for a parameter, before that can be compared with what came."""
+        size = 0
+        for spec in specs:
+            ranks = spec.options.get("rank_pattern") or {}
+            for name in spec.parameters:
+                path, _, leaf = name.rpartition(".")
+                parameter = getattr(self._own_module(blocks, path), "_parameters", {}).get(leaf)
+                if parameter is None or parameter.ndim not in (2, 3) or not parameter.is_floating_point():
+                    raise BadAdapter(
+                        f"Adapter target {name!r} is no unquantized parameter of 2 or 3 dimensions of blocks "
+                        f"{self._span.start}:{self._span.end}."
+                    )
+                *experts, rows, columns = parameter.shape
+                rank = ranks.get(name, spec.options.get("r")) or 0
+                size += max(rank, 0) * math.prod(experts) * (rows + columns) * parameter.element_size()
+        if size > self._max_bytes:
+            raise BadAdapter(f"An adapter of {size} bytes is over this peer's limit of {self._max_bytes}.")
 
     def _inject(self, tree: PreTrainedModel, specs: Sequence[AdapterSpec]) -> None:
         """Have PEFT put its modules into the tree, their tensors on the meta device where it can do so."""
@@ -191,6 +215,7 @@ class AdapterStore:
             options["feedforward_modules"] = [f"{path}.{name}" for name in options["feedforward_modules"]]
         return peft.get_peft_config(
             {"peft_type": spec.method, "target_modules": [f"{path}.{name}" for name in spec.targets], **options}
+            | ({"target_parameters": [f"{path}.{name}" for name in spec.parameters]} if spec.parameters else {})
         )
 
 
@@ -204,18 +229,16 @@ def _fits(name: str, tensor: torch.Tensor, like: torch.Tensor) -> bool:
     return all(theirs == ours for theirs, ours in pairs)
 
 
-def share_leaves(model: PreTrainedModel) -> PreTrainedModel:
+def share_linears(model: PreTrainedModel) -> PreTrainedModel:
     """A second module tree over the same weights.
 
-    Leaf modules are shared as objects, not only their tensors: bitsandbytes keeps quantization state on the module
-    from the first forward on.
+    Linear layers are shared as objects, not only their tensors: bitsandbytes keeps quantization state on the module
+    from the first forward on. Others are not: LoRA on a parameter takes it out of its module and puts it back last, and
+    PEFT nests its layers for later trees in the order in which it finds the parameters.
     """
     memo: dict[int, object] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     memo[id(model.config)] = model.config
-    for module in model.modules():
-        is_leaf = next(module.children(), None) is None
-        if is_leaf and next(module.parameters(), None) is not None:
-            memo[id(module)] = module
+    memo |= {id(module): module for module in model.modules() if isinstance(module, torch.nn.Linear)}
     return copy.deepcopy(model, memo)
 
 

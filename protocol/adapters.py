@@ -43,23 +43,31 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,200}$")]
 
 
 class AdapterSpec(BaseModel):
-    """One PEFT adapter, its targets resolved to module names `BLOCK.PATH`."""
+    """One PEFT adapter, its targets resolved to names: no pattern of a client's ever runs on a peer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]{1,100}$")]
     method: str
     options: dict[str, Any]
-    targets: tuple[Name, ...] = Field(min_length=1)
+    targets: tuple[Name, ...] = ()
+    """Modules, `BLOCK.PATH`."""
+    parameters: tuple[Name, ...] = ()
+    """What LoRA is on directly, such as the fused experts of a layer: `BLOCK.PATH.PARAMETER`."""
 
     @model_validator(mode="after")
     def _only_known_options(self) -> Self:
         if self.method not in METHODS:
             raise ValueError(f"PEFT method {self.method!r} is not one of {', '.join(METHODS)}")
+        if not (self.targets or self.parameters):
+            raise ValueError("an adapter needs a target")
+        if self.parameters and self.method != "LORA":
+            raise ValueError(f"{self.method} cannot be on parameters, only LORA can")
+        names = {*self.targets, *self.parameters}
         for key, value in self.options.items():
             if key not in METHODS[self.method]:
                 raise ValueError(f"option {key!r} of {self.method} may not travel to a peer")
             _check_value(key, value)
-            if key in PATTERNS and isinstance(value, dict) and (foreign := value.keys() - set(self.targets)):
+            if key in PATTERNS and isinstance(value, dict) and (foreign := value.keys() - names):
                 # PEFT runs the keys as regular expressions, so they must be names.
                 raise ValueError(f"{key} speaks of {min(foreign)!r}, which is no target")
         return self
@@ -108,6 +116,8 @@ def bundle_hash(manifest: str, tensors: Sequence[torch.Tensor]) -> bytes:
 
 def _check_value(key: str, value: Any) -> None:
     """Plain JSON only, and no number that would make a peer allocate much."""
+    if key in _RANKS and not isinstance(value, int | dict | None):
+        raise ValueError(f"option {key!r} has a value of type {type(value).__name__}; expected an integer")
     if isinstance(value, bool | str) or value is None:
         return
     if isinstance(value, int | float):

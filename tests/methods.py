@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import transformers
 from torch import nn
 
 import client
-from protocol.errors import BadAdapter
 
 TARGETS = {
     "bloom": ["query_key_value", "dense_h_to_4h"],
@@ -80,6 +80,8 @@ METHODS: dict[str, Callable[[str, str], peft.PeftConfig]] = {
 
 ROUNDED = ("PiSSA", "OLoRA")
 """Equal but for rounding: a peer subtracts from its results what PEFT subtracts from its weights."""
+ROUNDING = 1e-5
+"""How far apart those may be; what is saved and loaded may be for every method."""
 
 
 def load(path: Path, task: str, initial_peers: list[str] | None) -> Any:
@@ -158,14 +160,26 @@ def logits(model: Any, task: str) -> torch.Tensor:
     return output if task == "SEQ_CLS" else output[:, -8:]
 
 
-def refusal_of(family: str, task: str, method: str) -> type[Exception] | tuple[type[Exception], ...] | None:
-    """What cannot be done: by plain PEFT (so there is nothing to equal), or not through a swarm yet (`BadAdapter`)."""
+@dataclass(frozen=True)
+class Refusal:
+    """Why plain PEFT cannot do something, so that there is nothing to equal."""
+
+    reason: str
+    errors: tuple[type[Exception], ...]
+    """What it raises."""
+
+
+_CONV1D = Refusal("PEFT has it for `Linear` layers only, and GPT-2's are `Conv1D`.", (TypeError,))
+_CLASSIFIER = Refusal("PEFT targets the classifier, and keeps a trainable copy of it too.", (TypeError,))
+_VIRTUAL = Refusal("PEFT gives logits to the virtual tokens, which have no labels.", (RuntimeError, ValueError))
+
+
+def refusal_of(family: str, task: str, method: str) -> Refusal | None:
+    """Why this cannot be done without a swarm either; `None` where it can."""
     if family == "gpt2" and method in ("LoHa", "LoKr", "OFT"):
-        return TypeError  # PEFT has them for Linear layers only, and GPT-2's are Conv1D
-    if task == "TOKEN_CLS" and method == "LoRA all-linear" and family != "mixtral":
-        return TypeError  # PEFT targets the classifier, and keeps a trainable copy of it too
+        return _CONV1D
+    if task == "TOKEN_CLS" and method == "LoRA all-linear":
+        return _CLASSIFIER
     if task == "TOKEN_CLS" and method in ("prompt tuning", "P-tuning MLP", "P-tuning LSTM"):
-        return (RuntimeError, ValueError)  # PEFT gives logits to the virtual tokens
-    if family == "mixtral" and method == "LoRA all-linear":
-        return (BadAdapter, TypeError)  # PEFT targets the fused experts' parameters
+        return _VIRTUAL
     return None

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 
-from tests.methods import METHODS, ROUNDED, TARGETS, TASKS, adapted, load, logits, refusal_of, train
+from tests.methods import METHODS, ROUNDED, ROUNDING, TARGETS, TASKS, adapted, load, logits, refusal_of, train
 from tests.swarm import ForkServer, Swarm, new_swarm
 
 
@@ -27,20 +27,19 @@ def test_equals_local(served: tuple[str, Path, Swarm], task: str, method: str, t
     family, path, swarm = served
     config = METHODS[method](family, task)
     if (refusal := refusal_of(family, task, method)) is not None:
-        where = swarm.initial_peers if family == "mixtral" else None
-        with pytest.raises(refusal):
-            train(adapted(load(path, task, where), config), task, method)
+        with pytest.raises(refusal.errors):
+            train(adapted(load(path, task, None), config), task, method)
         return
     local = adapted(load(path, task, None), config)
     remote = adapted(load(path, task, swarm.initial_peers), config)
     ours, theirs = train(remote, task, method), train(local, task, method)
     assert len(ours) == len(theirs) > 6
     for mine, reference in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, reference, rtol=0, atol=1e-5 if method in ROUNDED else 0)
+        torch.testing.assert_close(mine, reference, rtol=0, atol=ROUNDING if method in ROUNDED else 0)
     remote.save_pretrained(tmp_path / "remote")
     local.save_pretrained(tmp_path / "local")
     plain = peft.PeftModel.from_pretrained(load(path, task, None), tmp_path / "remote").eval()
     again = peft.PeftModel.from_pretrained(load(path, task, swarm.initial_peers), tmp_path / "local").eval()
     expected = logits(local, task)
-    torch.testing.assert_close(logits(plain, task), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(logits(again, task), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(plain, task), expected, rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(logits(again, task), expected, rtol=0, atol=ROUNDING)

@@ -18,6 +18,7 @@ from tests.wire import HIDDEN, MIB, START, TARGET, Wire, forward
 
 def manifest(**changes: Any) -> dict[str, Any]:
     spec = {"name": "default", "method": "LORA", "options": {"r": 4, "lora_alpha": 8}, "targets": [TARGET]}
+    spec["parameters"] = []
     spec |= {key: changes.pop(key) for key in tuple(changes) if key in spec}
     names = {f"{TARGET}.lora_A.default.weight": 0, f"{TARGET}.lora_B.default.weight": 1}
     whole = {"adapters": [spec], "scaling": {TARGET: {"default": 2.0}}, "tensors": names, "trainable": sorted(names)}
@@ -61,14 +62,22 @@ ADAPTERS = {
     "an infinite option": (json.dumps(options(lora_alpha=1)).replace("1}", "1e999}"), "at most"),
     "a huge rank": (options(r=2**40), "at most"),
     "no rank": (options(r=0), "PEFT refuses"),
-    "a rank of text": (options(r="4"), "PEFT refuses"),
+    "a rank of text": (options(r="4"), "expected an integer"),
     "a dropout of 7": (options(lora_dropout=7), "PEFT refuses"),
     "a foreign block": (manifest(targets=["0.self_attn.q_proj"]), "no module of blocks 1:4"),
     "an unknown module": (manifest(targets=[f"{START}.nothing"]), "no module of blocks 1:4"),
     "a module that is no layer": (manifest(targets=[f"{START}.self_attn"]), "PEFT refuses"),
     "a target of its insides": (manifest(targets=["1.__class__"]), "no module of blocks 1:4"),
     "a target by pattern": (manifest(targets=[".*q_proj"]), "should match pattern"),
-    "no target": (manifest(targets=[]), "at least 1"),
+    "no target": (manifest(targets=[]), "needs a target"),
+    "a foreign parameter": (manifest(parameters=["0.self_attn.q_proj.weight"]), "no unquantized parameter .* 1:4"),
+    "an unknown parameter": (manifest(parameters=[f"{TARGET}.nothing"]), "no unquantized parameter"),
+    "a module for a parameter": (manifest(parameters=[TARGET]), "no unquantized parameter"),
+    "insides for a parameter": (manifest(parameters=["1.__class__.__doc__"]), "no unquantized parameter"),
+    "a vector": (manifest(parameters=[f"{START}.input_layernorm.weight"]), "no unquantized parameter"),
+    "a parameter by pattern": (manifest(parameters=[".*weight"]), "should match pattern"),
+    "a parameter of a target": (manifest(parameters=[f"{TARGET}.weight"]), "PEFT refuses"),
+    "a parameter for IA3": (manifest(method="IA3", options={}, parameters=[f"{TARGET}.weight"]), "only LORA can"),
     "a name with dots": (manifest(name="a.b"), "should match pattern"),
     "a tensor not sent": (manifest(tensors=NAMES | {f"{TARGET}.lora_A.default.weight": 9}), "was not sent"),
     "a negative tensor": (manifest(tensors=NAMES | {f"{TARGET}.lora_A.default.weight": -1}), "was not sent"),
