@@ -75,5 +75,6 @@ class Connections:
         welcome = answer.body
         if not isinstance(welcome, pb.Welcome):
             raise BadRequest(f"Peer {channel.remote} did not greet.")
+        channel.remote_limit = min(channel.limits.max_payload, welcome.max_frame)
         if not same_weights(self._wanted.digests, welcome.weights):
             raise WrongModel(f"Peer {channel.remote} serves other weights than this client's.")

@@ -16,8 +16,8 @@ from transformers.cache_utils import DynamicCache
 from protocol import swarm_pb2 as pb
 from protocol.errors import BadRequest, PeerFull, TooLong
 
-IDLE = 30.0
-"""Seconds after which a session may have to give way to others."""
+IDLE_TIMEOUT = 30.0
+"""Seconds after which a session may have to give way to others, if nobody says otherwise."""
 _PAGE = 64
 _MAX_ROWS = 4096
 
@@ -129,8 +129,9 @@ class CacheMemory:
     make them again, if they are still there.
     """
 
-    def __init__(self, total_tokens: int, max_length: int):
+    def __init__(self, total_tokens: int, max_length: int, idle_timeout: float = IDLE_TIMEOUT):
         self.total_tokens, self.max_length = total_tokens, max_length
+        self._idle_timeout = idle_timeout
         self._taken = 0
         self._lock = threading.RLock()  # forks are made on the event loop, steps on the compute thread
         self._sessions: set[Session] = set()
@@ -166,7 +167,7 @@ class CacheMemory:
         self._sessions.discard(session)
 
     def _reclaim(self, tokens: int) -> None:
-        long_ago = time.monotonic() - IDLE
+        long_ago = time.monotonic() - self._idle_timeout
         idle = sorted((s for s in self._sessions if s.idle_since < long_ago), key=lambda s: s.idle_since)
         for session in idle:
             if tokens <= self.free_tokens:

@@ -57,7 +57,7 @@ class Scheduler:
     def __init__(self) -> None:
         self._waiting: dict[str, _Queue] = {}
         self._level = 0.0
-        """Seconds that the client whose turn it was last had had: where newcomers start."""
+        """The turn of the work begun last: where newcomers start."""
         self._numbers = itertools.count()
         self._ready = threading.Condition()
         self._closed = False
@@ -88,7 +88,7 @@ class Scheduler:
                 if self._closed:
                     return
                 queue = min((queue for queue in self._waiting.values() if queue.work), key=lambda queue: queue.turn)
-                self._level = max(self._level, queue.used)
+                self._level = max(self._level, queue.turn[0])
                 work = heapq.heappop(queue.work)
             if not work.future.cancelled():
                 begin = time.perf_counter()

@@ -49,6 +49,9 @@ def serve(
     name: Annotated[str, typer.Option(help="A name for people.")] = "",
     max_length: Annotated[int, typer.Option(min=1, help="Tokens that one session may hold.")] = 8192,
     cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that all sessions may hold.")] = None,
+    idle_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds after which a generation may have to give its memory to others.")
+    ] = 30.0,
     max_message: Annotated[int, typer.Option(min=2**20, help="Bytes of tensors in one message.")] = 512 * 2**20,
     client_streams: Annotated[int, typer.Option(min=1, help="Connections of one client.")] = 256,
     client_sessions: Annotated[int, typer.Option(min=1, help="Generations of one client at a time.")] = 128,
@@ -110,6 +113,7 @@ def serve(
         name=name,
         max_length=max_length,
         cache_tokens=cache_tokens,
+        idle_timeout=idle_timeout,
         quota=quota,
         max_message=max_message,
         drain_timeout=drain_timeout,

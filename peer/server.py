@@ -15,7 +15,7 @@ from bootstrap.directory import Announcer
 from bootstrap.member import Member, MemberOptions
 from peer.adapters import AdapterStore
 from peer.calls import Trainer
-from peer.kv_cache import CacheMemory
+from peer.kv_cache import IDLE_TIMEOUT, CacheMemory
 from peer.loading import block_bytes, load_span
 from peer.placement import choose_blocks
 from peer.quotas import Quota
@@ -56,6 +56,8 @@ class ServeOptions:
     """Tokens of one session."""
     cache_tokens: int | None = None
     """Tokens of all sessions; None: what a share of the free memory holds."""
+    idle_timeout: float = IDLE_TIMEOUT
+    """Seconds after which a session may have to give its memory to others."""
     quota: Quota = field(default_factory=Quota)
     max_message: int = Limits.max_payload
     """Bytes of the tensors of one message."""
@@ -184,7 +186,7 @@ def _load(options: ServeOptions, blocks: range, scheduler: Scheduler) -> _Loaded
     service = Service(
         Served(options.checkpoint.model_id, options.checkpoint.digests),
         span,
-        CacheMemory(total, min(options.max_length, total)),
+        CacheMemory(total, min(options.max_length, total), options.idle_timeout),
         adapters,
         Trainer(span, adapters, max_kept_bytes=share),
         scheduler,

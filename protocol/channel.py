@@ -41,6 +41,8 @@ class Channel:
     def __init__(self, stream: Stream, limits: Limits, patience: float):
         self.stream = stream
         self.limits = limits
+        self.remote_limit = limits.max_payload
+        """Bytes of tensors that the other end takes in one message."""
         self.patience = patience
 
     @property
@@ -55,7 +57,7 @@ class Channel:
         getattr(frame, _FIELD_OF_TYPE[type(message.body).__name__]).CopyFrom(message.body)
         header = frame.SerializeToString()
         payload = sum(data.nbytes for _, data in parts)
-        self._check_lengths(len(header), payload)
+        self._check_lengths(len(header), payload, self.remote_limit)
         prefix = _LENGTHS.pack(len(header), payload) + header
         await self.stream.send(prefix, *(data for _, data in parts), patience=self.patience)
 
@@ -87,7 +89,7 @@ class Channel:
 
     async def _receive(self, patience: float | None) -> Message:
         header_length, payload_length = _LENGTHS.unpack(await self.stream.receive(_LENGTHS.size, patience))
-        self._check_lengths(header_length, payload_length)
+        self._check_lengths(header_length, payload_length, self.limits.max_payload)
         try:
             frame = pb.Frame.FromString(bytes(await self.stream.receive(header_length, self.patience)))
         except DecodeError as error:
@@ -99,9 +101,9 @@ class Channel:
         payload = await self.stream.receive(payload_length, self.patience) if payload_length else bytearray()
         return Message(getattr(frame, kind), decode(frame.tensors, payload))
 
-    def _check_lengths(self, header: int, payload: int) -> None:
-        if header > self.limits.max_header or payload > self.limits.max_payload:
+    def _check_lengths(self, header: int, payload: int, max_payload: int) -> None:
+        if header > self.limits.max_header or payload > max_payload:
             raise BadRequest(
                 f"A frame of {header} + {payload} bytes is over the limit of {self.limits.max_header} + "
-                f"{self.limits.max_payload}; send fewer tokens at once."
+                f"{max_payload}; send fewer tokens at once."
             )
