@@ -124,6 +124,7 @@ class Announcer:
         self._lifetime = lifetime
         self._due = asyncio.Event()
         self._failed = False
+        self._stopped = False
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -139,15 +140,16 @@ class Announcer:
         task, self._task = self._task, None
         if task is None:
             return
+        self._stopped = True  # hivemind may swallow a cancellation in the middle of storing a record
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await asyncio.wait({task}, timeout=WITHDRAW_TIMEOUT)
         try:
             await asyncio.wait_for(self._directory.withdraw(self._record()), WITHDRAW_TIMEOUT)
         except Exception as error:  # leaving must go on whatever happens
             _log.warning("This peer could not be withdrawn; its record will expire (%r).", error)
 
     async def _run(self) -> None:
-        while True:
+        while not self._stopped:
             self._due.clear()
             problem = await self._announce()
             self._report(problem)

@@ -183,8 +183,8 @@ class _Watch:
                 )
         if any(module._forward_pre_hooks or module._forward_hooks for module in self._modules):
             raise BadUsage(
-                "Hooks on modules of the remote blocks never run, so adapter_names= (another adapter per row) does not "
-                "work through a swarm; use one call per adapter."
+                "Hooks on modules of the remote blocks never run, so neither adapter_names= (another adapter per row: "
+                "use one call per adapter) nor an initialisation from activations (EVA, CorDA) works through a swarm."
             )
 
     def changed(self) -> bool:

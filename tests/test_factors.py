@@ -9,11 +9,12 @@ import peft
 import pytest
 import torch
 import transformers
+from peft.tuners.lora.config import LoraGAConfig
 
 from client import AutoDistributedModelForCausalLM
 from client.ghost import GhostTensor
 from client.weights import RemoteWeightError
-from protocol.errors import BadAdapter, SwarmError
+from protocol.errors import BadAdapter, BadUsage, SwarmError
 from tests.swarm import Swarm
 
 Make = Callable[[], Any]
@@ -187,6 +188,17 @@ def _something_else_subtracted(model: Any) -> None:
     weight.data -= torch.eye(32)
 
 
+def _eva(model: Any) -> None:
+    changed = peft.get_peft_model(model, lora("eva"))
+    peft.initialize_lora_eva_weights(changed, [{"input_ids": torch.tensor([[5, 6, 7]])}], prepare_layer_inputs_fn=None)
+
+
+def _lora_ga(model: Any) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    config = lora("lora_ga", lora_ga_config=LoraGAConfig())
+    peft.preprocess_loraga(model, config, lambda: model(ids, labels=ids).loss.backward())
+
+
 def _subtracted_unasked(model: Any) -> None:
     model.model.layers._modules["1"].self_attn.k_proj.weight.data.sub_(torch.ones(16, 32))
 
@@ -194,6 +206,9 @@ def _subtracted_unasked(model: Any) -> None:
 REFUSALS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "more factors than a peer gives": (lambda m: _tune(m, init="pissa", r=300), SwarmError, "."),
     "mica": (lambda m: _tune(m, init="mica"), RemoteWeightError, "only the leading ones"),
+    "EVA": (_eva, BadUsage, "initialisation from activations"),
+    "LoRA-GA": (_lora_ga, BadAdapter, "cannot be trained"),
+    "CorDA": (lambda m: _tune(m, init="corda"), ValueError, "preprocess_corda"),  # which is made of hooks, as EVA
     "PiSSA with DoRA": (lambda m: _tune(m, init="pissa", use_dora=True), RemoteWeightError, "neither DoRA"),
     "DoRA on PiSSA": (_dora_on_top, RemoteWeightError, "neither DoRA"),
     "PiSSA on DoRA": (_loaded_dora, BadAdapter, "use one or the other"),

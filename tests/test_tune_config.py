@@ -178,6 +178,7 @@ def test_the_method_fixes_what_its_name_says() -> None:
         ({"method": "lora", "modules_to_save": ["head"]}, "adapter.modules_to_save: 'head' matches no module"),
         ({"method": "adalora", "tinit": 6, "tfinal": 6}, "adapter: PEFT refuses these options for adalora"),
         ({"method": "lora", "init_lora_weights": "magic"}, "adapter: PEFT can't attach this adapter"),
+        ({"method": "lora", "init_lora_weights": "eva"}, "adapter.init_lora_weights: eva needs more of the blocks"),
         ({"method": "loha", "r": 0}, "adapter: PEFT can't attach this adapter"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from protocol import swarm_pb2 as pb
 from protocol.adapters import METHODS, bundle_hash
 from protocol.channel import Message
-from protocol.errors import BadAdapter, UnknownAdapter
+from protocol.errors import BadAdapter, BadRequest, UnknownAdapter
 from tests.swarm import Peer
 from tests.wire import HIDDEN, MIB, START, TARGET, Wire, forward
 
@@ -134,3 +134,50 @@ def peak(peer: Peer) -> int:
     found = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{peer.pid}/status").read_text(), re.M)
     assert found
     return int(found[1]) * 1024
+
+
+# Factors of weights, which PiSSA and OLoRA begin with
+
+B, A, FLAWED = torch.ones(32, 2), torch.ones(2, 32), torch.full((32, 2), torch.nan)
+FACTORS: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor], str]] = {
+    "a foreign block": ({"name": "0.self_attn.q_proj.weight"}, {}, "no weight matrix of blocks 1:4"),
+    "a vector": ({"name": f"{START}.input_layernorm.weight"}, {}, "no weight matrix"),
+    "a bias": ({"name": f"{TARGET}.bias"}, {}, "no weight matrix"),
+    "no name": ({"name": ""}, {}, "no weight matrix"),
+    "insides": ({"name": "1.__class__.weight"}, {}, "no weight matrix"),
+    "no factorization": ({"factorization": pb.NO_FACTORIZATION}, {}, "no known factorization"),
+    "an unknown factorization": ({"factorization": 77}, {}, "no known factorization"),
+    "no factors": ({"rank": 0}, {}, "between 1 and 32"),
+    "more factors than there are": ({"rank": 33}, {}, "between 1 and 32"),
+    "endless factors": ({"rank": 2**32 - 1}, {}, "between 1 and 32"),
+    "iterations of an SVD": ({"iterations": 1}, {}, "1 iterations are too many"),
+    "endless iterations": ({"factorization": pb.LOW_RANK_SVD, "iterations": 2**31}, {}, "too many; at most 64"),
+    "an unknown tensor": ({}, {"x": B}, "expected \\[\\]"),
+    "no start": ({"factorization": pb.LOW_RANK_SVD}, {}, "expected \\['start'\\]"),
+    "another start": ({"factorization": pb.LOW_RANK_SVD}, {"start": B}, "shape \\[32, 4\\]"),
+    "a start of integers": ({"factorization": pb.LOW_RANK_SVD}, {"start": torch.ones(32, 4).long()}, "int64"),
+    "half a shift": ({}, {"shift.b": B}, "expected \\['shift.a', 'shift.b'\\]"),
+    "the other half": ({}, {"shift.a": A}, "shift.b must have the shape \\[32, k\\]"),
+    "a flat shift": ({}, {"shift.b": torch.tensor(1.0), "shift.a": A}, "shift.b must have"),
+    "a shift of nothing": ({}, {"shift.b": torch.ones(32, 0), "shift.a": torch.ones(0, 32)}, "k between 1 and 4096"),
+    "a huge shift": ({}, {"shift.b": torch.ones(1, 4097), "shift.a": A}, "k between 1 and 4096"),
+    "a shift of another weight": ({}, {"shift.b": torch.ones(31, 2), "shift.a": A}, "floats of shape \\[32, 2\\]"),
+    "a shift that does not fit": ({}, {"shift.b": B, "shift.a": torch.ones(3, 32)}, "floats of shape \\[2, 32\\]"),
+    "a shift that is no number": ({}, {"shift.b": FLAWED, "shift.a": A}, "cannot be factorized"),
+}
+
+
+@pytest.mark.parametrize(("fields", "tensors", "said"), FACTORS.values(), ids=FACTORS)
+def test_factors_that_cannot_be_had(
+    wire: Wire, fields: dict[str, Any], tensors: dict[str, torch.Tensor], said: str
+) -> None:
+    good = {"name": f"{TARGET}.weight", "factorization": pb.SVD, "rank": 4}
+    with pytest.raises(BadRequest, match=said):
+        wire.ask(Message(pb.Factorize(**(good | fields)), tensors))
+
+
+def test_factors_of_a_weight(wire: Wire) -> None:
+    request = pb.Factorize(name=f"{TARGET}.weight", factorization=pb.SVD, rank=4)
+    whole, less = (wire.ask(Message(request, given)).tensors for given in ({}, {"shift.b": B, "shift.a": A}))
+    assert [tuple(whole[name].shape) for name in ("u", "s", "vh")] == [(32, 4), (4,), (4, 32)]
+    assert not torch.allclose(whole["s"], less["s"], atol=1e-3)

@@ -23,6 +23,8 @@ _DERIVED = {"token_dim", "num_layers", "num_attention_heads", "num_transformer_s
 _MEGATRON = {"megatron_config", "megatron_core"}
 _SET_BY_PEFT = {field.name for field in dataclasses.fields(peft.PeftConfig)}
 _DEFAULT_VIRTUAL_TOKENS = 20
+_FAR_INITS = {"eva", "corda", "lora_ga", "loftq", "mica"}
+"""They begin with the blocks' activations, gradients or whole weights, none of which come to this machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +117,11 @@ def peft_config(adapter: AdapterOptions, model_name: str, steps: int) -> peft.Pe
         ConfigError: PEFT refuses the options.
     """
     options = adapter.options()
+    if options.get("init_lora_weights") in _FAR_INITS:
+        raise ConfigError(
+            f"adapter.init_lora_weights: {options['init_lora_weights']} needs more of the blocks than peers give; "
+            "expected true, gaussian, orthogonal, pissa, pissa_niter_N or olora"
+        )
     if adapter.method == "adalora":
         options.setdefault("total_step", steps)
     if adapter.method in PROMPT_METHODS:
