@@ -156,7 +156,7 @@ def test_columns_can_be_named() -> None:
     assert turns({"frage": "q", "antwort": "a"}, columns={"instruction": "frage", "output": "antwort"}) == ASKED
     swapped = turns({"input": "q", "output": "a"}, columns={"instruction": "input"})
     assert swapped == ASKED
-    with pytest.raises(DataError, match="place has the columns 'instruction', 'output'; known are .*instruction, reply"):
+    with pytest.raises(DataError, match=r"place has the columns .*; known are .*\(instruction, reply\)"):
         convert({"instruction": "q", "output": "not this"}, columns={"output": "reply"})
 
 
