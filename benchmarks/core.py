@@ -29,6 +29,17 @@ _CACHE = Path.home() / ".cache" / "swarmtune" / "benchmarks"
 _BATCHES = ((8, 128), (4, 512))
 
 
+MODELS = ("llama", "smollm2")
+
+
+def fetch_model(name: str) -> Path:
+    """The folder of one of `MODELS`, made or downloaded unless it is there."""
+    if name == "smollm2":
+        return fetch_sample_model()
+    sizes = {"hidden": 1024, "layers": 16, "heads": 16, "intermediate": 2816, "vocab": 32000}
+    return build_llama(_CACHE, name="llama-1024x16", **sizes)
+
+
 @dataclass
 class Started:
     """A peer process and how long it took to get ready."""
@@ -133,16 +144,12 @@ def measure(model: Any, vocabulary: int) -> dict[str, float]:
 def main() -> None:
     """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", choices=("llama", "smollm2"), default="llama")
+    parser.add_argument("--model", choices=MODELS, default="llama")
     parser.add_argument("--peers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each process")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.model == "llama":
-        sizes = {"hidden": 1024, "layers": 16, "heads": 16, "intermediate": 2816, "vocab": 32000}
-        model = build_llama(_CACHE, name="llama-1024x16", **sizes)
-    else:
-        model = fetch_sample_model()
+    model = fetch_model(options.model)
     vocabulary = transformers.AutoConfig.from_pretrained(model).vocab_size
     with running_swarm(model, options.peers, options.threads) as peers:
         before = psutil.Process().memory_info().rss

@@ -83,7 +83,9 @@ class RemoteBlocks:
             trained = {f"adapter.{name}": work.adapters.tensors[name] for name in own}
         for block, (key, value) in work.prefix.items():
             trained |= {f"prefix.{block}.key": key, f"prefix.{block}.value": value}
-        return _RemoteCall.apply(self._swarm, work, blocks, tuple(trained), hidden, *trained.values())  # type: ignore[no-any-return]
+        # Asked here: within the function, `needs_input_grad` says the same under `no_grad`.
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, *trained.values()))
+        return _RemoteCall.apply(self._swarm, work, blocks, keep, tuple(trained), hidden, *trained.values())  # type: ignore[no-any-return]
 
     def new_session(self) -> Session:
         """A generation over all blocks."""
@@ -95,9 +97,15 @@ class _RemoteCall(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, swarm: Swarm, work: Work, blocks: range, names: tuple[str, ...], hidden: torch.Tensor, *tensors: Any
+        ctx: Any,
+        swarm: Swarm,
+        work: Work,
+        blocks: range,
+        keep: bool,
+        names: tuple[str, ...],
+        hidden: torch.Tensor,
+        *tensors: Any,
     ) -> torch.Tensor:
-        keep = any(ctx.needs_input_grad)
         output, ctx.traces = LOOP.run(run_forward(swarm, _detached(work), blocks, hidden.detach(), keep))
         ctx.swarm, ctx.names = swarm, names
         ctx.like = [(tensor.device, tensor.dtype) for tensor in tensors]
@@ -109,7 +117,7 @@ class _RemoteCall(torch.autograd.Function):
         hidden, gradients = LOOP.run(run_backward(ctx.swarm, traces, grads[0]))
         found = [gradients.get(name) for name in ctx.names]
         cast = [g if g is None else g.to(*like) for g, like in zip(found, ctx.like, strict=True)]
-        return None, None, None, None, hidden, *cast
+        return None, None, None, None, None, hidden, *cast
 
 
 class PseudoLayer:

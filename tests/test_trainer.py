@@ -16,6 +16,8 @@ from client import (
     AutoDistributedModelForSequenceClassification,
     AutoDistributedModelForTokenClassification,
 )
+from protocol import swarm_pb2 as pb
+from protocol.channel import Channel, Message
 from tests.swarm import Swarm
 
 VOCABULARY, LABELS = 128, 3
@@ -119,6 +121,24 @@ def test_gradient_checkpointing(llama: Both, runs: tuple[Run, Run], tmp_path: Pa
     ours = train(with_lora(llama.remote()), tmp_path, 5, gradient_checkpointing=True)
     theirs = train(with_lora(llama.local()), tmp_path, 5, gradient_checkpointing=True)
     assert_equal(ours, theirs, 5)
+
+
+def test_an_evaluation_leaves_nothing_on_the_peers(llama: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations are kept for a backward only; under `no_grad` none will come."""
+    send, kept = Channel.send, list[bool]()
+
+    async def note(self: Channel, message: Message) -> None:
+        if isinstance(message.body, pb.Forward):
+            kept.append(message.body.keep)
+        await send(self, message)
+
+    monkeypatch.setattr(Channel, "send", note)
+    tuned = with_lora(llama.remote())
+    with torch.no_grad():
+        tuned(input_ids=batch(), use_cache=False)
+    assert kept == [False] * 3
+    tuned(input_ids=batch(), use_cache=False)
+    assert kept[3:] == [True] * 3
 
 
 def test_bf16_autocast(llama: Both, runs: tuple[Run, Run], tmp_path: Path) -> None:

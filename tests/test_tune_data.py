@@ -156,6 +156,8 @@ def test_columns_can_be_named() -> None:
     assert turns({"frage": "q", "antwort": "a"}, columns={"instruction": "frage", "output": "antwort"}) == ASKED
     swapped = turns({"input": "q", "output": "a"}, columns={"instruction": "input"})
     assert swapped == ASKED
+    with pytest.raises(DataError, match=r"place has the columns .*; known are .*\(instruction, reply\)"):
+        convert({"instruction": "q", "output": "not this"}, columns={"output": "reply"})
 
 
 def test_the_first_record_settles_the_format() -> None:

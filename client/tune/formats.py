@@ -70,22 +70,24 @@ class Format:
     optional: tuple[str, ...]
     convert: Callable[["_Fields"], Record]
 
-    def __str__(self) -> str:
-        return f"{self.name} ({', '.join(self.required)})"
+    def describe(self, columns: Mapping[str, str]) -> str:
+        """The name and the columns that mark it, as they are called in the files."""
+        return f"{self.name} ({', '.join(columns.get(name, name) for name in self.required)})"
 
 
 class _Fields:
     """One row's fields under our names, read with the checks that make an error name its place."""
 
     def __init__(self, row: Row, columns: Mapping[str, str]) -> None:
-        theirs = set(columns.values())
+        # A column that the user calls by another name is never taken from the one that bears ours.
+        elsewhere = columns.keys() | set(columns.values())
         self.place = row.place
         self.whole_file = row.whole_file
-        self._values = {name: value for name, value in row.fields.items() if name not in theirs}
+        self._values = {name: value for name, value in row.fields.items() if name not in elsewhere}
         self._values.update({ours: row.fields[name] for ours, name in columns.items() if name in row.fields})
 
-    def names(self) -> list[str]:
-        return list(self._values)
+    def names(self) -> set[str]:
+        return set(self._values)
 
     def text(self, name: str) -> str:
         value = self._values.get(name)
@@ -205,20 +207,13 @@ class Converter:
         """
         fields = _Fields(row, self._columns)
         if self._format is None:
-            self._format = _detect(fields)
-        if not set(self._format.required) <= set(fields.names()):
-            raise _wrong_columns(fields, (self._format,))
+            self._format = next((known for known in FORMATS if set(known.required) <= fields.names()), None)
+        if self._format is None or not set(self._format.required) <= fields.names():
+            raise self._wrong_columns(row)
         return self._format.convert(fields)
 
-
-def _detect(fields: _Fields) -> Format:
-    for known in FORMATS:
-        if set(known.required) <= set(fields.names()):
-            return known
-    raise _wrong_columns(fields, FORMATS)
-
-
-def _wrong_columns(fields: _Fields, wanted: tuple[Format, ...]) -> DataError:
-    found = ", ".join(repr(name) for name in fields.names()) or "none"
-    known = ", ".join(str(one) for one in wanted)
-    return DataError(f"{fields.place} has the columns {found}; known are {known}; name yours under data.columns")
+    def _wrong_columns(self, row: Row) -> DataError:
+        found = ", ".join(repr(name) for name in row.fields) or "none"
+        wanted = (self._format,) if self._format else FORMATS
+        known = ", ".join(one.describe(self._columns) for one in wanted)
+        return DataError(f"{row.place} has the columns {found}; known are {known}; name yours under data.columns")

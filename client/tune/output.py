@@ -36,15 +36,18 @@ class RunFolder:
         self.tensorboard = root / "tensorboard"
 
     def check(self, resume: bool) -> None:
-        """Makes sure that a run can be written here, and (without `resume`) that none lies here yet.
+        """Makes sure that a run can be written here, and (without `resume`) that none lies here yet. Leaves nothing.
 
         Raises:
             OutputError: the folder can't be created or written to, or holds a run.
         """
         with writing("files", self.root):
+            missing = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.root) as probe:
                 probe.write(b"probe")
+            for folder in missing:
+                folder.rmdir()
         taken = [path.name for path in (self.record, self.checkpoints, self.adapter, self.log) if path.exists()]
         if taken and not resume:
             raise OutputError(
@@ -70,6 +73,8 @@ class RunFolder:
         Raises:
             OutputError: the folder can't be written to.
         """
+        with writing(self.record.name, self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
         replace_file(self.record, json.dumps(_described(config, fingerprint), indent=1).encode())
 
     def _compare(self, now: dict[str, Any]) -> None:
