@@ -42,6 +42,8 @@ class Channel:
         self.stream = stream
         self.limits = limits
         self.patience = patience
+        self.key_id = b""
+        """Of the swarm key that both ends have proved; see `protocol.handshake`."""
 
     @property
     def remote(self) -> str:

@@ -18,6 +18,10 @@ class WrongModel(SwarmError):
     """The two ends hold different models, or different revisions of one."""
 
 
+class WrongKey(SwarmError):
+    """The two ends hold different swarm keys, or only one of them has one."""
+
+
 class PeerFull(SwarmError):
     """The peer has no room (sessions, cache tokens, adapters) at present."""
 
@@ -77,8 +81,8 @@ class BadUsage(SwarmError):
 _BY_NAME = {
     cls.__name__: cls
     for cls in (
-        BadRequest, WrongModel, PeerFull, TooLong, UnknownAdapter, UnknownCall, BadAdapter, OutOfMemory, Draining,
-        PeerFailed,
+        BadRequest, WrongModel, WrongKey, PeerFull, TooLong, UnknownAdapter, UnknownCall, BadAdapter, OutOfMemory,
+        Draining, PeerFailed,
     )
 }  # fmt: skip
 _MAX_MESSAGE = 2000
