@@ -15,7 +15,7 @@ from client.loop import LOOP
 from client.membership import Memberships
 from client.routing import Health, Hop, describe_holes, find_route, holes
 from client.work import Puts
-from protocol.errors import BadAdapter, BadRequest, NoRoute, PeerUnreachable, SwarmError, TooLong, WrongModel
+from protocol.errors import BadAdapter, BadRequest, NoRoute, PeerUnreachable, SwarmError, TooLong, WrongKey, WrongModel
 from protocol.model.checkpoint import Checkpoint
 from protocol.records import PeerRecord
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Purpose = Literal["decode", "forward"]
-_NOT_THIS = (BadRequest, BadAdapter, TooLong, WrongModel)
+_NOT_THIS = (BadRequest, BadAdapter, TooLong, WrongModel, WrongKey)
 """What a peer refuses will not get better by waiting; another peer may still take it."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 _MEMBERSHIPS = Memberships()
@@ -42,7 +42,7 @@ class Swarm:
         self.config, self.model_id = config, checkpoint.model_id
         self.health = Health()
         wanted = Wanted(self.model_id.config_hash, checkpoint.digests)
-        self.connections = Connections(member.transport, wanted, self.health, config.silence_timeout)
+        self.connections = Connections(member.transport, member.handshake, wanted, self.health, config.silence_timeout)
         self.puts = Puts()
         self._member = member
         self._known: list[PeerRecord] = []
@@ -58,10 +58,10 @@ class Swarm:
 
     @classmethod
     def connect(cls, config: SwarmConfig, checkpoint: Checkpoint) -> "Swarm":
-        """Join as a client. Raises `BadUsage` for a malformed address, `PeerUnreachable`."""
+        """Join as a client. Raises `BadUsage` for a malformed address or key file, `PeerUnreachable`, `WrongKey`."""
 
         async def join() -> Swarm:
-            return cls(config, checkpoint, await _MEMBERSHIPS.acquire(config.initial_peers))
+            return cls(config, checkpoint, await _MEMBERSHIPS.acquire(config.initial_peers, config.swarm_key))
 
         swarm = LOOP.run(join())
         weakref.finalize(swarm, LOOP.call, _leave, swarm.connections, swarm._member)

@@ -15,10 +15,12 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
+from peer.key import app as key_app
 from peer.options import (
     Config,
     InitialPeers,
     LazyGroup,
+    SwarmKeyFile,
     need_initial_peers,
     one_of,
     parse_blocks,
@@ -34,6 +36,7 @@ from protocol.errors import (
     SwarmError,
     TooLong,
     UnsupportedModel,
+    WrongKey,
     WrongModel,
 )
 
@@ -45,7 +48,8 @@ app = typer.Typer(
     cls=LazyGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Fine-tune and run models too big for your GPU, on a swarm of peers.",
 )  # fmt: skip
-_USAGE_ERRORS = (BadUsage, BadRequest, BadAdapter, UnsupportedModel, NoSwarm, WrongModel, TooLong)
+app.add_typer(key_app, name="key")
+_USAGE_ERRORS = (BadUsage, BadRequest, BadAdapter, UnsupportedModel, NoSwarm, WrongKey, WrongModel, TooLong)
 
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")]
@@ -73,6 +77,7 @@ def serve(
     port: Port = 0,
     announce: Announce = None,
     identity: Identity = None,
+    swarm_key: SwarmKeyFile = None,
     name: Annotated[str, typer.Option(help="A name for people.")] = "",
     max_length: Annotated[int, typer.Option(min=1, help="Tokens that one session may hold.")] = 8192,
     cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that all sessions may hold.")] = None,
@@ -95,14 +100,14 @@ def serve(
     parse_blocks(blocks)
     parse_name(name)
     addresses = tuple(initial_peers or ())
-    checkpoint = open_checkpoint(model, revision) if model else _open_the_only_model(addresses, revision)
+    checkpoint = open_checkpoint(model, revision) if model else _open_the_only_model(addresses, swarm_key, revision)
     if threads:
         torch.set_num_threads(threads)
     options = ServeOptions(
         checkpoint=checkpoint,
         blocks=parse_blocks(blocks, checkpoint.model_id.num_blocks),
         num_blocks=num_blocks,
-        member=MemberOptions(addresses, host, port, tuple(announce or ()), identity),
+        member=MemberOptions(addresses, host, port, tuple(announce or ()), identity, swarm_key=swarm_key),
         dtype=parse_dtype(dtype),
         device=parse_device(device),
         quantization=quantize,
@@ -131,13 +136,16 @@ def bootstrap(
     initial_peers: InitialPeers = None,
     announce: Announce = None,
     identity: Identity = None,
+    swarm_key: SwarmKeyFile = None,
     config: Config = None,
 ) -> None:
     """Run a node that only carries the directory of peers: a stable first address for a swarm."""
     from bootstrap.member import Member, MemberOptions
     from protocol.errors import PeerFailed
 
-    options = MemberOptions(tuple(initial_peers or ()), host, port, tuple(announce or ()), identity)
+    options = MemberOptions(
+        tuple(initial_peers or ()), host, port, tuple(announce or ()), identity, swarm_key=swarm_key
+    )
 
     async def run() -> None:
         stop = _stop_on_signals()
@@ -161,6 +169,7 @@ def bootstrap(
 def status(
     model: Annotated[str | None, typer.Argument(help="Only this model (name as announced, or a folder).")] = None,
     initial_peers: InitialPeers = None,
+    swarm_key: SwarmKeyFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     watch: Annotated[bool, typer.Option(help="Show it again every 5 s.")] = False,
     config: Config = None,
@@ -173,7 +182,7 @@ def status(
 
     async def run() -> None:
         stop = _stop_on_signals()
-        member = await Member.join(MemberOptions(addresses, client_mode=True))
+        member = await Member.join(MemberOptions(addresses, client_mode=True, swarm_key=swarm_key))
         try:
             models = _only(await member.directory.models(), model)
             if as_json:
@@ -260,11 +269,11 @@ def _say_ready(addresses: list[str], details: str = "") -> None:
         logging.getLogger("peer").info("also at %s", other)
 
 
-def _open_the_only_model(addresses: tuple[str, ...], revision: str | None) -> "Checkpoint":
+def _open_the_only_model(addresses: tuple[str, ...], swarm_key: Path | None, revision: str | None) -> "Checkpoint":
     """The swarm's model, when it has exactly one and that is found here or on the hub. Raises `BadUsage`."""
     from protocol.model.checkpoint import open_checkpoint
 
-    found = asyncio.run(_look_for_models(addresses))
+    found = asyncio.run(_look_for_models(addresses, swarm_key))
     names = ", ".join(model.name for model in found)
     if len(found) != 1:
         raise BadUsage(f"The swarm serves {len(found)} models ({names or 'none'}); name the MODEL to serve.")
@@ -280,12 +289,12 @@ def _open_the_only_model(addresses: tuple[str, ...], revision: str | None) -> "C
     return checkpoint
 
 
-async def _look_for_models(addresses: tuple[str, ...]) -> list["ModelId"]:
+async def _look_for_models(addresses: tuple[str, ...], swarm_key: Path | None) -> list["ModelId"]:
     from bootstrap.member import Member, MemberOptions
 
     if not addresses:
         raise BadUsage("Name a MODEL to found a swarm, or join one with --initial-peers.")
-    member = await Member.join(MemberOptions(addresses, client_mode=True))
+    member = await Member.join(MemberOptions(addresses, client_mode=True, swarm_key=swarm_key))
     try:
         return list(await member.directory.models())
     finally:

@@ -22,6 +22,7 @@ from peer.weights import read_norm
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
 from protocol.errors import BadRequest, Draining, OutOfMemory, PeerFailed, SwarmError, WrongModel
+from protocol.handshake import Handshake
 from protocol.model.checkpoint import same_weights
 from protocol.records import ModelId
 from protocol.tensors import Limits, torch_dtype, wire_dtype
@@ -77,10 +78,12 @@ class Service:
         trainer: Trainer,
         scheduler: Scheduler,
         limits: Limits,
+        handshake: Handshake,
     ):
         self._served, self._span, self.memory = served, span, memory
         self._adapters, self._trainer, self._scheduler = adapters, trainer, scheduler
         self._limits = limits
+        self._handshake = handshake
         self._forks: dict[bytes, tuple[Session, Mode]] = {}
         self.load = Load()
         self.draining = False
@@ -105,8 +108,7 @@ class Service:
 
     async def _greet(self, channel: Channel) -> None:
         try:
-            message = await channel.receive_request()
-            hello = message.body
+            hello = (await self._handshake.respond(channel)).body
             if not isinstance(hello, pb.Hello):
                 raise BadRequest("A stream must begin with a Hello.")
             self._check_hello(hello)
@@ -144,7 +146,8 @@ class Service:
         channel = connection.channel
         try:
             message = await channel.receive_request()
-        except BadRequest as error:  # no frame: what follows on this stream cannot be understood
+            self._handshake.check_current(channel)
+        except (BadRequest, PeerFailed) as error:  # no frame, or a stream that is not to go on
             await channel.fail(error)
             raise
         self.load.calls += 1
