@@ -63,13 +63,13 @@ class Gate:
         if self._keyring is None:
             answer = _granted(await self._send(route, body))
         else:
-            answer = await self._ask_sealed(self._keyring.keys(), route, body)
+            answer = await self._ask_sealed(self._keyring.current(), route, body)
         return output_type.FromString(answer)
 
     def _let_in(self, route: Route, data: bytes) -> SealedRequest | None:
         """The request in `data`; None for a plain one in an open swarm. Raises `Refused`."""
         if self._keyring is not None:
-            return SealedRequest.open(self._keyring.keys(), route, data, get_dht_time(), self._seen)
+            return SealedRequest.open(self._keyring.current(), route, data, get_dht_time(), self._seen)
         if is_sealed(data):
             raise Refused(Refusal.OPEN)
         return None

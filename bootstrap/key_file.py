@@ -63,7 +63,7 @@ class KeyFile:
         self._version = _version(self._path)
         self._keys = _keys(self._path)
 
-    def keys(self) -> Sequence[SwarmKey]:
+    def current(self) -> Sequence[SwarmKey]:
         """The present keys. A file that has become unusable is reported, and the keys stay as they were."""
         version = _version(self._path)
         if version != self._version:

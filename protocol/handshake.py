@@ -44,7 +44,7 @@ class Handshake:
         with _Bounded(channel, _UNPROVED):
             try:
                 async with asyncio.timeout(TIMEOUT):
-                    await self._knock(channel, self._keyring.keys())
+                    await self._knock(channel, self._keyring.current())
             except TimeoutError as error:
                 raise PeerUnreachable(f"Peer {channel.remote} proved no key within {TIMEOUT:g} s.") from error
 
@@ -57,7 +57,7 @@ class Handshake:
             try:
                 async with asyncio.timeout(TIMEOUT):
                     if self._keyring is not None:
-                        await self._challenge(channel, self._keyring.keys())
+                        await self._challenge(channel, self._keyring.current())
                     request = await channel.receive_request()
             except TimeoutError as error:
                 raise PeerUnreachable(f"Peer {channel.remote} asked nothing within {TIMEOUT:g} s.") from error
@@ -67,11 +67,11 @@ class Handshake:
 
     def is_preferred(self, channel: Channel) -> bool:
         """Whether a new handshake would use the key of `channel`, as far as we can tell."""
-        return self._keyring is None or channel.key_id == self._keyring.keys()[0].id
+        return self._keyring is None or channel.key_id == self._keyring.current()[0].id
 
     def check_current(self, channel: Channel) -> None:
         """Raises `PeerFailed` when the key of `channel` has been dropped since: whoever still may will come again."""
-        if self._keyring is not None and key_with_id(self._keyring.keys(), channel.key_id) is None:
+        if self._keyring is not None and key_with_id(self._keyring.current(), channel.key_id) is None:
             raise PeerFailed("The key that this stream began with has been dropped; open another stream.")
 
     async def _knock(self, channel: Channel, keys: Sequence[SwarmKey]) -> None:

@@ -42,7 +42,7 @@ class SwarmKey:
 class Keyring(Protocol):
     """The keys that a member holds."""
 
-    def keys(self) -> Sequence[SwarmKey]:
+    def current(self) -> Sequence[SwarmKey]:
         """At least one; the first is used, all are accepted. May change from one call to the next."""
 
 
