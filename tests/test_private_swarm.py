@@ -366,14 +366,20 @@ def test_clocks_that_differ_are_no_wrong_key(served: Swarm, keys: Keys, monkeypa
 
 def test_a_generation_goes_on_while_keys_change(served: Swarm, llama: Path, keys: Keys, tmp_path: Path) -> None:
     key, old = keys["ours"], Path(shutil.copy(keys["ours"], tmp_path / "old"))
-    model = AutoDistributedModelForCausalLM.from_pretrained(
-        llama, initial_peers=served.initial_peers, swarm_key=str(key)
+    model, left_behind = (
+        AutoDistributedModelForCausalLM.from_pretrained(llama, initial_peers=served.initial_peers, swarm_key=str(path))
+        for path in (key, old)
     )
-    prompt = torch.tensor([[5, 6, 7]])
-    texts = [model.generate(prompt, max_new_tokens=6, do_sample=False)]
+    texts = [generate(model), generate(left_behind)]
     for step in (add_key, use_newest_key, drop_old_keys):
         step(key)
-        texts.append(model.generate(prompt, max_new_tokens=6, do_sample=False))
+        texts.append(generate(model))
     assert all(torch.equal(text, texts[0]) for text in texts)
+    begin = time.monotonic()
     with pytest.raises(WrongKey):
-        AutoDistributedModelForCausalLM.from_pretrained(llama, initial_peers=served.initial_peers, swarm_key=old)
+        generate(left_behind)
+    assert time.monotonic() - begin < 6
+
+
+def generate(model: Any) -> torch.Tensor:
+    return model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6, do_sample=False)
