@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -14,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from google.protobuf.message import DecodeError
 from hivemind.proto import crypto_pb2
 
+from bootstrap.private_files import create_private
 from protocol.errors import BadUsage
 
 KEY_BITS = 2048
@@ -49,7 +51,8 @@ class Identity:
             return cls._create_temporary()
         try:
             if not path.exists():
-                _create(path)
+                with suppress(FileExistsError):  # another process was faster
+                    create_private(path, _new_key())
             file = path.open("rb")
         except OSError as error:
             raise BadUsage(f"The identity file {path} cannot be used: {error.strerror or error}.") from error
@@ -121,22 +124,6 @@ def _read_key(path: Path, file: BinaryIO) -> rsa.RSAPrivateKey:
     if not isinstance(key, rsa.RSAPrivateKey) or not KEY_BITS <= key.key_size <= MAX_KEY_BITS:
         raise BadUsage(f"The identity in {path} is not an RSA key of {KEY_BITS} to {MAX_KEY_BITS} bits.")
     return key
-
-
-def _create(path: Path) -> None:
-    """Write a new identity to `path`, whole or not at all, readable by the owner alone."""
-    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(_new_key())
-            file.flush()
-            os.fsync(descriptor)
-        os.link(part, path)
-    except FileExistsError:
-        # Another process was faster, and a link, unlike a rename, lets it be.
-        return
-    finally:
-        os.unlink(part)
 
 
 def _lock(path: Path, file: BinaryIO) -> None:

@@ -14,10 +14,14 @@ from hivemind.utils.logging import use_hivemind_log_handler
 from bootstrap.addresses import check_announced, for_others, is_loopback, listening_address, split_peer_address
 from bootstrap.daemon import Connection, Daemon, DaemonFailed
 from bootstrap.directory import Directory
+from bootstrap.gate import Gate
 from bootstrap.identity import Identity
+from bootstrap.key_file import KeyFile
 from bootstrap.neighbours import Neighbours, create_node
 from bootstrap.validator import SignedRecords
 from protocol.errors import BadUsage, NoSwarm, PeerFailed
+from protocol.handshake import Handshake
+from protocol.swarm_key import Keyring
 from protocol.transport.base import Transport
 from protocol.transport.libp2p import LibP2PTransport
 
@@ -47,6 +51,8 @@ class MemberOptions:
     """Reach peers through relays."""
     use_auto_relay: bool = True
     """Become reachable through the initial peers as relays when behind a NAT."""
+    swarm_key: Path | None = None
+    """The key file of a private swarm; None: the swarm is open."""
     join_timeout: float = 12.0
     """Seconds for the whole of `Member.join`."""
 
@@ -54,8 +60,18 @@ class MemberOptions:
 class Member:
     """A running member; made by `join`."""
 
-    def __init__(self, identity: Identity, daemon: Daemon, p2p: Connection, node: DHTNode, neighbours: Neighbours):
+    def __init__(
+        self,
+        identity: Identity,
+        keyring: Keyring | None,
+        daemon: Daemon,
+        p2p: Connection,
+        node: DHTNode,
+        neighbours: Neighbours,
+    ):
         self.peer_id: str = identity.peer_id
+        self.handshake = Handshake(self.peer_id, keyring)
+        """With which every stream begins."""
         self.addresses: list[str] = []
         """Full multiaddrs that others can join with; kept up to date. Empty for a client."""
         self.transport: Transport = LibP2PTransport(p2p)
@@ -74,8 +90,9 @@ class Member:
     async def join(cls, options: MemberOptions) -> Self:
         """Join the swarm of `options.initial_peers`, or found one.
 
-        Raises `BadUsage` for options that cannot be right, `NoSwarm` when no initial peer answers in time,
-        `PeerFailed` when p2pd cannot be started. Leaves nothing behind when it fails or is cancelled.
+        Raises `BadUsage` for options that cannot be right, `NoSwarm` when no initial peer answers in time, `WrongKey`
+        when they hold another swarm key or only one side has one, `PeerFailed` when p2pd cannot be started. Leaves
+        nothing behind when it fails or is cancelled.
         """
         for address in options.initial_peers:
             split_peer_address(address)
@@ -93,6 +110,7 @@ class Member:
     @classmethod
     async def _start(cls, options: MemberOptions, resources: AsyncExitStack) -> Self:
         quiet_hivemind()
+        keyring = KeyFile(options.swarm_key) if options.swarm_key is not None else None
         identity = Identity.load_or_create(options.identity_path)
         resources.callback(identity.close)
         daemon = await _start_daemon(options, identity)
@@ -105,10 +123,10 @@ class Member:
         except (OSError, EOFError) as error:
             raise PeerFailed("p2pd ended right after its start.") from error
         resources.push_async_callback(p2p.shutdown)
-        node = await create_node(p2p, SignedRecords(identity), options.client_mode)
+        node = await create_node(Gate(p2p, keyring), SignedRecords(identity), options.client_mode)
         neighbours = Neighbours(p2p, node, options.initial_peers)
         await neighbours.join()
-        member = cls(identity, daemon, p2p, node, neighbours)
+        member = cls(identity, keyring, daemon, p2p, node, neighbours)
         if not options.client_mode:
             await member._refresh_addresses()
         for task in (member._watch(), member._keep_up(listens=not options.client_mode)):

@@ -11,25 +11,29 @@ from hivemind.dht.protocol import ValidationError
 from hivemind.dht.routing import DHTID
 from hivemind.dht.validation import RecordValidatorBase
 from hivemind.p2p import P2PDaemonError, PeerID
+from hivemind.proto import dht_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
 from bootstrap.addresses import split_peer_address
 from bootstrap.daemon import Connection
+from bootstrap.gate import Gate
+from bootstrap.seal import CLOCKS_DIFFER
 from bootstrap.storage import RecordStorage
-from protocol.errors import NoSwarm, PeerUnreachable
+from protocol.errors import NoSwarm, PeerUnreachable, SwarmError, WrongKey
 
 GRACE = 0.5
 """Seconds for the other initial peers once one has answered."""
 _SEARCH_TIMEOUT = 3.0
+_REASON_TIMEOUT = 1.0
 _log = logging.getLogger(__name__)
 
 
-async def create_node(p2p: Connection, validator: RecordValidatorBase, client_mode: bool) -> DHTNode:
+async def create_node(gate: Gate, validator: RecordValidatorBase, client_mode: bool) -> DHTNode:
     """A DHT node that keeps no cache and takes only the records that `validator` does."""
     node = await DHTNode.create(
-        p2p,
+        gate,
         # The same after a restart, so that the others' routing tables stay right.
-        node_id=DHTID.generate(source=p2p.peer_id.to_bytes()),
+        node_id=DHTID.generate(source=gate.peer_id.to_bytes()),
         client_mode=client_mode,
         record_validator=validator,
         cache_locally=False,
@@ -59,16 +63,16 @@ class Neighbours:
         return self._p2p.broken.is_set() or bool(self._initial and not self._known())
 
     async def ensure(self) -> None:
-        """Find the swarm again if it is lost. Raises `PeerUnreachable` when that fails."""
+        """Find the swarm again if it is lost. Raises `PeerUnreachable` or `WrongKey` when that fails."""
         if self._p2p.broken.is_set():
             raise PeerUnreachable("This process has left the swarm: its p2pd process is gone.")
+        failures = await self.rejoin() if self.cut_off else []
         if self.cut_off:
-            await self.rejoin()
-        if self.cut_off:
+            _raise_wrong_key(failures)
             raise PeerUnreachable(f"No member of the swarm answers any more, {self._names()} included.")
 
     async def join(self) -> None:
-        """Meet the initial peers, then the members nearest to us. Raises `NoSwarm` when none answers."""
+        """Meet the initial peers, then the members nearest to us. Raises `NoSwarm` when none answers, or `WrongKey`."""
         if not self._initial:
             return
         tasks = {asyncio.create_task(self._meet(peer_id)): peer_id for peer_id in self._initial}
@@ -79,19 +83,24 @@ class Neighbours:
                 task.cancel()
         failures = {tasks[task]: error for task in tasks if task.done() and (error := task.exception())}
         if not met:
+            _raise_wrong_key(failures.values())
             raise NoSwarm(f"None of the initial peers answers: {self._explain(failures)}.")
         for peer_id, error in failures.items():
             _log.warning("Initial peer %s does not answer: %s", peer_id, error)
         with suppress(TimeoutError):
             await asyncio.wait_for(self._node.find_nearest_nodes([self._node.node_id]), _SEARCH_TIMEOUT)
 
-    async def rejoin(self) -> None:
-        """Try those initial peers again that are not known any more: they may have been restarted."""
+    async def rejoin(self) -> list[BaseException]:
+        """Try those initial peers again that are not known any more: they may have been restarted.
+
+        Returns why those that cannot be met cannot.
+        """
         missing = [peer_id for peer_id in self._initial if peer_id not in self._known()]
-        await asyncio.gather(*map(self._meet, missing), return_exceptions=True)
+        results = await asyncio.gather(*map(self._meet, missing), return_exceptions=True)
+        return [result for result in results if result is not None]
 
     async def _meet(self, peer_id: PeerID) -> None:
-        """Connect to an initial peer and exchange DHT IDs with it. Raises `PeerUnreachable`."""
+        """Connect to an initial peer and exchange DHT IDs with it. Raises `PeerUnreachable`, `WrongKey`."""
         try:
             await self._p2p.dial(peer_id, self._initial[peer_id])
             dht_id = await self._node.protocol.call_ping(peer_id, validate=True, strict=True)
@@ -100,10 +109,21 @@ class Neighbours:
         except (P2PDaemonError, OSError, EOFError) as error:
             raise PeerUnreachable(_shorten(str(error))) from error
         if dht_id is None:
-            raise PeerUnreachable("it is no member of a swarm, or too slow")
+            raise await self._find_reason(peer_id)
         # The ping's own update is deferred, but `cut_off` must see this one now.
         await self._node.protocol.update_routing_table(dht_id, peer_id)
         self._node.blacklist.register_success(peer_id)
+
+    async def _find_reason(self, peer_id: PeerID) -> SwarmError:
+        """Why a peer did not answer a ping; hivemind does not say."""
+        try:
+            stub = self._node.protocol.get_stub(peer_id)
+            await stub.rpc_ping(dht_pb2.PingRequest(), timeout=_REASON_TIMEOUT)
+        except SwarmError as error:
+            return error
+        except Exception as error:  # a broken connection, a timeout, or whatever the other end says
+            _log.debug("peer %s does not answer: %r", peer_id, error)
+        return PeerUnreachable("it is no member of a swarm, or too slow")
 
     def _known(self) -> set[PeerID]:
         return set(self._node.protocol.routing_table.peer_id_to_uid)
@@ -132,9 +152,16 @@ async def _first_success(tasks: Iterable[asyncio.Task[None]]) -> bool:
     return False
 
 
+def _raise_wrong_key(failures: Iterable[BaseException]) -> None:
+    """Raise the `WrongKey` among `failures`, if there is one: it says more than that nobody answers."""
+    for error in failures:
+        if isinstance(error, WrongKey):
+            raise error
+
+
 def _explain_refusal(message: str) -> str:
     if "local time" in message:
-        return "its clock and this machine's differ by more than 3 s; set both, by NTP for instance"
+        return CLOCKS_DIFFER
     return "it cannot reach this machine in return"
 
 

@@ -9,6 +9,10 @@ import typer
 from protocol.errors import BadUsage, first_line
 
 app = typer.Typer(add_completion=False)
+SwarmKeyFile = Annotated[
+    Path | None,
+    typer.Option("--swarm-key", metavar="FILE", help="Key file of a private swarm (`peer key create FILE`)."),
+]
 
 
 @app.callback()
@@ -23,6 +27,7 @@ def generate(
     initial_peers: Annotated[
         list[str] | None, typer.Option("--initial-peers", metavar="ADDRESS", help="Address of a member of the swarm.")
     ] = None,
+    swarm_key: SwarmKeyFile = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
@@ -41,7 +46,7 @@ def generate(
     if not initial_peers:
         raise BadUsage("Give the address of a member with --initial-peers; `peer serve` prints it when it is ready.")
     tokenizer = load_tokenizer(model, revision)
-    swarm_model = load_model(model, initial_peers, dtype=dtype, revision=revision, adapter=adapter)
+    swarm_model = load_model(model, initial_peers, swarm_key, dtype=dtype, revision=revision, adapter=adapter)
     inputs = encode_prompt(tokenizer, prompt, chat)
     if seed is not None:
         torch.manual_seed(seed)
@@ -54,14 +59,14 @@ def generate(
 
 
 def load_model(
-    model: str, initial_peers: list[str], *, dtype: str | None = None, revision: str | None = None,
-    adapter: str | None = None,
+    model: str, initial_peers: list[str], swarm_key: Path | None = None, *, dtype: str | None = None,
+    revision: str | None = None, adapter: str | None = None,
 ) -> Any:  # fmt: skip
     """The swarm's model, with an adapter on it when one is named. Raises `BadUsage` for an unusable adapter."""
     from client import AutoDistributedModelForCausalLM
 
     swarm_model = AutoDistributedModelForCausalLM.from_pretrained(
-        model, initial_peers=initial_peers, dtype=dtype, revision=revision
+        model, initial_peers=initial_peers, swarm_key=swarm_key, dtype=dtype, revision=revision
     )
     if adapter is None:
         return swarm_model
@@ -77,6 +82,7 @@ def load_model(
 def tune(
     config: Annotated[Path | None, typer.Argument(help="A YAML file that describes the run; see --init.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: trainer.steps=100 ...")] = None,
+    swarm_key: SwarmKeyFile = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint of this run.")] = False,
     plan: Annotated[bool, typer.Option(help="Show what the run would do, and stop.")] = False,
     init: Annotated[bool, typer.Option(help="Write a commented example file (to CONFIG, or to the screen).")] = False,
@@ -86,6 +92,8 @@ def tune(
     changes = list(overrides or ())
     if config is not None and "=" in str(config):  # a run that is described by overrides alone
         config, changes = None, [str(config), *changes]
+    if swarm_key is not None:
+        changes.append(f"swarm_key={json.dumps(str(swarm_key))}")  # YAML takes JSON
     if init:
         _write_example(config)
     elif schema:

@@ -1,5 +1,7 @@
 """Options of the network."""
 
+from pathlib import Path
+
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from protocol.errors import BadUsage
@@ -12,6 +14,8 @@ class SwarmConfig(BaseModel):
 
     initial_peers: tuple[str, ...] = Field(min_length=1)
     """Addresses of any members of the swarm: /ip4/…/tcp/…/p2p/…"""
+    swarm_key: Path | None = None
+    """The key file of a private swarm."""
     allowed_peers: frozenset[str] | None = None
     """IDs of the only peers to go through; None: all."""
     blocked_peers: frozenset[str] = frozenset()

@@ -10,6 +10,7 @@ from client.routing import Health
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
 from protocol.errors import BadRequest, WrongModel
+from protocol.handshake import Handshake
 from protocol.model.checkpoint import same_weights
 from protocol.tensors import Limits
 from protocol.transport.base import Transport
@@ -28,15 +29,16 @@ class Wanted:
 class Connections:
     """A pool of channels per peer, all greeted for one model."""
 
-    def __init__(self, transport: Transport, wanted: Wanted, health: Health, patience: float):
-        self._transport, self._wanted, self._health = transport, wanted, health
+    def __init__(self, transport: Transport, handshake: Handshake, wanted: Wanted, health: Health, patience: float):
+        self._transport, self._handshake = transport, handshake
+        self._wanted, self._health = wanted, health
         self._patience = patience
         self._idle: dict[str, list[Channel]] = defaultdict(list)
 
     @asynccontextmanager
     async def channel(self, peer_id: str) -> AsyncIterator[Channel]:
         """A channel for a few calls, given back at the end; closed when anything went wrong on it."""
-        channel = self._idle[peer_id].pop() if self._idle[peer_id] else await self.open(peer_id)
+        channel = self._take_idle(peer_id) or await self.open(peer_id)
         try:
             yield channel
         except BaseException:
@@ -48,9 +50,10 @@ class Connections:
             channel.close()
 
     async def open(self, peer_id: str) -> Channel:
-        """A new channel of the caller's own. Raises `PeerUnreachable`, `WrongModel`."""
+        """A new channel of the caller's own. Raises `PeerUnreachable`, `WrongKey`, `WrongModel`."""
         channel = Channel(await self._transport.connect(peer_id), Limits(), self._patience)
         try:
+            await self._handshake.initiate(channel)
             await self._greet(channel)
         except BaseException:
             channel.close()
@@ -66,6 +69,14 @@ class Connections:
         """Close every idle channel."""
         for peer_id in list(self._idle):
             self.forget(peer_id)
+
+    def _take_idle(self, peer_id: str) -> Channel | None:
+        while self._idle[peer_id]:
+            channel = self._idle[peer_id].pop()
+            if self._handshake.is_preferred(channel):
+                return channel
+            channel.close()  # the swarm's key is being changed
+        return None
 
     async def _greet(self, channel: Channel) -> None:
         hello = pb.Hello(version=VERSION, config_hash=self._wanted.config_hash, weights=self._wanted.digests)

@@ -13,11 +13,12 @@ from protocol.errors import (
     SessionLost,
     SwarmError,
     TooLong,
+    WrongKey,
     WrongModel,
 )
 from protocol.records import PeerRecord
 
-_NOT_THIS = (BadRequest, BadAdapter, TooLong, WrongModel)
+_NOT_THIS = (BadRequest, BadAdapter, TooLong, WrongModel, WrongKey)
 """What a peer refuses will not get better by waiting; another peer may still take it."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 

@@ -40,7 +40,7 @@ class Swarm:
         self.config, self.model_id = config, checkpoint.model_id
         self.health = Health()
         wanted = Wanted(self.model_id.config_hash, checkpoint.digests)
-        self.connections = Connections(member.transport, wanted, self.health, config.silence_timeout)
+        self.connections = Connections(member.transport, member.handshake, wanted, self.health, config.silence_timeout)
         self.puts = Puts()
         self.verifier = Verifier(self, config.verify)
         self._member = member
@@ -58,10 +58,10 @@ class Swarm:
 
     @classmethod
     def connect(cls, config: SwarmConfig, checkpoint: Checkpoint) -> "Swarm":
-        """Join as a client. Raises `BadUsage` for a malformed address, `PeerUnreachable`."""
+        """Join as a client. Raises `BadUsage` for a malformed address or key file, `PeerUnreachable`, `WrongKey`."""
 
         async def join() -> Swarm:
-            return cls(config, checkpoint, await _MEMBERSHIPS.acquire(config.initial_peers))
+            return cls(config, checkpoint, await _MEMBERSHIPS.acquire(config.initial_peers, config.swarm_key))
 
         swarm = LOOP.run(join())
         weakref.finalize(swarm, LOOP.call, _leave, swarm.connections, swarm._member)

@@ -12,7 +12,18 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from peer.options import Announce, Config, Host, Identity, InitialPeers, LazyGroup, Port, need_initial_peers
+from peer.key import app as key_app
+from peer.options import (
+    Announce,
+    Config,
+    Host,
+    Identity,
+    InitialPeers,
+    LazyGroup,
+    Port,
+    SwarmKeyFile,
+    need_initial_peers,
+)
 from peer.process import leave_at_once, run, say_ready, stop_on_signals, unless_stopped
 from peer.serve import serve
 from protocol.errors import (
@@ -23,6 +34,7 @@ from protocol.errors import (
     SwarmError,
     TooLong,
     UnsupportedModel,
+    WrongKey,
     WrongModel,
 )
 
@@ -30,7 +42,8 @@ app = typer.Typer(
     cls=LazyGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Fine-tune and run models too big for your GPU, on a swarm of peers.",
 )  # fmt: skip
-_USAGE_ERRORS = (BadUsage, BadRequest, BadAdapter, UnsupportedModel, NoSwarm, WrongModel, TooLong)
+app.add_typer(key_app, name="key")
+_USAGE_ERRORS = (BadUsage, BadRequest, BadAdapter, UnsupportedModel, NoSwarm, WrongKey, WrongModel, TooLong)
 
 app.command()(serve)
 
@@ -42,13 +55,16 @@ def bootstrap(
     initial_peers: InitialPeers = None,
     announce: Announce = None,
     identity: Identity = None,
+    swarm_key: SwarmKeyFile = None,
     config: Config = None,
 ) -> None:
     """Run a node that only carries the directory of peers: a stable first address for a swarm."""
     from bootstrap.member import Member, MemberOptions
     from protocol.errors import PeerFailed
 
-    options = MemberOptions(tuple(initial_peers or ()), host, port, tuple(announce or ()), identity)
+    options = MemberOptions(
+        tuple(initial_peers or ()), host, port, tuple(announce or ()), identity, swarm_key=swarm_key
+    )
 
     async def work() -> None:
         stop = stop_on_signals()
@@ -72,6 +88,7 @@ def bootstrap(
 def status(
     model: Annotated[str | None, typer.Argument(help="Only this model (name as announced, or a folder).")] = None,
     initial_peers: InitialPeers = None,
+    swarm_key: SwarmKeyFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     watch: Annotated[bool, typer.Option(help="Show it again every 5 s.")] = False,
     config: Config = None,
@@ -84,7 +101,7 @@ def status(
 
     async def work() -> None:
         stop = stop_on_signals()
-        member = await Member.join(MemberOptions(addresses, client_mode=True))
+        member = await Member.join(MemberOptions(addresses, client_mode=True, swarm_key=swarm_key))
 
         async def look() -> tuple[view.Models, view.Complaints]:
             models = _only(await member.directory.models(), model)

@@ -17,6 +17,10 @@ InitialPeers = Annotated[
     list[str] | None,
     typer.Option("--initial-peers", metavar="ADDRESS", help="Address of a member of the swarm (may be repeated)."),
 ]
+SwarmKeyFile = Annotated[
+    Path | None,
+    typer.Option("--swarm-key", metavar="FILE", help="Key file of a private swarm (`peer key create FILE`)."),
+]
 
 
 Host = Annotated[str, typer.Option(help="Address to listen on.")]

@@ -2,6 +2,7 @@
 
 import asyncio
 from math import inf
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +14,7 @@ from peer.options import (
     Identity,
     InitialPeers,
     Port,
+    SwarmKeyFile,
     one_of,
     parse_blocks,
     parse_device,
@@ -46,6 +48,7 @@ def serve(
     port: Port = 0,
     announce: Announce = None,
     identity: Identity = None,
+    swarm_key: SwarmKeyFile = None,
     name: Annotated[str, typer.Option(help="A name for people.")] = "",
     max_length: Annotated[int, typer.Option(min=1, help="Tokens that one session may hold.")] = 8192,
     cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that all sessions may hold.")] = None,
@@ -89,7 +92,7 @@ def serve(
     parse_blocks(blocks)
     parse_name(name)
     addresses = tuple(initial_peers or ())
-    checkpoint = open_checkpoint(model, revision) if model else _open_the_only_model(addresses, revision)
+    checkpoint = open_checkpoint(model, revision) if model else _open_the_only_model(addresses, swarm_key, revision)
     if threads:
         torch.set_num_threads(threads)
     quota = Quota(
@@ -105,7 +108,7 @@ def serve(
         checkpoint=checkpoint,
         blocks=parse_blocks(blocks, checkpoint.model_id.num_blocks),
         num_blocks=num_blocks,
-        member=MemberOptions(addresses, host, port, tuple(announce or ()), identity),
+        member=MemberOptions(addresses, host, port, tuple(announce or ()), identity, swarm_key=swarm_key),
         dtype=parse_dtype(dtype),
         device=parse_device(device),
         quantization=quantize,
@@ -133,11 +136,11 @@ async def _serve(options: "ServeOptions") -> None:
     leave_at_once()
 
 
-def _open_the_only_model(addresses: tuple[str, ...], revision: str | None) -> "Checkpoint":
+def _open_the_only_model(addresses: tuple[str, ...], swarm_key: Path | None, revision: str | None) -> "Checkpoint":
     """The swarm's model, when it has exactly one and that is found here or on the hub. Raises `BadUsage`."""
     from protocol.model.checkpoint import open_checkpoint
 
-    found = asyncio.run(_look_for_models(addresses))
+    found = asyncio.run(_look_for_models(addresses, swarm_key))
     names = ", ".join(model.name for model in found)
     if len(found) != 1:
         raise BadUsage(f"The swarm serves {len(found)} models ({names or 'none'}); name the MODEL to serve.")
@@ -153,12 +156,12 @@ def _open_the_only_model(addresses: tuple[str, ...], revision: str | None) -> "C
     return checkpoint
 
 
-async def _look_for_models(addresses: tuple[str, ...]) -> list["ModelId"]:
+async def _look_for_models(addresses: tuple[str, ...], swarm_key: Path | None) -> list["ModelId"]:
     from bootstrap.member import Member, MemberOptions
 
     if not addresses:
         raise BadUsage("Name a MODEL to found a swarm, or join one with --initial-peers.")
-    member = await Member.join(MemberOptions(addresses, client_mode=True))
+    member = await Member.join(MemberOptions(addresses, client_mode=True, swarm_key=swarm_key))
     try:
         return list(await member.directory.models())
     finally:

@@ -24,6 +24,7 @@ from peer.service import Served, Service
 from peer.span import Span
 from peer.throughput import measure
 from protocol.errors import PeerFailed
+from protocol.handshake import Handshake
 from protocol.model.checkpoint import Checkpoint
 from protocol.records import PeerRecord, PeerState, Speed
 from protocol.tensors import Limits
@@ -85,12 +86,12 @@ class Server:
 
     @classmethod
     async def start(cls, options: ServeOptions) -> "Server":
-        """Load, join, announce. Raises `UnsupportedModel`, `BadUsage`, `PeerUnreachable`."""
+        """Load, join, announce. Raises `UnsupportedModel`, `BadUsage`, `PeerUnreachable`, `WrongKey`."""
         member = await Member.join(options.member)
         scheduler = Scheduler()
         try:
             blocks = options.blocks or await _choose_blocks(options, member)
-            loaded = await scheduler.submit(Priority.CALL, partial(_load, options, blocks, scheduler))
+            loaded = await scheduler.submit(Priority.CALL, partial(_load, options, blocks, scheduler, member.handshake))
             server = cls(options, loaded, member)
             await member.transport.serve(server.service.handle)
             await member.directory.announce(server.record(), _RECORD_LIFETIME)
@@ -168,7 +169,7 @@ async def _choose_blocks(options: ServeOptions, member: Member) -> range:
     return choose_blocks(peers, total, count)
 
 
-def _load(options: ServeOptions, blocks: range, scheduler: Scheduler) -> _Loaded:
+def _load(options: ServeOptions, blocks: range, scheduler: Scheduler, handshake: Handshake) -> _Loaded:
     span = load_span(
         options.checkpoint,
         blocks.start,
@@ -191,6 +192,7 @@ def _load(options: ServeOptions, blocks: range, scheduler: Scheduler) -> _Loaded
         Trainer(span, adapters, max_kept_bytes=share),
         scheduler,
         Limits(max_payload=options.max_message),
+        handshake,
         options.quota,
     )
     return _Loaded(span, speed, service, scheduler)

@@ -31,6 +31,7 @@ from protocol.errors import (
     SwarmError,
     WrongModel,
 )
+from protocol.handshake import Handshake
 from protocol.model.checkpoint import same_weights
 from protocol.records import ModelId
 from protocol.tensors import Limits, nbytes, torch_dtype, wire_dtype
@@ -92,12 +93,14 @@ class Service:
         trainer: Trainer,
         scheduler: Scheduler,
         limits: Limits,
+        handshake: Handshake,
         quota: Quota,
     ):
         self._served, self._span, self.memory = served, span, memory
         self._accounts = Accounts(quota, memory)
         self._adapters, self._trainer, self._scheduler = adapters, trainer, scheduler
         self._limits = limits
+        self._handshake = handshake
         self._forks: dict[bytes, tuple[str, Session, Mode]] = {}
         """Token -> client, session, mode."""
         self.load = Load()
@@ -137,8 +140,7 @@ class Service:
 
     async def _greet(self, channel: Channel) -> None:
         try:
-            message = await channel.receive_request()
-            hello = message.body
+            hello = (await self._handshake.respond(channel)).body
             if not isinstance(hello, pb.Hello):
                 raise BadRequest("A stream must begin with a Hello.")
             self._check_hello(hello)
@@ -176,7 +178,8 @@ class Service:
         channel = connection.channel
         try:
             message = await channel.receive_request()
-        except BadRequest as error:  # no frame: what follows on this stream cannot be understood
+            self._handshake.check_current(channel)
+        except (BadRequest, PeerFailed) as error:  # no frame, or a stream that is not to go on
             await channel.fail(error)
             raise
         self.load.calls += 1

@@ -44,6 +44,8 @@ class Channel:
         self.remote_limit = limits.max_payload
         """Bytes of tensors that the other end takes in one message."""
         self.patience = patience
+        self.key_id = b""
+        """Of the swarm key that both ends have proved; see `protocol.handshake`."""
 
     @property
     def remote(self) -> str:

@@ -18,6 +18,10 @@ class WrongModel(SwarmError):
     """The two ends hold different models, or different revisions of one."""
 
 
+class WrongKey(SwarmError):
+    """The two ends hold different swarm keys, or only one of them has one."""
+
+
 class PeerFull(SwarmError):
     """The peer has no room (sessions, cache tokens, adapters) at present."""
 
@@ -87,8 +91,8 @@ class BadUsage(SwarmError):
 _BY_NAME = {
     cls.__name__: cls
     for cls in (
-        BadRequest, WrongModel, PeerFull, OverQuota, SessionLost, TooLong, UnknownAdapter, UnknownCall, BadAdapter,
-        OutOfMemory, Draining, PeerFailed,
+        BadRequest, WrongModel, WrongKey, PeerFull, OverQuota, SessionLost, TooLong, UnknownAdapter, UnknownCall,
+        BadAdapter, OutOfMemory, Draining, PeerFailed,
     )
 }  # fmt: skip
 _MAX_MESSAGE = 2000

@@ -59,7 +59,7 @@ class Tensor(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[_Union[Codec, str]] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "welcome", "failure", "result", "forward", "backward", "open_session", "step", "fork_session", "put_adapter", "read_weight", "ping", "working", "factorize", "tensors")
+    __slots__ = ("hello", "welcome", "failure", "result", "forward", "backward", "open_session", "step", "fork_session", "put_adapter", "read_weight", "ping", "working", "factorize", "knock", "proof", "tensors")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +74,8 @@ class Frame(_message.Message):
     PING_FIELD_NUMBER: _ClassVar[int]
     WORKING_FIELD_NUMBER: _ClassVar[int]
     FACTORIZE_FIELD_NUMBER: _ClassVar[int]
+    KNOCK_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     welcome: Welcome
@@ -89,8 +91,28 @@ class Frame(_message.Message):
     ping: Ping
     working: Working
     factorize: Factorize
+    knock: Knock
+    proof: Proof
     tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., open_session: _Optional[_Union[OpenSession, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., fork_session: _Optional[_Union[ForkSession, _Mapping]] = ..., put_adapter: _Optional[_Union[PutAdapter, _Mapping]] = ..., read_weight: _Optional[_Union[ReadWeight, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ..., factorize: _Optional[_Union[Factorize, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., open_session: _Optional[_Union[OpenSession, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., fork_session: _Optional[_Union[ForkSession, _Mapping]] = ..., put_adapter: _Optional[_Union[PutAdapter, _Mapping]] = ..., read_weight: _Optional[_Union[ReadWeight, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ..., factorize: _Optional[_Union[Factorize, _Mapping]] = ..., knock: _Optional[_Union[Knock, _Mapping]] = ..., proof: _Optional[_Union[Proof, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
+
+class Knock(_message.Message):
+    __slots__ = ("nonce", "keys")
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    nonce: bytes
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, nonce: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class Proof(_message.Message):
+    __slots__ = ("nonce", "key", "mac")
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    MAC_FIELD_NUMBER: _ClassVar[int]
+    nonce: bytes
+    key: bytes
+    mac: bytes
+    def __init__(self, nonce: _Optional[bytes] = ..., key: _Optional[bytes] = ..., mac: _Optional[bytes] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("version", "config_hash", "weights")

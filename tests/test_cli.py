@@ -373,7 +373,7 @@ def test_generate_with_an_adapter_and_by_chance(spoken: Swarm, llama: Path, comm
 
 
 def test_every_command_explains_itself(command: Command) -> None:
-    commands = ("serve", "bootstrap", "status", "generate", "tune", "merge", "demo")
+    commands = ("serve", "bootstrap", "status", "generate", "tune", "merge", "demo", "key")
     overview = command("--help")
     assert overview.code == 0
     for name in commands:

@@ -37,7 +37,11 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
     tokenizer = load_tokenizer(config.model, config.revision)
     prepared = prepare(config, tokenizer, context_length(AutoConfig.from_pretrained(config.model)))
     model = AutoDistributedModelForCausalLM.from_pretrained(
-        config.model, revision=config.revision, initial_peers=config.initial_peers, dtype=config.dtype
+        config.model,
+        revision=config.revision,
+        initial_peers=config.initial_peers,
+        swarm_key=config.swarm_key,
+        dtype=config.dtype,
     )
     again = shlex.join(["peer", "tune", *([str(path)] if path else []), *overrides, "--resume"])
     with _terminate_like_interrupt():

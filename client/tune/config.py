@@ -96,6 +96,7 @@ class TuneConfig(Section):
     model: str = Field(min_length=1, description="folder or hub name")
     revision: str | None = None
     initial_peers: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
+    swarm_key: Path | None = Field(default=None, description="key file of a private swarm")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     data: DataConfig
     adapter: AdapterChoice = Field(default_factory=lambda: OPTIONS["lora"](method="lora"))

@@ -9,6 +9,7 @@ EXAMPLE = """\
 model: HuggingFaceTB/SmolLM2-135M-Instruct   # folder or hub name
 # revision: main                             # branch, tag or commit on the hub
 initial_peers: []                            # addresses of the swarm, as `peer serve` prints them
+# swarm_key: swarm.key                       # key file of a private swarm
 dtype: auto                                  # of what this machine holds: auto, float32, bfloat16, float16
 
 data:

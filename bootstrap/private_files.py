@@ -1,0 +1,36 @@
+"""Files that hold a secret: written whole or not at all, readable by their owner alone."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def create_private(path: Path, content: bytes) -> None:
+    """Write a new file. Raises `FileExistsError` when there is one, and then leaves it as it is; `OSError`."""
+    with _written(path, content) as part:
+        os.link(part, path)  # unlike a rename, it replaces nothing
+
+
+def replace_private(path: Path, content: bytes) -> None:
+    """Write an existing file anew, with the permissions it has. Raises `OSError`."""
+    path = path.resolve()
+    with _written(path, content) as part:
+        os.chmod(part, path.stat().st_mode & 0o777)
+        os.replace(part, path)
+
+
+@contextmanager
+def _written(path: Path, content: bytes) -> Iterator[Path]:
+    """`content` in a file beside `path`, on the disk, which goes at the end of the block."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+        yield Path(name)
+    finally:
+        with suppress(FileNotFoundError):  # it has been moved
+            os.unlink(name)
