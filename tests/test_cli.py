@@ -265,6 +265,7 @@ def leave_when(condition: Callable[[], bool]) -> None:
     """Ctrl-C for this process's own command."""
     while not condition():
         time.sleep(0.1)
+    time.sleep(0.5)  # for the line that says it is ready, which follows
     os.kill(os.getpid(), signal.SIGTERM)
 
 

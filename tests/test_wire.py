@@ -89,7 +89,7 @@ def test_memory_is_taken_as_bytes_come_not_as_announced(wire: Wire) -> None:
 def test_a_client_does_not_send_what_is_over_the_limit(wire: Wire) -> None:
     async def send() -> None:
         channel = await wire.greeted()
-        channel.limits = Limits(max_payload=100)
+        channel.remote_limit = 100
         with pytest.raises(BadRequest, match="send fewer tokens"):
             await channel.send(forward())
         channel.close()
