@@ -90,6 +90,7 @@ def describe_holes(peers: list[PeerRecord], start: int, end: int) -> str:
 
 @dataclass
 class _Ban:
+    begun: float
     until: float
     length: float
 
@@ -105,7 +106,14 @@ class Health:
         """Keep away from a peer for a while, twice as long each time it fails again (exponential back-off)."""
         last = self._bans.get(peer_id)
         length = min(last.length * 2, _LONGEST_BAN) if last else _FIRST_BAN
-        self._bans[peer_id] = _Ban(time.monotonic() + max(length, at_least), length)
+        now = time.monotonic()
+        self._bans[peer_id] = _Ban(now, now + max(length, at_least), length)
+
+    def pardon(self, lately: float) -> None:
+        """Lift the bans of the last `lately` seconds: the failure was our own."""
+        since = time.monotonic() - lately
+        for peer_id in [peer_id for peer_id, ban in self._bans.items() if ban.begun > since]:
+            del self._bans[peer_id]
 
     def succeed(self, peer_id: str) -> None:
         """A peer answered: forget its failures."""

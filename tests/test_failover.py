@@ -393,6 +393,34 @@ def test_killed_in_the_middle_of_a_run(arena: Arena, models: Callable[[str], Pat
     assert ours == pytest.approx(theirs, abs=1e-5)
 
 
+# ---- our own p2pd
+
+
+def kill_own_p2pd() -> None:
+    for child in psutil.Process().children(recursive=True):
+        if child.name() == "p2pd" and child.ppid() == psutil.Process().pid:
+            child.kill()
+
+
+def test_our_own_p2pd_is_killed(models: Callable[[str], Path], swarm: Swarm, local: Any) -> None:
+    """In a generation and in a step; by then the only initial peer is gone too."""
+    founder, *_ = swarm.serve(models("llama"), "0:2", "0:2", "2:5")
+    model = AutoDistributedModelForCausalLM.from_pretrained(
+        str(models("llama")), initial_peers=[founder.address], look_up_period=1.0
+    )
+    killer = AtToken(5, kill_own_p2pd)
+    assert torch.equal(
+        model.generate(**batch(), logits_processor=LogitsProcessorList([killer])), local.generate(**batch())
+    )
+    assert killer.done
+    assert killer.stall < STALL
+    founder.kill()
+    model.swarm.peers()
+    tuned = with_adapter(model)
+    theirs = with_adapter(transformers.AutoModelForCausalLM.from_pretrained(models("llama")))
+    assert_close(step(tuned, kill_own_p2pd), step(theirs))
+
+
 # ---- nobody left
 
 
