@@ -1,5 +1,6 @@
 """A generation: KV caches on the peers of a route, and their replacement when a peer fails."""
 
+import time
 import weakref
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,11 @@ from client.work import Prefix, Work, answered_hidden, call_with_adapter
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
 from protocol.errors import NoRoute, PeerFailed, PeerUnreachable, SwarmError
+
+_LOOK_ROUND = 16
+"""Steps between two looks for a faster peer."""
+_SLOWER, _WORTH_IT = 2.0, 0.05
+"""How many times as slow a peer must be, and by how many seconds a step, for a session to leave it."""
 
 
 @dataclass
@@ -68,7 +74,7 @@ class Session:
         index = 0
         while index < len(self._stages):
             stage = self._stages[index]
-            if stage.leaving and await self._may_move(stage):
+            if await self._should_move(stage):
                 index, hidden = await self._replace(retries, index, work, hidden, keep_past)
                 continue
             try:
@@ -93,7 +99,10 @@ class Session:
         number = stage.number + 1
         body = pb.Step(context=work.context(stage.hop), number=number, edits=edits, keep_past=keep_past)
         message = Message(body, work.tensors(stage.hop, hidden, with_prefix=number == 1))
+        begin = time.perf_counter()
         answer = await call_with_adapter(self._swarm.puts, stage.channel, message, work.bundle(stage.hop))
+        if hidden.shape[:2] == (1, 1):  # comparable with what peers announce
+            self._swarm.health.took(stage.hop, 1, time.perf_counter() - begin)
         stage.number = number
         stage.leaving = isinstance(answer.body, pb.Result) and answer.body.leaving
         self._swarm.health.succeed(stage.hop.peer.peer_id)
@@ -109,14 +118,19 @@ class Session:
         )
         await self._swarm.verifier.check(answer, again)
 
-    async def _may_move(self, stage: _Stage) -> bool:
-        """Whether others serve the blocks of a peer that is about to leave. Until they do, it goes on serving them."""
-        self._swarm.keep_away(stage.hop.peer)
-        try:
-            await self._swarm.find_route(stage.hop.start, stage.hop.end, "decode")
-        except NoRoute:
+    async def _should_move(self, stage: _Stage) -> bool:
+        """Whether other peers had better take over from one that is about to leave, or has become slow."""
+        if not stage.leaving and (not stage.number or stage.number % _LOOK_ROUND):
             return False
-        return True
+        hop, health = stage.hop, self._swarm.health
+        if stage.leaving:
+            self._swarm.keep_away(hop.peer)
+        try:
+            route = await self._swarm.find_route(hop.start, hop.end, "decode")
+        except NoRoute:  # until others come it goes on
+            return False
+        best = sum(health.decode_cost(other.peer, other.end - other.start) for other in route)
+        return stage.leaving or health.decode_cost(hop.peer, hop.end - hop.start) > _SLOWER * best + _WORTH_IT
 
     async def _replace(
         self, retries: Retries, index: int, work: Work, hidden: torch.Tensor, keep_past: bool

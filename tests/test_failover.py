@@ -393,6 +393,30 @@ def test_killed_in_the_middle_of_a_run(arena: Arena, models: Callable[[str], Pat
     assert ours == pytest.approx(theirs, abs=1e-5)
 
 
+# ---- slowness
+
+
+def test_a_slow_peer_is_routed_around(models: Callable[[str], Path], swarm: Swarm, local: Any) -> None:
+    """It announces what its hardware can do, and takes 0.2 s for every answer."""
+    slow = swarm.serve(models("llama"), "0:5", lie="slow")[0]
+    quick = swarm.serve(models("llama"), "0:5")[0]
+    model: Any = AutoDistributedModelForCausalLM.from_pretrained(str(models("llama")), initial_peers=[slow.address])
+    model.swarm.health.measured(quick.peer_id, 0.05)
+    assert [hop.peer.peer_id for hop in model.swarm.route()] == [slow.peer_id]
+    options = one() | {"max_new_tokens": 60}
+    start = time.monotonic()
+    assert torch.equal(model.generate(**options), local.generate(**options))
+    assert time.monotonic() - start < 60 * 0.2
+    assert [hop.peer.peer_id for hop in model.swarm.route()] == [quick.peer_id]
+    assert not model.swarm.health._bans
+    model.swarm.health._round_trips[quick.peer_id] = 0.5
+    assert [hop.peer.peer_id for hop in model.swarm.route("forward")] == [slow.peer_id]
+    ids = torch.ones(4, 32, dtype=torch.long)
+    for _ in range(3):
+        model(ids, use_cache=False)
+    assert [hop.peer.peer_id for hop in model.swarm.route("forward")] == [quick.peer_id]
+
+
 # ---- our own p2pd
 
 
