@@ -13,22 +13,7 @@ from protocol.adapters import METHODS, bundle_hash
 from protocol.channel import Message
 from protocol.errors import BadAdapter, BadRequest, UnknownAdapter
 from tests.swarm import Peer
-from tests.wire import HIDDEN, MIB, START, TARGET, Wire, forward
-
-
-def manifest(**changes: Any) -> dict[str, Any]:
-    spec = {"name": "default", "method": "LORA", "options": {"r": 4, "lora_alpha": 8}, "targets": [TARGET]}
-    spec["parameters"] = []
-    spec |= {key: changes.pop(key) for key in tuple(changes) if key in spec}
-    names = {f"{TARGET}.lora_A.default.weight": 0, f"{TARGET}.lora_B.default.weight": 1}
-    whole = {"adapters": [spec], "scaling": {TARGET: {"default": 2.0}}, "tensors": names, "trainable": sorted(names)}
-    return whole | changes
-
-
-def put(content: Any, *tensors: torch.Tensor) -> Message:
-    given = tensors or (torch.ones(4, 32) / 8, torch.ones(32, 4) / 8)
-    text = content if isinstance(content, str) else json.dumps(content)
-    return Message(pb.PutAdapter(manifest=text), {str(i): tensor for i, tensor in enumerate(given)})
+from tests.wire import HIDDEN, MIB, START, TARGET, Wire, forward, manifest, put
 
 
 def options(**more: Any) -> dict[str, Any]:
