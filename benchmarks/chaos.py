@@ -104,9 +104,10 @@ class Post:
         if self._peer is None:
             return
         if not self._peer.is_alive():
-            self.faults.append(self._peer.stderr.read_text().strip() or "it died without a word")
+            said = self._peer.stderr
+            self.faults.append((said.read_text().strip() if said.exists() else "") or "it died without a word")
             self._peer, self.is_ready = None, False
-        elif not self.is_ready and "ready address" in self._peer.stdout.read_text():
+        elif not self.is_ready and self._says_ready():
             self._peer.wait_ready()
             self.is_ready = True
 
@@ -119,6 +120,10 @@ class Post:
     def is_down(self) -> bool:
         """Whether it has been killed, or has died, and waits for its next start."""
         return self._peer is None
+
+    def _says_ready(self) -> bool:
+        said = self._running.stdout
+        return said.exists() and "ready address" in said.read_text()
 
     @property
     def _running(self) -> Peer:
@@ -171,7 +176,13 @@ class Chaos:
         self._hard = itertools.cycle(cycle) if hard else None
 
     def run(self, done: threading.Event) -> None:
-        """Strike every `PERIOD`; at the end everything is continued and started again."""
+        """Strike every `PERIOD`. What goes wrong here is a problem of the run: without blows it would prove nothing."""
+        try:
+            self._strike_on(done)
+        except Exception as error:
+            self._report.problems.append(f"The chaos ended early: {error!r}")
+
+    def _strike_on(self, done: threading.Event) -> None:
         blow_at, hard_at = time.monotonic(), time.monotonic() + 20
         while not done.wait(0.05):
             self._tend()
