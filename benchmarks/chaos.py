@@ -41,6 +41,7 @@ PERIOD = 2.0
 LOSS_TOLERANCE = 1e-5
 STEPS = 12
 _LOCALHOST = ("--host", "127.0.0.1")
+_NOBODY = ("None of the initial peers answers", "No member of the swarm answers any more")
 _DEADLINE = 120.0
 """Seconds that clients get to end what they are doing when the chaos is over."""
 
@@ -57,6 +58,8 @@ class Post:
         self.is_ready = False
         self.faults: list[str] = []
         """What it died of when nobody had killed it."""
+        self.lonely_starts = 0
+        """Starts that failed since all the members that it was told of had been killed or stopped meanwhile."""
 
     @property
     def blocks(self) -> range:
@@ -104,8 +107,7 @@ class Post:
         if self._peer is None:
             return
         if not self._peer.is_alive():
-            said = self._peer.stderr
-            self.faults.append((said.read_text().strip() if said.exists() else "") or "it died without a word")
+            self._note_fault(self._peer.stderr)
             self._peer, self.is_ready = None, False
         elif not self.is_ready and self._says_ready():
             self._peer.wait_ready()
@@ -120,6 +122,13 @@ class Post:
     def is_down(self) -> bool:
         """Whether it has been killed, or has died, and waits for its next start."""
         return self._peer is None
+
+    def _note_fault(self, stderr: Path) -> None:
+        said = stderr.read_text().strip() if stderr.exists() else ""
+        if not self.is_ready and any(reason in said for reason in _NOBODY):
+            self.lonely_starts += 1
+        else:
+            self.faults.append(said or "it died without a word")
 
     def _says_ready(self) -> bool:
         said = self._running.stdout
@@ -377,6 +386,7 @@ def run_chaos(server: ForkServer, model: Path, seconds: float, seed: int, hard: 
             striker.join()
         for post in (bootstrap, *posts):
             report.problems += [f"A peer died by itself: {fault}" for fault in post.faults]
+            report.blows["starts while all known members were down"] += post.lonely_starts
     return report
 
 

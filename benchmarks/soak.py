@@ -232,7 +232,8 @@ def print_table(soak: Soak) -> None:
     print("| figure | first third | last third | change | standard error |\n|---|---|---|---|---|")
     for name in soak.samples[-1]:
         first, last, error = growth(soak.samples[1:], name)
-        print(f"| {name} | {first:.1f} | {last:.1f} | {(last - first) / first:+.1%} | {error / first:.1%} |")
+        whole = first or 1.0
+        print(f"| {name} | {first:.1f} | {last:.1f} | {(last - first) / whole:+.1%} | {error / whole:.1%} |")
     print("\nDone:", ", ".join(f"{count} {name}" for name, count in sorted(soak.done.items())) + ".")
 
 

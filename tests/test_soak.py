@@ -1,11 +1,21 @@
 """The short form of `benchmarks/soak.py`: what every process holds at rest does not grow from round to round."""
 
+import asyncio
+import gc
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from benchmarks.loads import KINDS
 from benchmarks.soak import soaking
-from tests.swarm import ForkServer
+from client import AutoDistributedModelForCausalLM
+from client.calls import run_forward
+from client.loop import LOOP
+from client.work import Work
+from tests.swarm import ForkServer, Swarm
 
 ROUNDS, SECONDS = 4, 5
 FEW = 2
@@ -30,3 +40,25 @@ def allowed(name: str, before: float) -> float:
     if name.endswith(("fds", "threads", "tasks")):
         return before + (8 if name.startswith("p2pd") else FEW)  # Go starts threads as it likes
     return before * (1.25 if name.startswith("p2pd") else 1.05)
+
+
+def test_a_cancelled_call_is_silent(models: Callable[[str], Path], swarm: Swarm) -> None:
+    """Of more micro-batches than may be in flight at once some have not begun when Ctrl-C comes."""
+    swarm.serve(models("llama"), "0:5")
+    options: dict[str, Any] = {"initial_peers": swarm.initial_peers, "micro_batch_tokens": 14}
+    model = AutoDistributedModelForCausalLM.from_pretrained(str(models("llama")), **options)
+
+    async def cancel_soon() -> None:
+        work = run_forward(model.swarm, Work(), range(5), torch.randn(40, 14, 32), keep=True)
+        task = asyncio.create_task(work)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task})
+        assert task.cancelled()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        LOOP.run(cancel_soon())
+        gc.collect()
+    assert not caught
