@@ -72,6 +72,7 @@ class Arena:
         )
         (hop,) = model.swarm.route()
         victim, heir = sorted(self._peers, key=lambda peer: peer.peer_id != hop.peer.peer_id)
+        model.swarm.health.measured(heir.peer_id, 9.0)  # far away, as far as anyone knows: it is turned to last
         replay = self._prefill(model, victim, context)
         ender, known_at = _Ender(lambda: victim.send(how)), _when_known()
         self._generate(model, context, ender)
