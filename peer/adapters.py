@@ -86,6 +86,11 @@ class AdapterStore:
             own.move_to_end(key)
         return self._bundles[key]
 
+    def forget(self, client: str) -> None:
+        """Drop what a client put, as far as nobody else has put it too: it has gone."""
+        while client in self._owned:
+            self._drop_oldest(client)
+
     def _make_room(self, client: str) -> None:
         own, quota = self._owned[client], self._quota
         while len(own) > quota.adapters or sum(own.values()) > (quota.adapter_bytes or self._max_bytes):

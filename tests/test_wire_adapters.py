@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from protocol import swarm_pb2 as pb
 from protocol.adapters import METHODS, bundle_hash
 from protocol.channel import Message
 from protocol.errors import BadAdapter, BadRequest, UnknownAdapter
-from tests.swarm import Peer
-from tests.wire import HIDDEN, MIB, START, TARGET, Wire, forward, manifest, put
+from tests.swarm import ForkServer, Peer
+from tests.wire import HIDDEN, MIB, START, TARGET, Wire, forward, manifest, open_wire, put
 
 
 def options(**more: Any) -> dict[str, Any]:
@@ -27,6 +28,16 @@ def test_an_adapter_is_put_and_used(wire: Wire) -> None:
         wire.ask(forward(adapter=key))
     assert wire.ask(good).body.token == key  # type: ignore[attr-defined]
     assert not torch.equal(wire.ask(forward(adapter=key)).tensor("hidden_states"), wire.expected)
+
+
+def test_the_adapters_of_a_client_that_has_gone_are_dropped(fork_server: ForkServer, models: Any) -> None:
+    """But not at once: it may come back after a broken connection."""
+    with open_wire(fork_server, models("llama"), "--idle-timeout", "2") as wire:
+        key = wire.ask(put(manifest())).body.token  # type: ignore[attr-defined]
+        wire.ask(forward(adapter=key))
+        time.sleep(3)
+        with pytest.raises(UnknownAdapter, match="put it"):
+            wire.ask(forward(adapter=key))
 
 
 NAMES = manifest()["tensors"]
