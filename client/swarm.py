@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Purpose = Literal["decode", "forward"]
+_EXPIRED = 60.0
+"""Seconds after which what was looked up is of no use: peers announce themselves for as long."""
 _INNOCENT = 5.0
 """Seconds before the end of our own p2pd was noticed in which peers seemed to fail."""
 _MEMBERSHIPS = Memberships()
@@ -48,6 +50,7 @@ class Swarm:
         self._known: list[PeerRecord] = []
         self._complaints: dict[str, str] = {}
         self._looked_up = float("-inf")
+        self._refreshing: asyncio.Task[None] | None = None
         self._look_up = asyncio.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Swarm":
@@ -100,14 +103,31 @@ class Swarm:
         return "" if self.model_id.config_hash in known else ", ".join(sorted(known.values()))
 
     async def fetch_peers(self, fresh: bool = False) -> list[PeerRecord]:
-        """The peers of this model that the configuration allows, as of at most `look_up_period` seconds ago."""
+        """The peers of this model that the configuration allows, as the directory has them now, or had them of late.
+
+        What is older than `look_up_period` is looked up in the background: of the members to be asked, one that has
+        just fallen silent would hold up whoever goes round it for many seconds.
+        """
         asked = time.monotonic()
+        age = asked - self._looked_up
+        if fresh or age > _EXPIRED or self._membership.is_lost:
+            await self._refresh(asked)
+        elif age > self.config.look_up_period and (self._refreshing is None or self._refreshing.done()):
+            self._refreshing = asyncio.create_task(self._refresh_quietly(asked))
+        return self._known
+
+    async def _refresh(self, asked: float) -> None:
         async with self._look_up:
-            if self._looked_up < (asked if fresh or self._membership.is_lost else asked - self.config.look_up_period):
+            if self._looked_up < asked:
                 found = await self._look_peers_up()
                 self._known = [peer for peer in found if self._allows(peer.peer_id)]
                 self._looked_up = time.monotonic()
-        return self._known
+
+    async def _refresh_quietly(self, asked: float) -> None:
+        try:
+            await self._refresh(asked)
+        except SwarmError as error:
+            logger.debug("the directory could not be read: %s", error)
 
     async def _look_peers_up(self) -> list[PeerRecord]:
         try:
