@@ -1,6 +1,6 @@
 """What models of BLOOM's scale take, from meta skeletons of their real shapes.
 
-Run as `python -m benchmarks.capacity > docs/capacity.md`. Nothing is measured; each column's formula stands on the page.
+Run as `python -m benchmarks.capacity > docs/capacity.md`. Nothing is measured; the page has each column's formula.
 """
 
 from dataclasses import dataclass
