@@ -38,6 +38,8 @@ class Bundle:
     """Numbered, as `PutAdapter` carries them."""
     key: bytes
     """Content hash."""
+    is_trained: bool
+    """Whether any of its tensors is being trained."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class Snapshot:
         ).to_json()
         values = [tensor.detach() for tensor in unique.values()]
         named = {str(number): value for number, value in enumerate(values)}
-        return Bundle(manifest, named, bundle_hash(manifest, values))
+        is_trained = any(name in mine for name in self.trainable)
+        return Bundle(manifest, named, bundle_hash(manifest, values), is_trained)
 
 
 class AdapterSource:

@@ -71,6 +71,10 @@ class Puts:
     def __init__(self) -> None:
         self._latest = OrderedDict[tuple[str, bytes], asyncio.Future[None]]()
 
+    def knows(self, peer_id: str, key: bytes) -> bool:
+        """Whether an adapter has been put to a peer of late."""
+        return (peer_id, key) in self._latest
+
     def last_done(self, peer_id: str, key: bytes) -> "asyncio.Future[None] | None":
         """The last put of an adapter to a peer, unless it is going on."""
         latest = self._latest.get((peer_id, key))
@@ -94,7 +98,12 @@ class Puts:
 
 
 async def call_with_adapter(puts: Puts, channel: Channel, message: Message, bundle: Bundle | None) -> Message:
-    """Call; when the peer does not hold the adapter, put it and call again."""
+    """Call; when the peer does not hold the adapter, put it and call again.
+
+    One that is being trained is new to every peer after each optimizer step, and is put first; others may be there.
+    """
+    if bundle and bundle.is_trained and not puts.knows(channel.remote, bundle.key):
+        await puts.put(channel, bundle, None)
     seen = puts.last_done(channel.remote, bundle.key) if bundle else None
     try:
         return await channel.call(message)
