@@ -71,10 +71,6 @@ class Puts:
     def __init__(self) -> None:
         self._latest = OrderedDict[tuple[str, bytes], asyncio.Future[None]]()
 
-    def knows(self, peer_id: str, key: bytes) -> bool:
-        """Whether an adapter has been put to a peer of late."""
-        return (peer_id, key) in self._latest
-
     def last_done(self, peer_id: str, key: bytes) -> "asyncio.Future[None] | None":
         """The last put of an adapter to a peer, unless it is going on."""
         latest = self._latest.get((peer_id, key))
@@ -102,7 +98,7 @@ async def call_with_adapter(puts: Puts, channel: Channel, message: Message, bund
 
     One that is being trained is new to every peer after each optimizer step, and is put first; others may be there.
     """
-    if bundle and bundle.is_trained and not puts.knows(channel.remote, bundle.key):
+    if bundle and bundle.is_trained:
         await puts.put(channel, bundle, None)
     seen = puts.last_done(channel.remote, bundle.key) if bundle else None
     try:
