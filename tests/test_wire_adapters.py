@@ -63,6 +63,8 @@ ADAPTERS = {
     "a huge rank": (options(r=2**40), "at most"),
     "no rank": (options(r=0), "PEFT refuses"),
     "a rank of text": (options(r="4"), "expected an integer"),
+    "a rank of several": (manifest(options={"r": {TARGET: 4}}, parameters=[f"{TARGET}.weight"]), "nested too deeply"),
+    "one rank for all": (manifest(options={"rank_pattern": 4}, parameters=[f"{TARGET}.weight"]), "one per target"),
     "a dropout of 7": (options(lora_dropout=7), "PEFT refuses"),
     "a foreign block": (manifest(targets=["0.self_attn.q_proj"]), "no module of blocks 1:4"),
     "an unknown module": (manifest(targets=[f"{START}.nothing"]), "no module of blocks 1:4"),
@@ -86,6 +88,7 @@ ADAPTERS = {
     "a missing tensor": (manifest(tensors={sorted(NAMES)[0]: 0}, trainable=[]), "without 1 of its tensors"),
     "an unknown trainable": (manifest(trainable=["1.x"]), "Trainable tensor '1.x'"),
     "a scaling of nothing": (manifest(scaling={f"{START}.mlp": {"default": 1.0}}), "has no scaling"),
+    "a scaling of attention": (manifest(scaling={f"{START}.self_attn": {}}), "has no scaling"),
     "a scaling of nobody": (manifest(scaling={TARGET: {"other": 1.0}}), "has no scaling for other"),
 }  # fmt: skip
 
