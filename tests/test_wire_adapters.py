@@ -11,9 +11,9 @@ import torch
 from protocol import swarm_pb2 as pb
 from protocol.adapters import METHODS, bundle_hash
 from protocol.channel import Message
-from protocol.errors import BadAdapter, BadRequest, UnknownAdapter
+from protocol.errors import BadAdapter, BadRequest, SessionLost, UnknownAdapter
 from tests.swarm import Peer
-from tests.wire import HIDDEN, MIB, START, TARGET, Wire, forward
+from tests.wire import HIDDEN, MIB, OPEN, START, TARGET, Wire, context, forward
 
 
 def manifest(**changes: Any) -> dict[str, Any]:
@@ -111,6 +111,30 @@ def test_a_wrong_adapter_is_refused(wire: Wire, content: Any, said: str) -> None
 def test_wrong_adapter_tensors_are_refused(wire: Wire, tensors: tuple[torch.Tensor, ...], said: str) -> None:
     with pytest.raises(BadAdapter, match=said):
         wire.ask(put(manifest(), *tensors))
+
+
+def test_an_adapter_that_contradicts_itself_is_refused_when_it_runs(wire: Wire) -> None:
+    mixed = put(manifest(), torch.ones(4, 32), torch.ones(32, 4).double())
+    key = wire.ask(mixed).body.token  # type: ignore[attr-defined]
+    with pytest.raises(BadAdapter, match=r"cannot be run: .* same dtype"):
+        wire.ask(forward(adapter=key))
+
+
+def test_a_session_whose_step_failed_midway_is_lost(wire: Wire) -> None:
+    """Blocks before the adapter's have cached the step's tokens: taken again and again, they would fill the memory."""
+    key = wire.ask(put(manifest(), torch.ones(4, 32), torch.ones(32, 4).double())).body.token  # type: ignore[attr-defined]
+    bad = Message(pb.Step(context=context(adapter=key), number=1), {"hidden_states": HIDDEN})
+
+    async def ask() -> None:
+        channel = await wire.greeted()
+        await channel.call(OPEN)
+        with pytest.raises(BadAdapter):
+            await channel.call(bad)
+        with pytest.raises(SessionLost):
+            await channel.call(bad)
+        channel.close()
+
+    wire.run(ask())
 
 
 def test_adapter_tensors_are_numbered(wire: Wire) -> None:
