@@ -244,6 +244,15 @@ def test_backward_needs_what_its_forward_was(wire: Wire) -> None:
         wire.ask(Message(pb.Backward(context=context()), {"grad": HIDDEN[:, :2], "hidden_states": HIDDEN}))
 
 
+def test_what_was_kept_for_a_client_goes_with_it(wire: Wire) -> None:
+    large = forward({"hidden_states": torch.ones(32, MAX_LENGTH, WIDTH)}, keep=True)
+    assert wire.ask(large).body.call_id  # type: ignore[attr-defined]
+    before = wire.peer.rss()
+    for _ in range(12):
+        wire.ask(large)
+    assert wire.peer.rss() - before < 60 * MIB
+
+
 def test_a_client_cannot_use_what_is_kept_for_another(wire: Wire) -> None:
     async def steal() -> None:
         owner = await wire.greeted()
