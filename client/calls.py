@@ -2,8 +2,9 @@
 
 import asyncio
 import itertools
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -43,7 +44,7 @@ async def run_forward(
 ) -> tuple[torch.Tensor, list[Trace]]:
     """Hidden states after `blocks`, (batch, tokens, hidden size), and the traces for `run_backward` when `keep`."""
     parts = _split(work, hidden, swarm.config.micro_batch_tokens)
-    results = await _all(_forward_part(swarm, part, rows, blocks, hidden[rows], keep) for part, rows in parts)
+    results = await _all(partial(_forward_part, swarm, part, rows, blocks, hidden[rows], keep) for part, rows in parts)
     outputs = [output for output, _ in results]
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), [trace for _, trace in results]
 
@@ -53,7 +54,7 @@ async def run_backward(swarm: Swarm, traces: list[Trace], grad: torch.Tensor) ->
 
     Prefix gradients are those of the whole batch's rows.
     """
-    results = await _all(_backward_part(swarm, trace, grad[trace.rows]) for trace in traces)
+    results = await _all(partial(_backward_part, swarm, trace, grad[trace.rows]) for trace in traces)
     if len(results) == 1:
         return results[0]
     total: Gradients = {}
@@ -141,15 +142,15 @@ def _rows_of(work: Work, rows: slice, number: int) -> Work:
     )
 
 
-async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run coroutines at once, `_IN_FLIGHT` at most; the first failure cancels the others."""
+async def _all(jobs: Iterable[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
+    """Do jobs at once, `_IN_FLIGHT` at most; the first failure cancels the others."""
     turn = asyncio.Semaphore(_IN_FLIGHT)
 
-    async def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    async def run(job: Callable[[], Coroutine[Any, Any, T]]) -> T:
         async with turn:
-            return await coroutine
+            return await job()  # begun only now: a coroutine that is cancelled before its turn prints a warning
 
-    tasks = [asyncio.create_task(run(coroutine)) for coroutine in coroutines]
+    tasks = [asyncio.create_task(run(job)) for job in jobs]
     try:
         return list(await asyncio.gather(*tasks))
     except BaseException:

@@ -33,6 +33,9 @@ class SwarmConfig(BaseModel):
     micro_batch_tokens: int = Field(default=1024, gt=0)
     """Training batches of more tokens are split by rows into pieces of about this size, in flight at once."""
 
+    prefill_chunk_tokens: int = Field(default=512, gt=0)
+    """Longer prompts are split into pieces of about this many tokens, which are in flight over all spans at once."""
+
     @field_validator("pins")
     @classmethod
     def _check_pins(cls, pins: dict[str, frozenset[str]]) -> dict[str, frozenset[str]]:

@@ -6,14 +6,13 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from client.membership import Membership
 from client.routing import Health
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
 from protocol.errors import BadRequest, WrongModel
-from protocol.handshake import Handshake
 from protocol.model.checkpoint import same_weights
 from protocol.tensors import Limits
-from protocol.transport.base import Transport
 
 _MAX_IDLE = 8
 
@@ -29,9 +28,8 @@ class Wanted:
 class Connections:
     """A pool of channels per peer, all greeted for one model."""
 
-    def __init__(self, transport: Transport, handshake: Handshake, wanted: Wanted, health: Health, patience: float):
-        self._transport, self._handshake = transport, handshake
-        self._wanted, self._health = wanted, health
+    def __init__(self, membership: Membership, wanted: Wanted, health: Health, patience: float):
+        self._membership, self._wanted, self._health = membership, wanted, health
         self._patience = patience
         self._idle: dict[str, list[Channel]] = defaultdict(list)
 
@@ -51,9 +49,10 @@ class Connections:
 
     async def open(self, peer_id: str) -> Channel:
         """A new channel of the caller's own. Raises `PeerUnreachable`, `WrongKey`, `WrongModel`."""
-        channel = Channel(await self._transport.connect(peer_id), Limits(), self._patience)
+        member = self._membership.member
+        channel = Channel(await member.transport.connect(peer_id), Limits(), self._patience)
         try:
-            await self._handshake.initiate(channel)
+            await member.handshake.initiate(channel)
             await self._greet(channel)
         except BaseException:
             channel.close()
@@ -73,7 +72,7 @@ class Connections:
     def _take_idle(self, peer_id: str) -> Channel | None:
         while self._idle[peer_id]:
             channel = self._idle[peer_id].pop()
-            if self._handshake.is_preferred(channel):
+            if self._membership.member.handshake.is_preferred(channel):
                 return channel
             channel.close()  # the swarm's key is being changed
         return None

@@ -1,5 +1,6 @@
 """One hop of a training call: asked, its answer checked, and by chance computed again by others."""
 
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -14,6 +15,8 @@ from protocol.channel import Message
 from protocol.errors import PeerFailed, SwarmError
 
 Gradients = dict[str, torch.Tensor]
+_FEW = 64
+"""Tokens of a call that tells nothing of a peer's pace."""
 
 
 async def forward_hop(swarm: Swarm, work: Work, hop: Hop, hidden: torch.Tensor, keep: bool) -> tuple[torch.Tensor, int]:
@@ -84,7 +87,10 @@ async def _ask_forward(
 ) -> tuple[torch.Tensor, int]:
     message = Message(pb.Forward(context=work.context(hop), keep=keep), work.tensors(hop, hidden))
     async with swarm.connections.channel(hop.peer.peer_id) as channel:
+        begin = time.perf_counter()
         answer = await call_with_adapter(swarm.puts, channel, message, work.bundle(hop))
+    if (tokens := hidden.shape[0] * hidden.shape[1]) > _FEW:
+        swarm.health.took(hop, tokens, time.perf_counter() - begin)
     swarm.health.succeed(hop.peer.peer_id)
     call_id = answer.body.call_id if isinstance(answer.body, pb.Result) else 0
     return answered_hidden(answer, hidden, hop.peer.peer_id), call_id

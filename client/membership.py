@@ -1,57 +1,82 @@
 """One membership, and so one p2pd process, for all models of this process that use the same swarm."""
 
 import asyncio
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 from bootstrap.member import Member, MemberOptions
 
 _LINGER = 5.0
 """Seconds that an unused membership is kept, in case that the next model joins the same swarm."""
+_MAX_ADDRESSES = 20
+logger = logging.getLogger(__name__)
 
 
-_Name = tuple[tuple[str, ...], Path | None]
-"""Of a swarm: its initial peers, and the file with its key."""
+class Membership:
+    """One swarm that this process is a member of; joined anew when its p2pd process dies. Used on the loop only."""
 
+    def __init__(self, initial_peers: tuple[str, ...], swarm_key: Path | None, member: Member):
+        self.member, self.users = member, 0
+        self._initial_peers, self._swarm_key = initial_peers, swarm_key
+        self._joining = asyncio.Lock()
 
-@dataclass
-class _Shared:
-    member: Member
-    users: int = 0
+    @classmethod
+    async def begin(cls, initial_peers: tuple[str, ...], swarm_key: Path | None) -> "Membership":
+        """Join. Raises as `Member.join`."""
+        return cls(initial_peers, swarm_key, await _join(initial_peers, swarm_key))
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether p2pd has died: no connection lives any more, and none can be made."""
+        return self.member.lost.is_set()
+
+    async def renew(self, addresses: Iterable[str]) -> None:
+        """Join again if this is lost, by way of the initial peers or any of `addresses`. Raises as `Member.join`."""
+        async with self._joining:
+            if self.is_lost:
+                logger.warning("joining the swarm again")
+                await self.member.shutdown()
+                others = [address for address in addresses if address not in self._initial_peers]
+                self.member = await _join((*self._initial_peers, *others[:_MAX_ADDRESSES]), self._swarm_key)
 
 
 class Memberships:
     """The swarms that this process is a member of. Used on the loop only."""
 
     def __init__(self) -> None:
-        self._shared: dict[_Name, _Shared] = {}
+        self._shared: dict[tuple[tuple[str, ...], Path | None], Membership] = {}
+        """By initial peers and the file with the swarm's key."""
         self._joining = asyncio.Lock()
 
-    async def acquire(self, initial_peers: tuple[str, ...], swarm_key: Path | None) -> Member:
+    async def acquire(self, initial_peers: tuple[str, ...], swarm_key: Path | None) -> Membership:
         """Join, or share a membership that is there. Raises as `Member.join`."""
         name = (initial_peers, swarm_key.absolute() if swarm_key is not None else None)
         async with self._joining:
-            shared = self._shared.get(name)
-            if shared is None or shared.member.lost.is_set():
-                options = MemberOptions(initial_peers=initial_peers, client_mode=True, swarm_key=swarm_key)
-                shared = self._shared[name] = _Shared(await Member.join(options))
-            shared.users += 1
-            return shared.member
+            if name not in self._shared:
+                self._shared[name] = await Membership.begin(initial_peers, swarm_key)
+            membership = self._shared[name]
+            await membership.renew(())
+            membership.users += 1
+            return membership
 
-    def release(self, member: Member) -> None:
+    def release(self, membership: Membership) -> None:
         """One user less; the last one's leaving ends the membership after a while."""
-        for name, shared in self._shared.items():
-            if shared.member is member:
-                shared.users -= 1
-                asyncio.get_running_loop().call_later(_LINGER, self._end_if_unused, name)
+        membership.users -= 1
+        asyncio.get_running_loop().call_later(_LINGER, self._end_if_unused, membership)
 
     async def close(self) -> None:
         """Leave every swarm."""
         for name in list(self._shared):
             await self._shared.pop(name).member.shutdown()
 
-    def _end_if_unused(self, name: _Name) -> None:
-        shared = self._shared.get(name)
-        if shared is not None and not shared.users:
+    def _end_if_unused(self, membership: Membership) -> None:
+        if membership.users:
+            return
+        for name in [name for name, shared in self._shared.items() if shared is membership]:
             del self._shared[name]
-            self._ending = asyncio.create_task(shared.member.shutdown())
+            self._ending = asyncio.create_task(membership.member.shutdown())
+
+
+async def _join(initial_peers: tuple[str, ...], swarm_key: Path | None) -> Member:
+    return await Member.join(MemberOptions(initial_peers=initial_peers, client_mode=True, swarm_key=swarm_key))

@@ -14,6 +14,10 @@ _SWITCH = 0.0005
 """Seconds that a hop costs beside its round trip: prefer few."""
 
 
+_REMEMBER = 60.0
+"""Seconds after which a peer that was slow, and was therefore not used, gets another chance."""
+
+
 @dataclass(frozen=True)
 class Hop:
     """A part of a route: blocks [start, end) on one peer."""
@@ -90,8 +94,17 @@ def describe_holes(peers: list[PeerRecord], start: int, end: int) -> str:
 
 @dataclass
 class _Ban:
+    begun: float
     until: float
     length: float
+
+
+@dataclass
+class _Pace:
+    """Seconds per block and token, as of late."""
+
+    seconds: float
+    since: float
 
 
 @dataclass
@@ -100,12 +113,21 @@ class Health:
 
     _bans: dict[str, _Ban] = field(default_factory=dict)
     _round_trips: dict[str, float] = field(default_factory=dict)
+    _paces: dict[tuple[str, bool], _Pace] = field(default_factory=dict)
+    """Of peers in use, by ID and whether of decode steps."""
 
     def ban(self, peer_id: str, at_least: float = 0.0) -> None:
         """Keep away from a peer for a while, twice as long each time it fails again (exponential back-off)."""
         last = self._bans.get(peer_id)
         length = min(last.length * 2, _LONGEST_BAN) if last else _FIRST_BAN
-        self._bans[peer_id] = _Ban(time.monotonic() + max(length, at_least), length)
+        now = time.monotonic()
+        self._bans[peer_id] = _Ban(now, now + max(length, at_least), length)
+
+    def pardon(self, lately: float) -> None:
+        """Lift the bans of the last `lately` seconds: the failure was our own."""
+        since = time.monotonic() - lately
+        for peer_id in [peer_id for peer_id, ban in self._bans.items() if ban.begun > since]:
+            del self._bans[peer_id]
 
     def succeed(self, peer_id: str) -> None:
         """A peer answered: forget its failures."""
@@ -121,13 +143,25 @@ class Health:
         known = self._round_trips.get(peer_id)
         self._round_trips[peer_id] = round_trip if known is None else min(round_trip, 0.8 * known + 0.2 * round_trip)
 
+    def took(self, hop: Hop, tokens: int, seconds: float) -> None:
+        """Take in how long a hop's answer for so many tokens (of all rows) took: peers may be slower than they say."""
+        key = (hop.peer.peer_id, tokens == 1)
+        pace = max(seconds - self._hop_cost(hop.peer), 0.0) / ((hop.end - hop.start) * tokens)
+        known = self._recent(*key)
+        self._paces[key] = _Pace(pace if known is None else 0.7 * known + 0.3 * pace, time.monotonic())
+
     def decode_cost(self, peer: PeerRecord, blocks: int) -> float:
         """Expected seconds of one decode step."""
-        return self._hop_cost(peer) + blocks / peer.speed.decode
+        return self._hop_cost(peer) + blocks * max(1 / peer.speed.decode, self._recent(peer.peer_id, True) or 0.0)
 
     def forward_cost(self, peer: PeerRecord, blocks: int) -> float:
         """Expected seconds of a forward of 512 tokens."""
-        return self._hop_cost(peer) + 512 * blocks / peer.speed.forward
+        pace = max(1 / peer.speed.forward, self._recent(peer.peer_id, False) or 0.0)
+        return self._hop_cost(peer) + 512 * blocks * pace
+
+    def _recent(self, peer_id: str, decode: bool) -> float | None:
+        pace = self._paces.get((peer_id, decode))
+        return pace.seconds if pace and time.monotonic() - pace.since < _REMEMBER else None
 
     def _hop_cost(self, peer: PeerRecord) -> float:
         return self._round_trips.get(peer.peer_id, _UNMEASURED_RTT) + _SWITCH

@@ -1,5 +1,7 @@
 """A generation: KV caches on the peers of a route, and their replacement when a peer fails."""
 
+import asyncio
+import time
 import weakref
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +17,12 @@ from client.verify import Answer
 from client.work import Prefix, Work, answered_hidden, call_with_adapter
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
-from protocol.errors import NoRoute, PeerFailed, PeerUnreachable, SwarmError
+from protocol.errors import NoRoute, PeerFailed, SwarmError
+
+_LOOK_ROUND = 16
+"""Steps between two looks for a faster peer."""
+_SLOWER, _WORTH_IT = 2.0, 0.05
+"""How many times as slow a peer must be, and by how many seconds a step, for a session to leave it."""
 
 
 @dataclass
@@ -31,6 +38,36 @@ class _Stage:
     """Hidden states that went in."""
     leaving: bool = False
     """Its peer has said that it is about to leave."""
+    error: SwarmError | None = None
+    """With which its peer failed, if that has not been taken note of yet."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """New tokens for the caches, or a part of them."""
+
+    work: Work
+    hidden: torch.Tensor
+    edits: list[pb.CacheEdit]
+    """Before the tokens."""
+    keep_past: bool
+    all_positions: torch.Tensor | None = None
+    """Of the whole step that this is a part of."""
+
+    @property
+    def positions(self) -> torch.Tensor | None:
+        """Of all the step's tokens."""
+        return self.work.positions if self.all_positions is None else self.all_positions
+
+    def part(self, start: int, hidden: torch.Tensor) -> "_Step":
+        """What is to be done for `hidden`, which stands for the tokens from `start` on, as a stage is given them."""
+        end, positions, mask = start + hidden.shape[1], self.work.positions, self.work.mask
+        work = replace(
+            self.work,
+            positions=positions[:, start:end] if positions is not None else None,
+            mask=mask[:, : mask.shape[1] - self.hidden.shape[1] + end] if mask is not None else None,
+        )
+        return _Step(work, hidden, self.edits if not start else [], self.keep_past, self.positions)
 
 
 class Session:
@@ -56,102 +93,186 @@ class Session:
         LOOP.call(_close_stages, self._stages)
 
     async def _step(self, work: Work, hidden: torch.Tensor, edits: list[pb.CacheEdit], keep_past: bool) -> torch.Tensor:
-        retries = Retries(self._swarm)
         if work.prefix:
             self._prefix = work.prefix
-        work = replace(work, prefix=self._prefix)
         for stage in self._stages:
             stage.history.edit(edits)
         self._positions.edit(edits)
-        if not self._stages:
-            self._stages += await self._open_stages(retries, self._blocks.start, self._blocks.stop)
-        index = 0
-        while index < len(self._stages):
-            stage = self._stages[index]
-            if stage.leaving and await self._may_move(stage):
-                index, hidden = await self._replace(retries, index, work, hidden, keep_past)
-                continue
-            try:
-                output = await self._run(stage, work, hidden, edits, keep_past)
-                if self._swarm.verifier.is_due(work):
-                    await self._verify(stage, work, hidden, output)
-            except SwarmError as error:
-                retries.failed(stage.hop.peer, error)
-                index, hidden = await self._replace(retries, index, work, hidden, keep_past)
-                continue
-            stage.history.append(hidden)
-            hidden, index = output, index + 1
+        before = [(stage.hop, stage.history.fork()) for stage in self._stages]
+        step = _Step(replace(work, prefix=self._prefix), hidden, edits, keep_past)
+        try:
+            output = await self._run_stages(step)
+        except BaseException:
+            # Some peers did the step and some did not: all are made again from what was before, if it goes on at all.
+            _close_stages(self._stages)
+            self._stages += [_Stage(hop, None, history=history) for hop, history in before]
+            raise
         if work.positions is not None:
             self._positions.append(work.positions.expand(hidden.shape[0], -1))
-        return hidden
+        return output
+
+    async def _run_stages(self, step: "_Step") -> torch.Tensor:
+        retries = Retries(self._swarm)
+        if not self._stages:
+            self._stages += await self._open_stages(retries, self._blocks.start, self._blocks.stop)
+        done = await self._run_chunks(step)
+        flow, index = step.hidden, 0
+        while index < len(self._stages):
+            stage = self._stages[index]
+            outputs = done.get(id(stage), [])
+            start = sum(output.shape[1] for output in outputs)
+            if start < flow.shape[1]:
+                index, rest = await self._run_or_replace(retries, index, step.part(start, flow[:, start:]))
+                outputs = [*outputs, rest]
+            else:
+                index += 1
+            flow = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+        return flow
+
+    async def _run_chunks(self, step: "_Step") -> dict[int, list[torch.Tensor]]:
+        """Take a long prompt through the stages in chunks, several in flight, as far as that goes without a failure.
+
+        Returns by `id` of a stage what it put out.
+        """
+        count = -(-step.hidden.shape[1] // self._swarm.config.prefill_chunk_tokens)
+        if count == 1:
+            return {}
+        done: dict[int, list[torch.Tensor]] = {}
+        inputs: list[asyncio.Future[torch.Tensor]] = _futures(count)
+        for chunk, future in zip(step.hidden.tensor_split(count, 1), inputs, strict=True):
+            future.set_result(chunk)
+        tasks = []
+        for stage in self._stages:
+            outputs = _futures(count)
+            done[id(stage)] = []
+            tasks.append(asyncio.create_task(self._feed(stage, step, inputs, outputs, done[id(stage)])))
+            inputs = outputs
+        await _settle(tasks)
+        return done
+
+    async def _feed(
+        self,
+        stage: _Stage,
+        step: "_Step",
+        inputs: list["asyncio.Future[torch.Tensor]"],
+        outputs: list["asyncio.Future[torch.Tensor]"],
+        done: list[torch.Tensor],
+    ) -> None:
+        """One stage's chunks, in order. After a failure those that follow are cancelled, down to the last stage."""
+        start = 0
+        try:
+            if stage.channel is None:
+                return
+            for waiting, output in zip(inputs, outputs, strict=True):
+                chunk = await asyncio.shield(waiting)
+                done.append(await self._run_checked(stage, step.part(start, chunk)))
+                output.set_result(done[-1])
+                start += chunk.shape[1]
+        except SwarmError as error:
+            if stage.channel is not None:
+                stage.channel.close()
+            stage.channel, stage.error = None, error
+        except asyncio.CancelledError:
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                raise
+        finally:
+            for output in outputs:
+                output.cancel()
+
+    async def _run_or_replace(self, retries: Retries, index: int, step: "_Step") -> tuple[int, torch.Tensor]:
+        """Run a stage, or others in its place. Returns the index of the next stage, and the output."""
+        stage = self._stages[index]
+        if stage.error is not None:
+            retries.failed(stage.hop.peer, stage.error)
+        if stage.channel is None or await self._should_move(stage):
+            return await self._replace(retries, index, step)
+        try:
+            return index + 1, await self._run_checked(stage, step)
+        except SwarmError as error:
+            retries.failed(stage.hop.peer, error)
+            return await self._replace(retries, index, step)
+
+    async def _run_checked(self, stage: _Stage, step: "_Step") -> torch.Tensor:
+        output = await self._run(stage, step.work, step.hidden, step.edits, step.keep_past)
+        if self._swarm.verifier.is_due(step.work):
+            await self._verify(stage, step, output)
+        stage.history.append(step.hidden)
+        return output
 
     async def _run(
         self, stage: _Stage, work: Work, hidden: torch.Tensor, edits: list[pb.CacheEdit], keep_past: bool
     ) -> torch.Tensor:
-        if stage.channel is None:
-            raise PeerUnreachable(f"Peer {stage.hop.peer.peer_id} could not copy a session.")
+        assert stage.channel
         number = stage.number + 1
         body = pb.Step(context=work.context(stage.hop), number=number, edits=edits, keep_past=keep_past)
         message = Message(body, work.tensors(stage.hop, hidden, with_prefix=number == 1))
+        begin = time.perf_counter()
         answer = await call_with_adapter(self._swarm.puts, stage.channel, message, work.bundle(stage.hop))
+        if hidden.shape[:2] == (1, 1):  # comparable with what peers announce
+            self._swarm.health.took(stage.hop, 1, time.perf_counter() - begin)
         stage.number = number
         stage.leaving = isinstance(answer.body, pb.Result) and answer.body.leaving
         self._swarm.health.succeed(stage.hop.peer.peer_id)
         return answered_hidden(answer, hidden, stage.hop.peer.peer_id)
 
-    async def _verify(self, stage: _Stage, work: Work, hidden: torch.Tensor, output: torch.Tensor) -> None:
+    async def _verify(self, stage: _Stage, step: "_Step", output: torch.Tensor) -> None:
         """Have others compute a step's output from everything that led to it. Raises `Distrusted`."""
-        past = stage.history.replay()
-        everything = hidden if past is None else torch.cat([past, hidden], 1)
-        answer = Answer(stage.hop, "step", {"hidden_states": output}, {"hidden_states": hidden})
-        again = recompute_forward(
-            self._swarm, self._whole(work, everything), stage.hop, everything, tokens=hidden.shape[1]
-        )
+        everything = _with_past(stage, step.hidden)
+        answer = Answer(stage.hop, "step", {"hidden_states": output}, {"hidden_states": step.hidden})
+        whole = self._whole(step, everything)
+        again = recompute_forward(self._swarm, whole, stage.hop, everything, tokens=step.hidden.shape[1])
         await self._swarm.verifier.check(answer, again)
 
-    async def _may_move(self, stage: _Stage) -> bool:
-        """Whether others serve the blocks of a peer that is about to leave. Until they do, it goes on serving them."""
-        self._swarm.keep_away(stage.hop.peer)
-        try:
-            await self._swarm.find_route(stage.hop.start, stage.hop.end, "decode")
-        except NoRoute:
+    async def _should_move(self, stage: _Stage) -> bool:
+        """Whether other peers had better take over from one that is about to leave, or has become slow."""
+        if not stage.leaving and (not stage.number or stage.number % _LOOK_ROUND):
             return False
-        return True
+        hop, health = stage.hop, self._swarm.health
+        if stage.leaving:
+            self._swarm.keep_away(hop.peer)
+        try:
+            route = await self._swarm.find_route(hop.start, hop.end, "decode")
+        except NoRoute:  # until others come it goes on
+            return False
+        best = sum(health.decode_cost(other.peer, other.end - other.start) for other in route)
+        return stage.leaving or health.decode_cost(hop.peer, hop.end - hop.start) > _SLOWER * best + _WORTH_IT
 
-    async def _replace(
-        self, retries: Retries, index: int, work: Work, hidden: torch.Tensor, keep_past: bool
-    ) -> tuple[int, torch.Tensor]:
+    async def _replace(self, retries: Retries, index: int, step: "_Step") -> tuple[int, torch.Tensor]:
         """Put other peers in the place of a stage and give them all that it had seen, in one prefill.
 
         Returns the index of the next stage to run and the hidden states that go into it.
         """
         failed = self._stages[index]
         _close_stages([failed])
-        past = failed.history.replay()
-        everything = hidden if past is None else torch.cat([past, hidden], 1)
-        replay = self._whole(work, everything)
+        everything = _with_past(failed, step.hidden)
+        replay = self._whole(step, everything)
         while True:
             stages = await self._open_stages(retries, failed.hop.start, failed.hop.end)
             flow = everything
             try:
                 for stage in stages:
-                    output = await self._run(stage, replay, flow, [], keep_past)
+                    output = await self._run(stage, replay, flow, [], step.keep_past)
                     stage.history.append(flow)
                     flow = output
             except SwarmError as error:
                 _close_stages(stages)
                 retries.failed(stage.hop.peer, error)
                 continue
+            except BaseException:
+                _close_stages(stages)
+                raise
             self._stages[index : index + 1] = stages
-            return index + len(stages), flow[:, -hidden.shape[1] :]
+            return index + len(stages), flow[:, -step.hidden.shape[1] :]
 
-    def _whole(self, work: Work, everything: torch.Tensor) -> Work:
-        """`work` for all tokens instead of the new ones."""
-        positions, past = work.positions, self._positions.replay()
-        if positions is not None and past is not None:
-            positions = torch.cat([past, positions.expand(past.shape[0], -1)], 1)
-        prefix = {b: _expanded(pair, everything.shape[0]) for b, pair in work.prefix.items()}
-        return replace(work, positions=positions, prefix=prefix)
+    def _whole(self, step: "_Step", everything: torch.Tensor) -> Work:
+        """A step's work for all tokens so far instead of the new ones."""
+        positions, past = step.positions, self._positions.replay()
+        if positions is not None:
+            if past is not None:
+                positions = torch.cat([past, positions.expand(past.shape[0], -1)], 1)
+            positions = positions[:, : everything.shape[1]]
+        prefix = {b: _expanded(pair, everything.shape[0]) for b, pair in step.work.prefix.items()}
+        return replace(step.work, positions=positions, prefix=prefix)
 
     async def _open_stages(self, retries: Retries, start: int, end: int) -> list[_Stage]:
         """Sessions on the peers of a route over blocks [start, end)."""
@@ -196,6 +317,27 @@ class Session:
         except SwarmError as error:
             self._swarm.blame(stage.hop.peer, error)
             return None
+
+
+def _with_past(stage: _Stage, hidden: torch.Tensor) -> torch.Tensor:
+    past = stage.history.replay()
+    return hidden if past is None else torch.cat([past, hidden], 1)
+
+
+async def _settle(tasks: list["asyncio.Task[None]"]) -> None:
+    """Wait for all; end them when this is cancelled or one fails with what is no `SwarmError`."""
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def _futures(count: int) -> list["asyncio.Future[torch.Tensor]"]:
+    loop = asyncio.get_running_loop()
+    return [loop.create_future() for _ in range(count)]
 
 
 def _expanded(pair: tuple[torch.Tensor, torch.Tensor], batch: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,15 +8,14 @@ import weakref
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal
 
-from bootstrap.member import Member
 from client.config import SwarmConfig
 from client.connections import Connections, Wanted
 from client.loop import LOOP
-from client.membership import Memberships
+from client.membership import Membership, Memberships
 from client.routing import Health, Hop, find_route, holes, spare_blocks
 from client.verify import Verifier
 from client.work import Puts
-from protocol.errors import NoRoute, SwarmError
+from protocol.errors import NoRoute, PeerUnreachable, SwarmError
 from protocol.model.checkpoint import Checkpoint
 from protocol.records import MAX_ACCUSED, Accusation, Complaint, PeerRecord
 
@@ -26,6 +25,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Purpose = Literal["decode", "forward"]
+_EXPIRED = 60.0
+"""Seconds after which what was looked up is of no use: peers announce themselves for as long."""
+_INNOCENT = 5.0
+"""Seconds before the end of our own p2pd was noticed in which peers seemed to fail."""
 _MEMBERSHIPS = Memberships()
 LOOP.at_exit(_MEMBERSHIPS.close)
 
@@ -36,17 +39,18 @@ class Swarm:
     blocks: "RemoteBlocks"
     """All blocks of the model, callable on hidden states, with autograd."""
 
-    def __init__(self, config: SwarmConfig, checkpoint: Checkpoint, member: Member):
+    def __init__(self, config: SwarmConfig, checkpoint: Checkpoint, membership: Membership):
         self.config, self.model_id = config, checkpoint.model_id
         self.health = Health()
         wanted = Wanted(self.model_id.config_hash, checkpoint.digests)
-        self.connections = Connections(member.transport, member.handshake, wanted, self.health, config.silence_timeout)
+        self.connections = Connections(membership, wanted, self.health, config.silence_timeout)
         self.puts = Puts()
         self.verifier = Verifier(self, config.verify)
-        self._member = member
+        self._membership = membership
         self._known: list[PeerRecord] = []
         self._complaints: dict[str, str] = {}
         self._looked_up = float("-inf")
+        self._refreshing: asyncio.Task[None] | None = None
         self._look_up = asyncio.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Swarm":
@@ -64,7 +68,7 @@ class Swarm:
             return cls(config, checkpoint, await _MEMBERSHIPS.acquire(config.initial_peers, config.swarm_key))
 
         swarm = LOOP.run(join())
-        weakref.finalize(swarm, LOOP.call, _leave, swarm.connections, swarm._member)
+        weakref.finalize(swarm, LOOP.call, _leave, swarm.connections, swarm._membership)
         return swarm
 
     def peers(self) -> list[PeerRecord]:
@@ -94,19 +98,46 @@ class Swarm:
 
     async def _other_models(self) -> str:
         """The names of what the swarm serves, when this model is not among it."""
-        models = await self._member.directory.models()
+        models = await self._membership.member.directory.models()
         known = {model.config_hash: model.name for model in models}
         return "" if self.model_id.config_hash in known else ", ".join(sorted(known.values()))
 
     async def fetch_peers(self, fresh: bool = False) -> list[PeerRecord]:
-        """The peers of this model that the configuration allows, as of at most `look_up_period` seconds ago."""
+        """The peers of this model that the configuration allows, as the directory has them now, or had them of late.
+
+        What is older than `look_up_period` is looked up in the background: of the members to be asked, one that has
+        just fallen silent would hold up whoever goes round it for many seconds.
+        """
         asked = time.monotonic()
+        age = asked - self._looked_up
+        if fresh or age > _EXPIRED or self._membership.is_lost:
+            await self._refresh(asked)
+        elif age > self.config.look_up_period and (self._refreshing is None or self._refreshing.done()):
+            self._refreshing = asyncio.create_task(self._refresh_quietly(asked))
+        return self._known
+
+    async def _refresh(self, asked: float) -> None:
         async with self._look_up:
-            if self._looked_up < (asked if fresh else asked - self.config.look_up_period):
-                found = await self._member.directory.peers(self.model_id.config_hash)
+            if self._looked_up < asked:
+                found = await self._look_peers_up()
                 self._known = [peer for peer in found if self._allows(peer.peer_id)]
                 self._looked_up = time.monotonic()
-        return self._known
+
+    async def _refresh_quietly(self, asked: float) -> None:
+        try:
+            await self._refresh(asked)
+        except SwarmError as error:
+            logger.debug("the directory could not be read: %s", error)
+
+    async def _look_peers_up(self) -> list[PeerRecord]:
+        try:
+            return await self._membership.member.directory.peers(self.model_id.config_hash)
+        except PeerUnreachable:
+            if not self._membership.is_lost:
+                raise
+        await self._membership.renew(address for peer in self._known for address in peer.addresses)
+        self.health.pardon(_INNOCENT)
+        return await self._membership.member.directory.peers(self.model_id.config_hash)
 
     def may_recover(self, start: int, end: int) -> bool:
         """Whether blocks [start, end) lack nothing but peers that failed of late and are kept away from."""
@@ -114,6 +145,9 @@ class Swarm:
 
     def blame(self, peer: PeerRecord, error: SwarmError) -> None:
         """Take note that `peer` failed with `error`: keep away from it for a while."""
+        if self._membership.is_lost:  # it is our own p2pd that has failed
+            self.connections.close()
+            return
         logger.info("peer %s failed: %s", peer.name or peer.peer_id, error)
         self.connections.forget(peer.peer_id)
         self.health.ban(peer.peer_id, at_least=error.retry_after)
@@ -125,9 +159,11 @@ class Swarm:
 
     async def _publish_complaints(self) -> None:
         accused = tuple(Accusation(peer_id=peer_id, kind=kind) for peer_id, kind in self._complaints.items())
-        complaint = Complaint(peer_id=self._member.peer_id, model=self.model_id, accused=accused[-MAX_ACCUSED:])
+        complaint = Complaint(
+            peer_id=self._membership.member.peer_id, model=self.model_id, accused=accused[-MAX_ACCUSED:]
+        )
         try:
-            await self._member.directory.complain(complaint)
+            await self._membership.member.directory.complain(complaint)
         except SwarmError as error:
             logger.warning("the swarm could not be told of a peer that answers wrongly: %s", error)
 
@@ -151,9 +187,9 @@ class Swarm:
         return peer_id not in self.config.blocked_peers and (allowed is None or peer_id in allowed)
 
 
-def _leave(connections: Connections, member: Member) -> None:
+def _leave(connections: Connections, membership: Membership) -> None:
     connections.close()
-    _MEMBERSHIPS.release(member)
+    _MEMBERSHIPS.release(membership)
 
 
 def swarm_of(model: Any) -> Swarm:

@@ -1,22 +1,18 @@
 """Clients' adapters: one PEFT module tree per configuration, tensors put in per call, kept by content hash."""
 
-import copy
 import logging
-import math
 import re
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from peer.quotas import Quota
-from peer.span import Adapted, Span
-from protocol.adapters import AdapterSpec, Manifest, bundle_hash
+from peer.span import Adapted, Span, find_module
+from protocol.adapters import Manifest, bundle_hash
 from protocol.errors import BadAdapter, UnknownAdapter
 from protocol.tensors import nbytes
 
@@ -90,6 +86,11 @@ class AdapterStore:
             own.move_to_end(key)
         return self._bundles[key]
 
+    def forget(self, client: str) -> None:
+        """Drop what a client put, as far as nobody else has put it too: it has gone."""
+        while client in self._owned:
+            self._drop_oldest(client)
+
     def _make_room(self, client: str) -> None:
         own, quota = self._owned[client], self._quota
         while len(own) > quota.adapters or sum(own.values()) > (quota.adapter_bytes or self._max_bytes):
@@ -135,88 +136,19 @@ class AdapterStore:
         if unknown := set(manifest.trainable) - tensors.keys():
             raise BadAdapter(f"Trainable tensor {min(unknown)!r} is not in the adapter.")
         for name, factors in manifest.scaling.items():
-            known_factors = getattr(self._module(blocks, name), "scaling", None)  # attention has one too, a number
+            known_factors = getattr(find_module(blocks, name), "scaling", None)  # attention has one too, a number
             if not isinstance(known_factors, dict) or not factors.keys() <= known_factors.keys():
                 raise BadAdapter(f"Module {name!r} has no scaling for {', '.join(factors)}.")
 
-    @staticmethod
-    def _module(blocks: torch.nn.Module, name: str) -> torch.nn.Module | None:
-        try:
-            return blocks.get_submodule(name)
-        except AttributeError:
-            return None
-
     def _tree(self, manifest: Manifest, key: str) -> PreTrainedModel:
         if key not in self._trees:
-            self._trees[key] = self._build(manifest)
+            from peer.trees import build_tree  # and with it PEFT: seconds, in which a peer can serve already
+
+            self._trees[key] = build_tree(self._span, manifest.adapters, self._max_bytes)
             while len(self._trees) > _MAX_TREES:
                 self._trees.popitem(last=False)
         self._trees.move_to_end(key)
         return self._trees[key]
-
-    def _build(self, manifest: Manifest) -> PreTrainedModel:
-        tree = share_linears(self._span.model)
-        blocks = self._span.where.of(tree)
-        for spec in manifest.adapters:
-            for target in spec.targets:
-                if not self._own_module(blocks, target):
-                    raise BadAdapter(
-                        f"Adapter target {target!r} is no module of blocks {self._span.start}:{self._span.end}."
-                    )
-        self._check_parameters(blocks, manifest.adapters)
-        self._inject(tree, manifest.adapters)
-        active = [spec.name for spec in manifest.adapters]
-        for module in tree.modules():
-            if isinstance(module, BaseTunerLayer):
-                module._active_adapter = active
-                module._disable_adapters = False
-        tree.eval().requires_grad_(False)
-        return tree
-
-    def _own_module(self, blocks: torch.nn.Module, name: str) -> torch.nn.Module | None:
-        block = name.partition(".")[0]
-        return self._module(blocks, name) if block.isdigit() and int(block) in self._span.blocks else None
-
-    def _check_parameters(self, blocks: torch.nn.Module, specs: Sequence[AdapterSpec]) -> None:
-        """PEFT makes LoRA of rank x experts for a parameter, before that can be compared with what came."""
-        size = 0
-        for spec in specs:
-            ranks = spec.options.get("rank_pattern") or {}
-            for name in spec.parameters:
-                path, _, leaf = name.rpartition(".")
-                parameter = getattr(self._own_module(blocks, path), "_parameters", {}).get(leaf)
-                if parameter is None or parameter.ndim not in (2, 3) or not parameter.is_floating_point():
-                    raise BadAdapter(
-                        f"Adapter target {name!r} is no unquantized parameter of 2 or 3 dimensions of blocks "
-                        f"{self._span.start}:{self._span.end}."
-                    )
-                *experts, rows, columns = parameter.shape
-                rank = ranks.get(name, spec.options.get("r")) or 0
-                size += max(rank, 0) * math.prod(experts) * (rows + columns) * parameter.element_size()
-        if size > self._max_bytes:
-            raise BadAdapter(f"An adapter of {size} bytes is over this peer's limit of {self._max_bytes}.")
-
-    def _inject(self, tree: PreTrainedModel, specs: Sequence[AdapterSpec]) -> None:
-        """Have PEFT put its modules into the tree, their tensors on the meta device where it can do so."""
-        first, *rest = specs
-        empty = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}
-        try:
-            with torch.random.fork_rng(devices=[]):
-                wrapper = peft.get_peft_model(tree, self._config(first), adapter_name=first.name, **empty)
-                for spec in rest:
-                    wrapper.add_adapter(spec.name, self._config(spec), **empty)
-        except Exception as error:  # PEFT's refusals come as many types
-            raise BadAdapter(f"PEFT refuses the adapter {', '.join(spec.name for spec in specs)}: {error}") from error
-
-    def _config(self, spec: AdapterSpec) -> peft.PeftConfig:
-        path = self._span.where.path
-        options = dict(spec.options)
-        if "feedforward_modules" in options:
-            options["feedforward_modules"] = [f"{path}.{name}" for name in options["feedforward_modules"]]
-        return peft.get_peft_config(
-            {"peft_type": spec.method, "target_modules": [f"{path}.{name}" for name in spec.targets], **options}
-            | ({"target_parameters": [f"{path}.{name}" for name in spec.parameters]} if spec.parameters else {})
-        )
 
 
 def _fits(name: str, tensor: torch.Tensor, like: torch.Tensor) -> bool:
@@ -227,19 +159,6 @@ def _fits(name: str, tensor: torch.Tensor, like: torch.Tensor) -> bool:
     if _SHARED.search(name):  # sized by the widest target of the whole model, sliced in use
         return all(theirs >= ours for theirs, ours in pairs)
     return all(theirs == ours for theirs, ours in pairs)
-
-
-def share_linears(model: PreTrainedModel) -> PreTrainedModel:
-    """A second module tree over the same weights.
-
-    Linear layers are shared as objects, not only their tensors: bitsandbytes keeps quantization state on the module
-    from the first forward on. Others are not: LoRA on a parameter takes it out of its module and puts it back last, and
-    PEFT nests its layers for later trees in the order in which it finds the parameters.
-    """
-    memo: dict[int, object] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    memo[id(model.config)] = model.config
-    memo |= {id(module): module for module in model.modules() if isinstance(module, torch.nn.Linear)}
-    return copy.deepcopy(model, memo)
 
 
 def _numbered(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from peer.span import Span
-from peer.weights import dense_weight, find_matrix
+from peer.weights import find_matrix
 from protocol import swarm_pb2 as pb
 from protocol.adapters import MAX_RANK
 from protocol.errors import BadRequest
@@ -53,6 +53,8 @@ def factorize(job: Job) -> Factors:
     Raises `BadRequest` when there are none (a shift that is not finite).
     """
     torch.get_num_threads()  # LAPACK heeds the number only on threads that have asked: this may be the first work here
+    from peer.dense import dense_weight
+
     weight = dense_weight(job.module).to(torch.float32)
     given = {name: tensor.to(weight.device, torch.float32) for name, tensor in job.tensors.items()}
     if "shift.b" in given:

@@ -148,7 +148,7 @@ class CacheMemory:
 
     def __init__(self, total_tokens: int, max_length: int, idle_timeout: float = IDLE_TIMEOUT):
         self.total_tokens, self.max_length = total_tokens, max_length
-        self._idle_timeout = idle_timeout
+        self.idle_timeout = idle_timeout
         self._taken = 0
         self._lock = threading.RLock()  # forks are made on the event loop, steps on the compute thread
         self._sessions: set[Session] = set()
@@ -184,7 +184,7 @@ class CacheMemory:
         self._sessions.discard(session)
 
     def _reclaim(self, tokens: int) -> None:
-        long_ago = time.monotonic() - self._idle_timeout
+        long_ago = time.monotonic() - self.idle_timeout
         idle = sorted((s for s in self._sessions if s.idle_since < long_ago), key=lambda s: s.idle_since)
         for session in idle:
             if tokens <= self.free_tokens:

@@ -106,6 +106,10 @@ class Accounts:
         account.streams += 1
         return account
 
+    def __contains__(self, client: str) -> bool:
+        """Whether a client has a stream open."""
+        return client in self._open
+
     def leave(self, client: str) -> bool:
         """A client's stream has ended; returns whether it was its last."""
         account = self._open[client]

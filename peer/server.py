@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ctypes
+import importlib
 import logging
 from dataclasses import dataclass, field
 from functools import partial
@@ -82,6 +83,8 @@ class Server:
         self.span, self.service = loaded.span, loaded.service
         self._speed, self._scheduler = loaded.speed, loaded.scheduler
         self._state = PeerState.ONLINE
+        self._preload: asyncio.Task[object] | None = None
+        """Imports what the first adapter needs, PEFT above all, while the peer serves already."""
         self._announcer = Announcer(member.directory, self.record, _ANNOUNCE_PERIOD, _RECORD_LIFETIME)
 
     @classmethod
@@ -100,6 +103,7 @@ class Server:
             await member.shutdown()
             raise
         server._announcer.start()
+        server._preload = asyncio.create_task(asyncio.to_thread(importlib.import_module, "peer.trees"))
         return server
 
     def record(self) -> PeerRecord:

@@ -130,6 +130,7 @@ class Service:
             self._end_session(connection)
             if self._accounts.leave(client):
                 self._trainer.forget(client)
+                asyncio.get_running_loop().call_later(self.memory.idle_timeout, self._forget_adapters, client)
 
     async def _enter(self, channel: Channel) -> Account:
         try:
@@ -358,6 +359,11 @@ class Service:
     async def _put_adapter(self, connection: _Connection, message: Message, body: pb.PutAdapter) -> Message:
         work = partial(self._adapters.put, body.manifest, message.tensors, connection.client)
         return Message(pb.Result(token=await self._compute(connection, Priority.CALL, work)))
+
+    def _forget_adapters(self, client: str) -> None:
+        """Unless the client has come back. On its own queue: before anything that it may put after this."""
+        if client not in self._accounts:
+            self._scheduler.submit(Priority.CALL, partial(self._adapters.forget, client), client)
 
     def _bundle(self, connection: _Connection, context: pb.Context) -> Bundle | None:
         return self._adapters.get(context.adapter, connection.client) if context.adapter else None

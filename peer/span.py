@@ -236,6 +236,14 @@ def _heads(cached: torch.Tensor) -> Size:
     return cached.shape[1], cached.shape[3]
 
 
+def find_module(blocks: nn.Module, name: str) -> nn.Module | None:
+    """The module `BLOCK.PATH` of the block list, if there is one."""
+    try:
+        return blocks.get_submodule(name)
+    except AttributeError:
+        return None
+
+
 def _neutralise_scalars(model: nn.Module) -> None:
     """Granite and its relatives scale `inputs_embeds` inside the trunk; the client has done that already."""
     for module in model.modules():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
+from tests.arena import Arena
 from tests.command import Command
 from tests.families import build_family
 from tests.swarm import ForkServer, Swarm, new_swarm
@@ -47,6 +48,14 @@ def llama_swarm(fork_server: ForkServer, models: Callable[[str], Path]) -> Itera
     with new_swarm(fork_server) as made:
         made.serve(models("llama"), "0:2", "2:3", "3:5")
         yield models("llama"), made
+
+
+@pytest.fixture(scope="module")
+def arena(fork_server: ForkServer, models: Callable[[str], Path]) -> Iterator[Arena]:
+    """For the tests of one module that kill peers."""
+    with new_swarm(fork_server) as swarm:
+        _, *parts = swarm.serve(models("llama"), "0:2", "2:4", "4:5")
+        yield Arena(models("llama"), swarm, parts)
 
 
 @pytest.fixture

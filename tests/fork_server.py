@@ -35,7 +35,9 @@ def _become_peer(request: dict) -> None:
 
 def _serve() -> None:
     import peer.cli
-    import peer.server  # noqa: F401
+    import peer.dense
+    import peer.server
+    import peer.trees  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the kernel
     print("ready", flush=True)

@@ -1,5 +1,6 @@
-"""Ways for a real peer to answer wrongly."""
+"""Ways for a real peer to answer wrongly, or late."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,11 @@ from peer.service import Service
 
 
 def begin_to_lie(kind: str) -> None:
-    """Make this process's peer lie: `outputs`, `subtle` ones, `gradients`, or answers `replayed`."""
+    """Make this process's peer lie: `outputs`, `subtle` ones, `gradients`, answers `replayed`; or be `slow`."""
+    if kind == "slow":
+        for owner, name in ((Service, "_run_step"), (Trainer, "forward")):
+            _change(owner, name, lambda found: (time.sleep(0.2), found)[1])
+        return
     if kind == "gradients":
         for name in ("backward", "backward_kept"):
             _change(Trainer, name, lambda found: {key: -tensor for key, tensor in found.items()})

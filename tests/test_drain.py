@@ -14,8 +14,8 @@ from transformers import LogitsProcessorList
 
 from client import AutoDistributedModelForCausalLM
 from client.retries import Retries
+from tests.arena import AtToken, assert_close, batch, step, with_adapter
 from tests.swarm import ForkServer, Peer, Swarm, new_swarm
-from tests.test_failover import AtToken, assert_close, batch, step, with_adapter
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,7 @@ def test_sessions_move(how: str, pairs: tuple[Path, Swarm], failures: list[str],
 def test_the_only_holder_serves_until_its_time_is_up(swarm: Swarm, models: Callable[[str], Path]) -> None:
     """Nobody to move to: it stays as long as it may, and a successor that comes in time takes over."""
     path = models("llama")
+    swarm.launch("bootstrap", "--host", "127.0.0.1").wait_ready()
     first = swarm.serve(path, "0:5", options=("--drain-timeout", "60"))[0]
     model = connect(path, swarm)
 

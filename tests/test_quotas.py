@@ -18,8 +18,7 @@ from protocol.channel import Channel, Message
 from protocol.errors import BadAdapter, BadRequest, OverQuota, PeerUnreachable, SwarmError, UnknownAdapter
 from protocol.tensors import Limits
 from tests.swarm import ForkServer, Swarm
-from tests.test_wire_adapters import manifest, put
-from tests.wire import MAX_LENGTH, OPEN, WIDTH, Wire, forward, open_wire, step
+from tests.wire import MAX_LENGTH, OPEN, WIDTH, Wire, forward, manifest, open_wire, put, step
 
 QUOTA = {
     "streams": 6, "sessions": 3, "cache-tokens": 192, "calls": 2, "adapters": 2, "adapter-bytes": 4000, "rate": 100_000,
@@ -246,7 +245,7 @@ def test_a_client_that_paused_has_saved_up_nothing() -> None:
 
 
 def test_nine_greedy_clients_and_a_polite_one(fork_server: ForkServer, models: Callable[[str], Path]) -> None:
-    """Each with a p2pd of its own; the greedy ones with four requests at a time."""
+    """Each with a p2pd of its own; the greedy ones with six requests at a time, the polite one with two."""
     with open_wire(fork_server, models("llama")) as wire:
         members = [wire.member]
 
@@ -267,7 +266,7 @@ def test_nine_greedy_clients_and_a_polite_one(fork_server: ForkServer, models: C
 
         async def use() -> None:
             end = time.monotonic() + 5
-            await asyncio.gather(*(insist(number, end) for number in range(10) for _ in range(4 if number else 1)))
+            await asyncio.gather(*(insist(number, end) for number in range(10) for _ in range(6 if number else 2)))
 
         wire.run(use())
         for member in members[1:]:

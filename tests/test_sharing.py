@@ -172,6 +172,16 @@ def test_peers_that_are_not_to_be_used(connect: Connect, shared: tuple[Path, Swa
         blocked.swarm.route()
 
 
+def test_blocks_that_only_certain_peers_may_see(connect: Connect, local: Connect, shared: tuple[Path, Swarm]) -> None:
+    first, second = (peer.peer_id for peer in shared[1].peers)  # 0:4 and 2:5
+    for span, trusted, expected in (("2:4", second, [(0, 2), (2, 5)]), ("3:4", first, [(0, 4), (4, 5)])):
+        pinned = connect(pins={span: [trusted]})
+        assert [(hop.start, hop.end) for hop in pinned.swarm.route()] == expected
+        assert torch.equal(pinned(**batch()).logits, local()(**batch()).logits)
+    with pytest.raises(NoRoute, match="Blocks 0:1 are served by nobody"):
+        connect(pins={"0:1": [second]}).swarm.route()
+
+
 # ---- at once
 
 

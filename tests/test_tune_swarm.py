@@ -167,6 +167,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
     ),
     "key": ({"trainer": {"learning_rat": 1e-3}}, 2, "did you mean 'learning_rate'?"),
     "module": ({"adapter": {"target_modules": ["q_proj", "query"]}}, 2, "'query' matches no module"),
+    "pins": ({"network": {"pins": {"0-2": []}}}, 2, "'0-2' is not a span of blocks; expected START:END"),
     "record": ({"data": {"path": "long.jsonl"}}, 2, f"over data.max_length ({CONTEXT})"),
 }
 

@@ -11,9 +11,9 @@ import transformers
 
 from client import AutoDistributedModelForCausalLM
 from client.verify import Undecided, agree
+from tests.arena import assert_close, batch, step, with_adapter
 from tests.command import Command
 from tests.swarm import ForkServer, Peer, Swarm, new_swarm
-from tests.test_failover import assert_close, batch, step, with_adapter
 
 
 @pytest.fixture(scope="module")

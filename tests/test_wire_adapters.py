@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,8 @@ from protocol import swarm_pb2 as pb
 from protocol.adapters import METHODS, bundle_hash
 from protocol.channel import Message
 from protocol.errors import BadAdapter, BadRequest, SessionLost, UnknownAdapter
-from tests.swarm import Peer
-from tests.wire import HIDDEN, MIB, OPEN, START, TARGET, Wire, context, forward
-
-
-def manifest(**changes: Any) -> dict[str, Any]:
-    spec = {"name": "default", "method": "LORA", "options": {"r": 4, "lora_alpha": 8}, "targets": [TARGET]}
-    spec["parameters"] = []
-    spec |= {key: changes.pop(key) for key in tuple(changes) if key in spec}
-    names = {f"{TARGET}.lora_A.default.weight": 0, f"{TARGET}.lora_B.default.weight": 1}
-    whole = {"adapters": [spec], "scaling": {TARGET: {"default": 2.0}}, "tensors": names, "trainable": sorted(names)}
-    return whole | changes
-
-
-def put(content: Any, *tensors: torch.Tensor) -> Message:
-    given = tensors or (torch.ones(4, 32) / 8, torch.ones(32, 4) / 8)
-    text = content if isinstance(content, str) else json.dumps(content)
-    return Message(pb.PutAdapter(manifest=text), {str(i): tensor for i, tensor in enumerate(given)})
+from tests.swarm import ForkServer, Peer
+from tests.wire import HIDDEN, MIB, OPEN, START, TARGET, Wire, context, forward, manifest, open_wire, put
 
 
 def options(**more: Any) -> dict[str, Any]:
@@ -42,6 +28,16 @@ def test_an_adapter_is_put_and_used(wire: Wire) -> None:
         wire.ask(forward(adapter=key))
     assert wire.ask(good).body.token == key  # type: ignore[attr-defined]
     assert not torch.equal(wire.ask(forward(adapter=key)).tensor("hidden_states"), wire.expected)
+
+
+def test_the_adapters_of_a_client_that_has_gone_are_dropped(fork_server: ForkServer, models: Any) -> None:
+    """But not at once: it may come back after a broken connection."""
+    with open_wire(fork_server, models("llama"), "--idle-timeout", "2") as wire:
+        key = wire.ask(put(manifest())).body.token  # type: ignore[attr-defined]
+        wire.ask(forward(adapter=key))
+        time.sleep(3)
+        with pytest.raises(UnknownAdapter, match="put it"):
+            wire.ask(forward(adapter=key))
 
 
 NAMES = manifest()["tensors"]

@@ -1,6 +1,7 @@
 """A running peer, and messages for it from below the client."""
 
 import asyncio
+import json
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,3 +109,18 @@ def step(number: int, *edits: pb.CacheEdit, hidden: torch.Tensor = HIDDEN, **ten
 
 
 OPEN = Message(pb.OpenSession(start=START, end=END))
+
+
+def manifest(**changes: Any) -> dict[str, Any]:
+    spec = {"name": "default", "method": "LORA", "options": {"r": 4, "lora_alpha": 8}, "targets": [TARGET]}
+    spec["parameters"] = []
+    spec |= {key: changes.pop(key) for key in tuple(changes) if key in spec}
+    names = {f"{TARGET}.lora_A.default.weight": 0, f"{TARGET}.lora_B.default.weight": 1}
+    whole = {"adapters": [spec], "scaling": {TARGET: {"default": 2.0}}, "tensors": names, "trainable": sorted(names)}
+    return whole | changes
+
+
+def put(content: Any, *tensors: torch.Tensor) -> Message:
+    given = tensors or (torch.ones(4, 32) / 8, torch.ones(32, 4) / 8)
+    text = content if isinstance(content, str) else json.dumps(content)
+    return Message(pb.PutAdapter(manifest=text), {str(i): tensor for i, tensor in enumerate(given)})

@@ -90,6 +90,21 @@ class SamplesConfig(Section):
     max_new_tokens: int = Field(default=64, gt=0)
 
 
+class NetworkConfig(Section):
+    """Through which peers, and how; each is the `SwarmConfig` field of the same name."""
+
+    allowed_peers: list[str] | None = Field(default=None, description="IDs of the only peers to go through")
+    blocked_peers: list[str] | None = Field(default=None, description="IDs of peers never to go through")
+    pins: dict[str, list[str]] | None = Field(
+        default=None, description="START:END -> IDs of the peers for these blocks"
+    )
+    verify: float | None = Field(
+        default=None, ge=0, le=1, description="share of answers that other peers compute again"
+    )
+    silence_timeout: float | None = Field(default=None, gt=0, description="seconds until a silent peer counts as lost")
+    micro_batch_tokens: int | None = Field(default=None, gt=0, description="larger batches are split")
+
+
 class TuneConfig(Section):
     """One fine-tuning run."""
 
@@ -97,6 +112,7 @@ class TuneConfig(Section):
     revision: str | None = None
     initial_peers: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
     swarm_key: Path | None = Field(default=None, description="key file of a private swarm")
+    network: NetworkConfig = Field(default_factory=NetworkConfig)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     data: DataConfig
     adapter: AdapterChoice = Field(default_factory=lambda: OPTIONS["lora"](method="lora"))

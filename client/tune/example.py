@@ -10,6 +10,9 @@ model: HuggingFaceTB/SmolLM2-135M-Instruct   # folder or hub name
 # revision: main                             # branch, tag or commit on the hub
 initial_peers: []                            # addresses of the swarm, as `peer serve` prints them
 # swarm_key: swarm.key                       # key file of a private swarm
+# network:                                   # through which peers, and how
+#   verify: 0.05                             # share of answers that other peers compute again
+#   blocked_peers: []                        # also: allowed_peers, pins, silence_timeout, micro_batch_tokens
 dtype: auto                                  # of what this machine holds: auto, float32, bfloat16, float16
 
 data:

@@ -1,0 +1,159 @@
+"""What models of BLOOM's scale take, from meta skeletons of their real shapes.
+
+Run as `python -m benchmarks.capacity > docs/capacity.md`. Nothing is measured; the page has each column's formula.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import transformers as tf
+
+from protocol.model.anatomy import find_blocks, hidden_size
+
+GIB, MIB, KIB = 2**30, 2**20, 2**10
+BYTES_PER_WEIGHT = {"bf16": 2.0, "int8": 1.05, "nf4": 0.57}
+LORA_RANK = 16
+MODELS: dict[str, tf.PretrainedConfig] = {
+    "BLOOM-176B": tf.BloomConfig(vocab_size=250880, hidden_size=14336, n_layer=70, n_head=112),
+    "Llama-3.1-405B": tf.LlamaConfig(
+        vocab_size=128256, hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128,
+        num_key_value_heads=8, max_position_embeddings=131072,
+    ),
+    "Llama-3.3-70B": tf.LlamaConfig(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, max_position_embeddings=131072,
+    ),
+}  # fmt: skip
+GPUS = {"A100 80 GB": (80, 2.0e12), "RTX 4090 24 GB": (24, 1.0e12), "T4 16 GB": (16, 0.32e12)}
+"""Memory in GiB, and bytes per second that it is read at."""
+LINKS = {
+    "1 Gbit/s, 5 ms": (125e6, 0.005), "100 Mbit/s, 5 ms": (12.5e6, 0.005), "100 Mbit/s, 100 ms": (12.5e6, 0.1),
+}  # fmt: skip
+"""Bytes per second, and seconds of a round trip."""
+CONTEXT = 2048
+_SHARE = 0.8
+"""Of a GPU's memory, for weights and KV cache; the rest is for activations, adapters and the CUDA context."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model's shapes say."""
+
+    blocks: int
+    hidden: int
+    block_weights: int
+    outside_weights: int
+    """Embeddings, LM head and norms: the client's."""
+    cache_numbers: int
+    """Keys and values of one token in one block."""
+    lora_numbers: int
+    """LoRA of rank `LORA_RANK` on every linear layer of one block."""
+
+
+def measure(config: tf.PretrainedConfig) -> Sizes:
+    """The sizes of a model of this configuration, from a skeleton without memory."""
+    with torch.device("meta"):
+        model = tf.AutoModelForCausalLM.from_config(config)
+    blocks = find_blocks(model).of(model)
+    block = sum(p.numel() for p in blocks[0].parameters())
+    linears = [module for module in blocks[0].modules() if isinstance(module, torch.nn.Linear)]
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return Sizes(
+        len(blocks),
+        hidden_size(config),
+        block,
+        sum(p.numel() for p in model.parameters()) - block * len(blocks),
+        2 * heads * (hidden_size(config) // config.num_attention_heads),
+        sum(LORA_RANK * (linear.in_features + linear.out_features) for linear in linears),
+    )
+
+
+def blocks_per_gpu(sizes: Sizes, memory: float, form: str, tokens: int = CONTEXT) -> int:
+    """How many blocks fit `memory` GiB with a KV cache of so many tokens in bf16."""
+    block = sizes.block_weights * BYTES_PER_WEIGHT[form] + tokens * sizes.cache_numbers * 2
+    return int(memory * GIB * _SHARE // block)
+
+
+def decode_seconds(sizes: Sizes, spans: int, form: str, read: float, bandwidth: float, round_trip: float) -> float:
+    """A lower bound of one decode step: every weight read once, one round trip and the hidden state twice per span."""
+    reading = sizes.blocks * sizes.block_weights * BYTES_PER_WEIGHT[form] / read
+    return reading + spans * (round_trip + 2 * sizes.hidden * 2 / bandwidth)
+
+
+def model_table() -> str:
+    """What the ends hold and what crosses the wire, per model."""
+    lines = [
+        "| model | blocks | block: bf16, int8, nf4 | client holds | KV per token and block "
+        f"| per token and span, one way | LoRA r={LORA_RANK}, all linear |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, config in MODELS.items():
+        sizes = measure(config)
+        block = ", ".join(f"{sizes.block_weights * size / GIB:.2f}" for size in BYTES_PER_WEIGHT.values())
+        lora = sizes.lora_numbers * sizes.blocks
+        lines.append(
+            f"| {name} | {sizes.blocks} | {block} GiB | {sizes.outside_weights * 2 / GIB:.1f} GiB | "
+            f"{sizes.cache_numbers * 2 / KIB:.0f} KiB | {sizes.hidden * 2 / KIB:.0f} KiB | "
+            f"{lora / 1e6:.0f} M numbers: {lora * 4 / MIB:.0f} MiB on the wire, {lora * 16 / GIB:.1f} GiB with AdamW |"
+        )
+    return "\n".join(lines)
+
+
+def speed_table() -> str:
+    """Spans needed and decode steps per second at best, per model, GPU and link."""
+    lines = [
+        f"| model | weights | GPUs | blocks each | {' | '.join(LINKS)} |",
+        f"|---|---|---|---|{'---|' * len(LINKS)}",
+    ]
+    for (name, config), form, (gpu, (memory, read)) in product(MODELS.items(), ("int8", "nf4"), GPUS.items()):
+        sizes = measure(config)
+        each = blocks_per_gpu(sizes, memory, form)
+        if not each:
+            continue
+        spans = -(-sizes.blocks // each)
+        rates = (1 / decode_seconds(sizes, spans, form, read, *link) for link in LINKS.values())
+        lines.append(f"| {name} | {form} | {spans} x {gpu} | {each} | {' | '.join(f'{rate:.2f}' for rate in rates)} |")
+    return "\n".join(lines)
+
+
+PAGE = """\
+# Capacity: what models of BLOOM's scale take
+
+Made by `python -m benchmarks.capacity` from skeletons of the real shapes on torch's meta device; do not edit.
+**Nothing on this page is measured**: no machine of ours can hold these models. It is arithmetic, to plan with.
+
+## What the ends hold, and what crosses the wire
+
+{models}
+
+- Block: its weights x 2, 1.05 or 0.57 bytes (quantization's scales included).
+- Client: embeddings, LM head and norms in bf16 (tied ones once); adapters and their optimizer come on top.
+- KV: 2 x KV heads x head size x 2 bytes. A peer with `n` blocks and `t` tokens of cache holds `n t` times as much.
+- Per token and span, one way: hidden size x 2 bytes. A decode step or a forward sends it to each span and back; a
+  backward the same again for gradients. So a training token costs 4 x that per span, whatever the number of blocks.
+- LoRA: rank x (inputs + outputs) per linear layer. On the wire x 4 bytes (float32, as PEFT keeps it; half in bf16),
+  once per optimizer step to the peers, and as much in gradients back per micro-batch; so on slow links use large
+  micro-batches, a low rank, or fewer layers. On the client x 16 bytes with AdamW (weight, gradient, two moments, all
+  in float32).
+
+## Decode steps per second, at best
+
+{speeds}
+
+Blocks each: what fits 80 % of the memory with a KV cache of {context:,} tokens in bf16. Seconds of a step: the bytes
+of all weights / the memory's bytes per second + per span (round trip + 2 x hidden size x 2 bytes / link's bytes per
+second). It leaves out kernels' launch times, which are of the same order for int8 and nf4 at batch 1. For comparison,
+the Petals paper (arXiv 2209.01188) measured 1.71, 1.66 and 1.23 steps per second for BLOOM-176B in int8 on three A100
+over these three links, a fifth to a half of what stands here: the more the links' share is, the nearer. Batches and
+forwards read the weights once for many tokens: their time is the links' and the arithmetic's.
+"""
+
+
+def page() -> str:
+    """docs/capacity.md."""
+    return PAGE.format(models=model_table(), speeds=speed_table(), context=CONTEXT)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
