@@ -110,8 +110,6 @@ def apply_edit(cache: SpanCache, edit: pb.CacheEdit) -> None:
     """Apply a client's edit, which has been checked."""
     kind = edit.WhichOneof("edit")
     if kind == "crop":
-        if not edit.crop:  # Transformers would take it for everything
-            return
         cache.seen -= edit.crop
     for layer in cache.own_layers():
         if kind == "crop":

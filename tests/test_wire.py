@@ -390,11 +390,6 @@ def test_a_refused_step_leaves_its_session_as_it_was(wire: Wire) -> None:
     assert torch.equal(*wire.run(ask()))
 
 
-def test_cropping_nothing_changes_nothing(wire: Wire) -> None:
-    plain, cropped = (wire.ask(OPEN, step(1), step(2, *edits)) for edits in ((), (pb.CacheEdit(crop=0),)))
-    assert torch.equal(plain.tensor("hidden_states"), cropped.tensor("hidden_states"))
-
-
 def test_a_step_has_so_many_edits(wire: Wire) -> None:
     with pytest.raises(BadRequest, match="257 cache edits; at most 256"):
         wire.ask(OPEN, step(1), step(2, *[pb.CacheEdit(crop=0)] * 257))
