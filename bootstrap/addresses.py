@@ -18,7 +18,9 @@ def split_peer_address(address: str) -> tuple[PeerID, Multiaddr]:
     try:
         if not separator or not location or len(base58.b58decode(peer_id)) < 34:
             raise ValueError
-        return PeerID.from_base58(peer_id), Multiaddr(location)
+        where = Multiaddr(location)
+        _parts(where)  # it takes some that it cannot read again
+        return PeerID.from_base58(peer_id), where
     except Exception as error:  # hivemind's Multiaddr raises errors of many kinds
         raise BadUsage(f"{address!r} is not the address of a peer; expected one like {_EXAMPLE}.") from error
 

@@ -136,8 +136,8 @@ class AdapterStore:
         if unknown := set(manifest.trainable) - tensors.keys():
             raise BadAdapter(f"Trainable tensor {min(unknown)!r} is not in the adapter.")
         for name, factors in manifest.scaling.items():
-            module = find_module(blocks, name)
-            if not factors.keys() <= getattr(module, "scaling", {}).keys():
+            known_factors = getattr(find_module(blocks, name), "scaling", None)  # attention has one too, a number
+            if not isinstance(known_factors, dict) or not factors.keys() <= known_factors.keys():
                 raise BadAdapter(f"Module {name!r} has no scaling for {', '.join(factors)}.")
 
     def _tree(self, manifest: Manifest, key: str) -> PreTrainedModel:

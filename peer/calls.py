@@ -131,7 +131,8 @@ class _SavedBytes:
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.total += storage.nbytes()
-        return tensor
+        # An operation that saves its own result would hold itself: a graph that no backward follows, for ever.
+        return tensor.detach()
 
 
 def _backward(graph: _Graph, grad: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -50,6 +50,8 @@ def check_inputs(span: Span, message: Message, past: int, max_length: int) -> In
         )
     mask = _integers(message, "attention_mask", {(batch, past + tokens)})
     positions = _integers(message, "position_ids", {(batch, tokens), (1, tokens)})
+    if positions is not None and positions.dtype == torch.bool:
+        raise BadRequest("position_ids is torch.bool; expected integers.")
     return Inputs(hidden.to(span.device, span.dtype), mask, positions)
 
 
@@ -68,6 +70,10 @@ def check_prefix(span: Span, mode: Mode, message: Message, batch: int) -> Prefix
     prefix = {block: (found[block]["key"], found[block]["value"]) for block in mode.blocks}
     if len({key.shape[2] for key, _ in prefix.values()} | {value.shape[2] for _, value in prefix.values()}) != 1:
         raise BadRequest("The KV prefixes of the blocks differ in length.")
+    for block, pair in prefix.items():
+        sizes = tuple((tensor.shape[1], tensor.shape[3]) for tensor in pair)
+        if sizes != span.kv_sizes.get(block):
+            raise BadRequest(f"The KV prefix of block {block} has heads of other sizes than its keys and values.")
     return prefix
 
 

@@ -20,6 +20,7 @@ IDLE_TIMEOUT = 30.0
 """Seconds after which a session may have to give way to others, if nobody says otherwise."""
 _PAGE = 64
 _MAX_ROWS = 4096
+_MAX_EDITS = 256
 
 
 class SpanCache(DynamicCache):
@@ -71,24 +72,38 @@ class SpanCache(DynamicCache):
         return super().has_previous_state(linear[-1], state_idx) if linear else False
 
 
-def check_edit(cache: SpanCache, edit: pb.CacheEdit, rows: int) -> int:
-    """How many rows a cache of `rows` rows has after an edit. Raises `BadRequest` for one that does not fit it."""
+def check_edits(session: "Session", edits: Sequence[pb.CacheEdit]) -> tuple[int, int]:
+    """How many tokens and rows a session's cache will have after `edits`; its memory is reserved.
+
+    Raises `BadRequest` for edits that do not fit it, `TooLong`, `PeerFull`.
+    """
+    if len(edits) > _MAX_EDITS:
+        raise BadRequest(f"A step has {len(edits)} cache edits; at most {_MAX_EDITS}.")
+    seen, rows = session.cache.seen, session.batch_size
+    for edit in edits:
+        seen, rows = _edited(edit, seen, rows)
+        session.reserve(rows, seen)
+    return seen, rows
+
+
+def _edited(edit: pb.CacheEdit, seen: int, rows: int) -> tuple[int, int]:
+    """Tokens and rows of a cache after an edit."""
     kind = edit.WhichOneof("edit")
     if kind == "crop":
-        if edit.crop > cache.seen:
-            raise BadRequest(f"Cannot crop {edit.crop} tokens from a cache of {cache.seen}.")
-        return rows
+        if edit.crop > seen:
+            raise BadRequest(f"Cannot crop {edit.crop} tokens from a cache of {seen}.")
+        return seen - edit.crop, rows
     if kind == "repeat_interleave":
         if not 0 < edit.repeat_interleave * rows <= _MAX_ROWS:
             raise BadRequest(f"Cannot repeat {rows} rows {edit.repeat_interleave} times; at most {_MAX_ROWS} rows.")
-        return rows * edit.repeat_interleave
+        return seen, rows * edit.repeat_interleave
     if kind not in ("reorder", "select"):
         raise BadRequest("An unknown cache edit; the two ends run different versions.")
     index = _rows(edit)
     fits = len(index) == rows if kind == "reorder" else 0 < len(index) <= _MAX_ROWS
     if not fits or max(index, default=rows) >= rows:
         raise BadRequest(f"A cache {kind} to rows {index[:8]} does not fit a batch of {rows}.")
-    return len(index)
+    return seen, len(index)
 
 
 def apply_edit(cache: SpanCache, edit: pb.CacheEdit) -> None:
@@ -219,6 +234,15 @@ class Session:
             yield
         finally:
             self.idle_since = time.monotonic()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """The cache changes within the block. If that fails, some of its layers have changed: the session is lost."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def reserve(self, batch_size: int, length: int) -> None:
         """Make sure that the cache may grow to `length` tokens per row. Raises `TooLong`, `PeerFull`."""

@@ -14,7 +14,7 @@ from peer.adapters import AdapterStore, Bundle
 from peer.calls import Call, Trainer
 from peer.checks import check_inputs, check_mode, check_prefix, prefix_length
 from peer.factors import check_factorize, factorize
-from peer.kv_cache import CacheMemory, Session, SpanCache, apply_edit, check_edit, prefix_cache
+from peer.kv_cache import CacheMemory, Session, SpanCache, apply_edit, check_edits, prefix_cache
 from peer.quotas import Account, Accounts, Quota
 from peer.scheduler import Priority, Scheduler
 from peer.span import Mode, Span
@@ -288,28 +288,25 @@ class Service:
     def _run_step(
         self, session: Session, message: Message, body: pb.Step, mode: Mode, bundle: Bundle | None
     ) -> torch.Tensor:
-        hidden = message.tensor("hidden_states")
-        batch = hidden.shape[0] if hidden.ndim else 0
-        for edit in body.edits:
-            rows = check_edit(session.cache, edit, session.batch_size)
-            session.reserve(rows, session.cache.seen)
-            apply_edit(session.cache, edit)
-            session.batch_size = rows
-        past = session.cache.seen or prefix_length(message.tensors)
+        seen, rows = check_edits(session, body.edits)
+        past = seen if session.number else prefix_length(message.tensors)
         inputs = check_inputs(self._span, message, past, self.memory.max_length)
-        if session.number and batch != session.batch_size:
-            raise BadRequest(f"The step has {batch} rows, its session {session.batch_size}.")
-        session.reserve(batch, past + hidden.shape[1])
-        session.batch_size = batch
-        if not session.number:
-            prefix = check_prefix(self._span, mode, message, batch)
+        batch, tokens = inputs.hidden.shape[:2]
+        if session.number and batch != rows:
+            raise BadRequest(f"The step has {batch} rows, its session {rows}.")
+        prefix = {} if session.number else check_prefix(self._span, mode, message, batch)
+        session.reserve(batch, past + tokens)
+        with session.changing():
+            for edit in body.edits:
+                apply_edit(session.cache, edit)
+            session.batch_size = batch
             if prefix:
                 session.cache = prefix_cache(self._span.model.config, mode.blocks, prefix)
-        if body.keep_past:
-            session.cache.activate_past_recording()
-        adapted = self._adapters.adapt(bundle, bundle.tensors) if bundle else None
-        result = self._span.run(inputs, mode, session.cache, adapted)
-        session.cache.seen += hidden.shape[1]
+            if body.keep_past:
+                session.cache.activate_past_recording()
+            adapted = self._adapters.adapt(bundle, bundle.tensors) if bundle else None
+            result = self._span.run(inputs, mode, session.cache, adapted)
+            session.cache.seen += tokens
         return result.to("cpu")
 
     def _session(self, connection: _Connection) -> tuple[Session, Mode]:

@@ -16,8 +16,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from peer.kv_cache import SpanCache
-from protocol.errors import UnsupportedModel, first_line
+from protocol.errors import BadAdapter, UnsupportedModel, first_line
 from protocol.model.anatomy import BlockList, find_blocks, hidden_size
+
+Size = tuple[int, int]
+"""Heads, and the size of one."""
 
 
 class Skip(nn.Module):
@@ -123,6 +126,8 @@ class Span:
         model.eval().requires_grad_(False)
         _neutralise_scalars(model)
         self._check_identity()
+        self.kv_sizes = self._find_kv_sizes()
+        """Block -> heads and head size of the keys and of the values that it caches; of attention blocks only."""
 
     @property
     def blocks(self) -> range:
@@ -164,7 +169,13 @@ class Span:
         if not tensors:
             return trunk(**arguments)[0]  # type: ignore[no-any-return]
         named = {f"{self.where.attribute}.{name}": tensor for name, tensor in tensors.items()}
-        return torch.func.functional_call(trunk, named, (), arguments, tie_weights=False)[0]  # type: ignore[no-any-return]
+        try:
+            return torch.func.functional_call(trunk, named, (), arguments, tie_weights=False)[0]  # type: ignore[no-any-return]
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            # The inputs have been checked; options and dtypes of an adapter can contradict each other in many ways.
+            if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or "allocate memory" in str(error):
+                raise
+            raise BadAdapter(f"The adapter cannot be run: {first_line(error)}.") from error
 
     def _trunk(self, model: nn.Module) -> nn.Module:
         return self.where.trunk_of(model)
@@ -192,6 +203,21 @@ class Span:
             "it would compute something else than the model; it cannot be served."
         )
 
+    @torch.no_grad()
+    def _find_kv_sizes(self) -> dict[int, tuple[Size, Size]]:
+        """A configuration does not say it in one way, so one token is run."""
+        cache = SpanCache(self.model.config, self.blocks)
+        token = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
+        self.run(Inputs(token), Mode(self.blocks), cache)
+        found = {
+            block: [getattr(cache.layers[block], name, None) for name in ("keys", "values")] for block in self.blocks
+        }
+        return {
+            block: (_heads(keys), _heads(values))
+            for block, (keys, values) in found.items()
+            if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
+        }
+
     def _check_cache(self, hidden: torch.Tensor) -> None:
         """A trunk that has no place for a KV cache (Mamba) would ignore it and generate wrong tokens without a word."""
         trunk = type(self._trunk(self.model))
@@ -204,6 +230,10 @@ class Span:
                 f"{trunk.__name__} does not generate with the KV cache that peers keep ({first_line(error)}); "
                 "it cannot be served."
             ) from error
+
+
+def _heads(cached: torch.Tensor) -> Size:
+    return cached.shape[1], cached.shape[3]
 
 
 def find_module(blocks: nn.Module, name: str) -> nn.Module | None:

@@ -116,19 +116,21 @@ def bundle_hash(manifest: str, tensors: Sequence[torch.Tensor]) -> bytes:
 
 def _check_value(key: str, value: Any) -> None:
     """Plain JSON only, and no number that would make a peer allocate much."""
-    if key in _RANKS and not isinstance(value, int | dict | None):
+    if key in PATTERNS:
+        if not isinstance(value, dict | None):
+            raise ValueError(f"option {key!r} has a value of type {type(value).__name__}; expected one per target")
+        items = list((value or {}).values())
+    else:
+        items = value if isinstance(value, list) and key not in _RANKS else [value]
+    for item in items:
+        _check_item(key, item)
+
+
+def _check_item(key: str, value: Any) -> None:
+    if isinstance(value, dict | list):
+        raise ValueError(f"option {key!r} is nested too deeply")
+    if key in _RANKS and not isinstance(value, int | None):
         raise ValueError(f"option {key!r} has a value of type {type(value).__name__}; expected an integer")
-    if isinstance(value, bool | str) or value is None:
-        return
-    if isinstance(value, int | float):
-        limit = MAX_RANK if key in _RANKS else MAX_NUMBER
-        if not abs(value) <= limit:
-            raise ValueError(f"option {key!r} is {value}; at most {limit}")
-        return
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if items is None:
-        raise ValueError(f"option {key!r} has a value of type {type(value).__name__}")
-    for _, item in items:
-        if isinstance(item, dict | list):
-            raise ValueError(f"option {key!r} is nested too deeply")
-        _check_value(key, item)
+    limit = MAX_RANK if key in _RANKS else MAX_NUMBER
+    if isinstance(value, int | float) and not abs(value) <= limit:
+        raise ValueError(f"option {key!r} is {value}; at most {limit}")

@@ -60,7 +60,8 @@ def torch_dtype(number: int) -> torch.dtype | None:
 def encode(name: str, tensor: torch.Tensor) -> tuple[pb.Tensor, memoryview]:
     """The header entry of `tensor` and its bytes: a view where it is contiguous and on the CPU, else one copy."""
     tensor = tensor.detach().to("cpu").contiguous()
-    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+    # A dimension of 1 may have any stride and is contiguous all the same.
+    flat: Any = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy() if tensor.numel() else b""
     data = memoryview(flat)
     entry = pb.Tensor(name=name, dtype=wire_dtype(tensor.dtype), shape=tensor.shape, nbytes=data.nbytes)
     return entry, data

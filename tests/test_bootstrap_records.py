@@ -227,7 +227,8 @@ def test_storage_is_bounded():
 @pytest.mark.parametrize(
     "address",
     ["", "hello", "/ip4/1.2.3.4/tcp/1", f"/p2p/{PEER}", "/ip4/1.2.3.4/tcp/1/p2p/short", f"/ip4/1.2.3/tcp/1/p2p/{PEER}",
-     f"/ip4/1.2.3.4/tcp/99999/p2p/{PEER}", f"1.2.3.4:1/p2p/{PEER}", f"/ip4/1.2.3.4/tcp/1/p2p/{PEER}/p2p/"],
+     f"/ip4/1.2.3.4/tcp/99999/p2p/{PEER}", f"1.2.3.4:1/p2p/{PEER}", f"/ip4/1.2.3.4/tcp/1/p2p/{PEER}/p2p/",
+     f"/dns4/a..org/tcp/1/p2p/{PEER}"],
 )  # fmt: skip
 def test_malformed_addresses(address: str):
     with pytest.raises(BadUsage, match="is not the address of a peer"):

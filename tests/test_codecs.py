@@ -48,6 +48,13 @@ def test_tensors_survive_the_wire(given_tensors: dict[str, torch.Tensor]) -> Non
         assert encode(name, decoded[name])[1] == encode(name, tensor)[1]
 
 
+def test_one_element_of_a_wide_tensor_is_sent() -> None:
+    """It is contiguous, whatever its stride."""
+    column = torch.arange(8.0).reshape(2, 4)[:1, :1]
+    flat = torch.arange(8.0).as_strided((1,), (4,))
+    assert bytes(encode("a", column)[1]) == bytes(encode("a", flat)[1]) == bytes(4)
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(

@@ -153,6 +153,7 @@ BAD_TENSORS = {
     "a mask of three dimensions": ({"attention_mask": torch.ones(1, 4, 4).long()}, "expected integers of shape"),
     "positions of another batch": ({"position_ids": torch.ones(2, 4).long()}, "expected integers of shape"),
     "positions of floats": ({"position_ids": torch.ones(1, 4)}, "position_ids is torch.float32"),
+    "positions of truths": ({"position_ids": torch.ones(1, 4).bool()}, "position_ids is torch.bool"),
     "a prefix of one block": ({"prefix.1.key": FLOATS, "prefix.1.value": FLOATS}, "each of blocks 1:4"),
     "a prefix of keys": ({f"prefix.{i}.key": FLOATS for i in range(1, 4)}, "each of blocks 1:4"),
     "a flat prefix": ({"prefix.1.key": FLOATS[0]}, "4-D"),
@@ -175,6 +176,15 @@ def test_a_prefix_of_another_shape_is_survived(wire: Wire) -> None:
     lengths = {f"prefix.{i}.{part}": torch.zeros(1, 2, 2 + i, 8) for i in range(1, 4) for part in ("key", "value")}
     with pytest.raises(BadRequest, match="differ in length"):
         wire.ask(forward({"hidden_states": HIDDEN, **lengths}))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3, 8), (1, 2, 3, 7), (1, 0, 3, 8), (1, 1000, 3, 8)])
+def test_a_prefix_with_other_heads_is_refused(wire: Wire, shape: tuple[int, ...]) -> None:
+    given = {f"prefix.{i}.{part}": torch.zeros(shape) for i in range(1, 4) for part in ("key", "value")}
+    with pytest.raises(BadRequest, match="heads of other sizes"):
+        wire.ask(forward({"hidden_states": HIDDEN, **given}))
+    with pytest.raises(BadRequest, match="heads of other sizes"):
+        wire.ask(OPEN, step(1, **given))
 
 
 @pytest.mark.parametrize(
@@ -232,6 +242,15 @@ def test_backward_needs_what_its_forward_was(wire: Wire) -> None:
         wire.ask(Message(pb.Backward(context=context(), call_id=1)))
     with pytest.raises(BadRequest, match="differ in shape"):
         wire.ask(Message(pb.Backward(context=context()), {"grad": HIDDEN[:, :2], "hidden_states": HIDDEN}))
+
+
+def test_what_was_kept_for_a_client_goes_with_it(wire: Wire) -> None:
+    large = forward({"hidden_states": torch.ones(32, MAX_LENGTH, WIDTH)}, keep=True)
+    assert wire.ask(large).body.call_id  # type: ignore[attr-defined]
+    before = wire.peer.rss()
+    for _ in range(12):
+        wire.ask(large)
+    assert wire.peer.rss() - before < 60 * MIB
 
 
 def test_a_client_cannot_use_what_is_kept_for_another(wire: Wire) -> None:
@@ -352,3 +371,25 @@ def test_edits_cannot_take_more_memory_than_sessions_may(wire: Wire) -> None:
     for edit in (pb.CacheEdit(repeat_interleave=4096), pb.CacheEdit(select=rows(*([0] * 4096)))):
         with pytest.raises(SwarmError, match="of 1024 tokens free"):
             wire.ask(OPEN, long, step(2, edit, pb.CacheEdit(crop=MAX_LENGTH), hidden=HIDDEN[:, :1].expand(4096, 1, -1)))
+
+
+def test_a_refused_step_leaves_its_session_as_it_was(wire: Wire) -> None:
+    async def ask() -> tuple[torch.Tensor, torch.Tensor]:
+        outputs = []
+        for refused in (False, True):
+            channel = await wire.greeted()
+            await channel.call(OPEN)
+            await channel.call(step(1))
+            if refused:
+                with pytest.raises(BadRequest, match="expected floats"):
+                    await channel.call(step(2, pb.CacheEdit(crop=2), hidden=HIDDEN[..., :31]))
+            outputs.append((await channel.call(step(2, pb.CacheEdit(crop=1)))).tensor("hidden_states"))
+            channel.close()
+        return outputs[0], outputs[1]
+
+    assert torch.equal(*wire.run(ask()))
+
+
+def test_a_step_has_so_many_edits(wire: Wire) -> None:
+    with pytest.raises(BadRequest, match="257 cache edits; at most 256"):
+        wire.ask(OPEN, step(1), step(2, *[pb.CacheEdit(crop=0)] * 257))

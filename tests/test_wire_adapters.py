@@ -12,9 +12,9 @@ import torch
 from protocol import swarm_pb2 as pb
 from protocol.adapters import METHODS, bundle_hash
 from protocol.channel import Message
-from protocol.errors import BadAdapter, BadRequest, UnknownAdapter
+from protocol.errors import BadAdapter, BadRequest, SessionLost, UnknownAdapter
 from tests.swarm import ForkServer, Peer
-from tests.wire import HIDDEN, MIB, START, TARGET, Wire, forward, manifest, open_wire, put
+from tests.wire import HIDDEN, MIB, OPEN, START, TARGET, Wire, context, forward, manifest, open_wire, put
 
 
 def options(**more: Any) -> dict[str, Any]:
@@ -59,6 +59,8 @@ ADAPTERS = {
     "a huge rank": (options(r=2**40), "at most"),
     "no rank": (options(r=0), "PEFT refuses"),
     "a rank of text": (options(r="4"), "expected an integer"),
+    "a rank of several": (manifest(options={"r": {TARGET: 4}}, parameters=[f"{TARGET}.weight"]), "nested too deeply"),
+    "one rank for all": (manifest(options={"rank_pattern": 4}, parameters=[f"{TARGET}.weight"]), "one per target"),
     "a dropout of 7": (options(lora_dropout=7), "PEFT refuses"),
     "a foreign block": (manifest(targets=["0.self_attn.q_proj"]), "no module of blocks 1:4"),
     "an unknown module": (manifest(targets=[f"{START}.nothing"]), "no module of blocks 1:4"),
@@ -82,6 +84,7 @@ ADAPTERS = {
     "a missing tensor": (manifest(tensors={sorted(NAMES)[0]: 0}, trainable=[]), "without 1 of its tensors"),
     "an unknown trainable": (manifest(trainable=["1.x"]), "Trainable tensor '1.x'"),
     "a scaling of nothing": (manifest(scaling={f"{START}.mlp": {"default": 1.0}}), "has no scaling"),
+    "a scaling of attention": (manifest(scaling={f"{START}.self_attn": {}}), "has no scaling"),
     "a scaling of nobody": (manifest(scaling={TARGET: {"other": 1.0}}), "has no scaling for other"),
 }  # fmt: skip
 
@@ -104,6 +107,30 @@ def test_a_wrong_adapter_is_refused(wire: Wire, content: Any, said: str) -> None
 def test_wrong_adapter_tensors_are_refused(wire: Wire, tensors: tuple[torch.Tensor, ...], said: str) -> None:
     with pytest.raises(BadAdapter, match=said):
         wire.ask(put(manifest(), *tensors))
+
+
+def test_an_adapter_that_contradicts_itself_is_refused_when_it_runs(wire: Wire) -> None:
+    mixed = put(manifest(), torch.ones(4, 32), torch.ones(32, 4).double())
+    key = wire.ask(mixed).body.token  # type: ignore[attr-defined]
+    with pytest.raises(BadAdapter, match=r"cannot be run: .* same dtype"):
+        wire.ask(forward(adapter=key))
+
+
+def test_a_session_whose_step_failed_midway_is_lost(wire: Wire) -> None:
+    """Blocks before the adapter's have cached the step's tokens: taken again and again, they would fill the memory."""
+    key = wire.ask(put(manifest(), torch.ones(4, 32), torch.ones(32, 4).double())).body.token  # type: ignore[attr-defined]
+    bad = Message(pb.Step(context=context(adapter=key), number=1), {"hidden_states": HIDDEN})
+
+    async def ask() -> None:
+        channel = await wire.greeted()
+        await channel.call(OPEN)
+        with pytest.raises(BadAdapter):
+            await channel.call(bad)
+        with pytest.raises(SessionLost):
+            await channel.call(bad)
+        channel.close()
+
+    wire.run(ask())
 
 
 def test_adapter_tensors_are_numbered(wire: Wire) -> None:
