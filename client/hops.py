@@ -1,6 +1,5 @@
 """One hop of a training call: asked, its answer checked, and by chance computed again by others."""
 
-import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -87,10 +86,10 @@ async def _ask_forward(
 ) -> tuple[torch.Tensor, int]:
     message = Message(pb.Forward(context=work.context(hop), keep=keep), work.tensors(hop, hidden))
     async with swarm.connections.channel(hop.peer.peer_id) as channel:
-        begin = time.perf_counter()
-        answer = await call_with_adapter(swarm.puts, channel, message, work.bundle(hop))
-    if (tokens := hidden.shape[0] * hidden.shape[1]) > _FEW:
-        swarm.health.took(hop, tokens, time.perf_counter() - begin)
+        with swarm.health.asking(hop.peer.peer_id) as asking:
+            answer, seconds = await call_with_adapter(swarm.puts, channel, message, work.bundle(hop))
+    if asking.alone and (tokens := hidden.shape[0] * hidden.shape[1]) > _FEW:
+        swarm.health.took(hop, tokens, seconds)
     swarm.health.succeed(hop.peer.peer_id)
     call_id = answer.body.call_id if isinstance(answer.body, pb.Result) else 0
     return answered_hidden(answer, hidden, hop.peer.peer_id), call_id
@@ -102,7 +101,8 @@ async def _ask_backward(
     tensors = {"grad": grad} if call_id else {**work.tensors(hop, hidden), "grad": grad}
     message = Message(pb.Backward(context=work.context(hop), call_id=call_id), tensors)
     async with swarm.connections.channel(hop.peer.peer_id) as channel:
-        answer = await call_with_adapter(swarm.puts, channel, message, work.bundle(hop))
+        with swarm.health.asking(hop.peer.peer_id):
+            answer, _ = await call_with_adapter(swarm.puts, channel, message, work.bundle(hop))
     swarm.health.succeed(hop.peer.peer_id)
     gradients = {name.removeprefix("grad."): tensor for name, tensor in answer.tensors.items()}
     found = gradients.pop("hidden_states", None)

@@ -2,7 +2,9 @@
 
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from protocol.errors import NoRoute
@@ -107,6 +109,14 @@ class _Pace:
     since: float
 
 
+@dataclass(eq=False)
+class Asking:
+    """A request that a peer is answering."""
+
+    alone: bool
+    """Whether no other of ours overlapped: only then does its time tell how fast the peer is."""
+
+
 @dataclass
 class Health:
     """What this client learned of peers by using them."""
@@ -115,6 +125,7 @@ class Health:
     _round_trips: dict[str, float] = field(default_factory=dict)
     _paces: dict[tuple[str, bool], _Pace] = field(default_factory=dict)
     """Of peers in use, by ID and whether of decode steps."""
+    _asked: defaultdict[str, set[Asking]] = field(default_factory=lambda: defaultdict(set))
 
     def ban(self, peer_id: str, at_least: float = 0.0) -> None:
         """Keep away from a peer for a while, twice as long each time it fails again (exponential back-off)."""
@@ -142,6 +153,19 @@ class Health:
         """Take in a measured round trip (seconds): the least of late is the link's."""
         known = self._round_trips.get(peer_id)
         self._round_trips[peer_id] = round_trip if known is None else min(round_trip, 0.8 * known + 0.2 * round_trip)
+
+    @contextmanager
+    def asking(self, peer_id: str) -> Iterator[Asking]:
+        """A peer is asked something for as long as the block runs."""
+        others = self._asked[peer_id]
+        asking = Asking(alone=not others)
+        for other in others:
+            other.alone = False
+        others.add(asking)
+        try:
+            yield asking
+        finally:
+            others.discard(asking)
 
     def took(self, hop: Hop, tokens: int, seconds: float) -> None:
         """Take in how long a hop's answer for so many tokens (of all rows) took: peers may be slower than they say."""

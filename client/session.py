@@ -1,7 +1,6 @@
 """A generation: KV caches on the peers of a route, and their replacement when a peer fails."""
 
 import asyncio
-import time
 import weakref
 from dataclasses import dataclass, field, replace
 
@@ -206,10 +205,10 @@ class Session:
         number = stage.number + 1
         body = pb.Step(context=work.context(stage.hop), number=number, edits=edits, keep_past=keep_past)
         message = Message(body, work.tensors(stage.hop, hidden, with_prefix=number == 1))
-        begin = time.perf_counter()
-        answer = await call_with_adapter(self._swarm.puts, stage.channel, message, work.bundle(stage.hop))
-        if hidden.shape[:2] == (1, 1):  # comparable with what peers announce
-            self._swarm.health.took(stage.hop, 1, time.perf_counter() - begin)
+        with self._swarm.health.asking(stage.hop.peer.peer_id) as asking:
+            answer, seconds = await call_with_adapter(self._swarm.puts, stage.channel, message, work.bundle(stage.hop))
+        if asking.alone and hidden.shape[:2] == (1, 1):  # comparable with what peers announce
+            self._swarm.health.took(stage.hop, 1, seconds)
         stage.number = number
         stage.leaving = isinstance(answer.body, pb.Result) and answer.body.leaving
         self._swarm.health.succeed(stage.hop.peer.peer_id)

@@ -1,6 +1,7 @@
 """What a piece of work on remote blocks consists of, and how it is put into messages."""
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -93,8 +94,10 @@ class Puts:
             done.set_result(None)
 
 
-async def call_with_adapter(puts: Puts, channel: Channel, message: Message, bundle: Bundle | None) -> Message:
-    """Call; when the peer does not hold the adapter, put it and call again.
+async def call_with_adapter(
+    puts: Puts, channel: Channel, message: Message, bundle: Bundle | None
+) -> tuple[Message, float]:
+    """Call; when the peer does not hold the adapter, put it and call again. Returns the seconds of the call alone, too.
 
     One that is being trained is new to every peer after each optimizer step, and is put first; others may be there.
     """
@@ -102,12 +105,18 @@ async def call_with_adapter(puts: Puts, channel: Channel, message: Message, bund
         await puts.put(channel, bundle, None)
     seen = puts.last_done(channel.remote, bundle.key) if bundle else None
     try:
-        return await channel.call(message)
+        return await _timed_call(channel, message)
     except UnknownAdapter:
         if bundle is None:
             raise PeerFailed(f"Peer {channel.remote} misses an adapter that the call does not name.") from None
     await puts.put(channel, bundle, seen)
-    return await channel.call(message)
+    return await _timed_call(channel, message)
+
+
+async def _timed_call(channel: Channel, message: Message) -> tuple[Message, float]:
+    begin = time.perf_counter()
+    answer = await channel.call(message)
+    return answer, time.perf_counter() - begin
 
 
 def answered_hidden(answer: Message, like: torch.Tensor, remote: str) -> torch.Tensor:

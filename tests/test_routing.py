@@ -227,3 +227,32 @@ def test_peers_that_join_one_by_one_cover_the_model() -> None:
         blocks = choose_blocks(peers, 10, 3)
         peers.append(peer(f"{i}", blocks.start, blocks.stop, total=10))
     assert holes(peers, 0, 10) == []
+
+
+def test_a_peer_that_was_slow_is_so_for_a_while(clock: list[float]) -> None:
+    health, slow = Health(), peer("s", 0, 4, speed=100.0)
+    usual = health.decode_cost(slow, 4)
+    health.took(Hop(slow, 0, 4), 1, 2.0)
+    assert health.decode_cost(slow, 4) == pytest.approx(2.0)
+    assert health.decode_cost(slow, 2) == pytest.approx(1.0, abs=0.02)
+    assert health.forward_cost(slow, 4) < 512 * 4 * 0.1  # of forwards it says nothing
+    health.took(Hop(slow, 0, 4), 1, 0.0)
+    assert health.decode_cost(slow, 4) == pytest.approx(1.4, abs=0.01)
+    clock[0] += 61
+    assert health.decode_cost(slow, 4) == usual
+    health.took(Hop(slow, 0, 4), 1, 0.0)
+    assert health.decode_cost(slow, 4) == usual  # no faster than it says: that was its cache, or luck
+
+
+def test_requests_that_overlap_tell_nothing_of_a_peer() -> None:
+    health = Health()
+    with health.asking("one") as first, health.asking("another") as other:
+        with health.asking("one") as second:
+            pass
+        with health.asking("one") as third:
+            pass
+    with health.asking("one") as later:
+        pass
+    assert [each.alone for each in (first, second, third)] == [False, False, False]
+    assert other.alone
+    assert later.alone
