@@ -42,15 +42,15 @@ class AdapterStore:
     together have too much, those of the one that has most give way.
     """
 
-    def __init__(self, span: Span, max_bytes: int, quota: Quota | None = None):
+    def __init__(self, span: Span, max_bytes: int, quota: Quota):
         self._span = span
-        self._max_bytes, self._quota = max_bytes, quota or Quota()
+        self._max_bytes, self._quota = max_bytes, quota
         self._bundles = dict[bytes, Bundle]()
         self._owned = defaultdict[str, OrderedDict[bytes, int]](OrderedDict)
         """Client -> the hashes that it put, the least recently used first, and their sizes in bytes."""
         self._trees = OrderedDict[str, PreTrainedModel]()
 
-    def put(self, manifest_json: str, tensors: Mapping[str, torch.Tensor], client: str = "") -> bytes:
+    def put(self, manifest_json: str, tensors: Mapping[str, torch.Tensor], client: str) -> bytes:
         """Keep a bundle; returns its hash. Runs PEFT's construction, so it belongs on the compute thread.
 
         Raises `BadAdapter` when method, options, names or shapes are not acceptable.
@@ -77,7 +77,7 @@ class AdapterStore:
         self._make_room(client)
         return key
 
-    def get(self, key: bytes, client: str = "") -> Bundle:
+    def get(self, key: bytes, client: str) -> Bundle:
         """The bundle of this hash, whoever put it. Raises `UnknownAdapter`."""
         if key not in self._bundles:
             raise UnknownAdapter(f"No adapter {key.hex()} here; put it and repeat the call.")

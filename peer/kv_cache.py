@@ -16,8 +16,6 @@ from transformers.cache_utils import DynamicCache
 from protocol import swarm_pb2 as pb
 from protocol.errors import BadRequest, PeerFull, TooLong
 
-IDLE_TIMEOUT = 30.0
-"""Seconds after which a session may have to give way to others, if nobody says otherwise."""
 _PAGE = 64
 _MAX_ROWS = 4096
 _MAX_EDITS = 256
@@ -144,11 +142,11 @@ class CacheMemory:
     make them again, if they are still there.
     """
 
-    def __init__(self, total_tokens: int, max_length: int, idle_timeout: float = IDLE_TIMEOUT):
+    def __init__(self, total_tokens: int, max_length: int, idle_timeout: float):
         self.total_tokens, self.max_length = total_tokens, max_length
         self.idle_timeout = idle_timeout
         self._taken = 0
-        self._lock = threading.RLock()  # forks are made on the event loop, steps on the compute thread
+        self._lock = threading.RLock()  # sessions end on the event loop, their steps run on the compute thread
         self._sessions: set[Session] = set()
 
     @property

@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
+from typing import TYPE_CHECKING
 
-from peer.kv_cache import CacheMemory
 from protocol.errors import OverQuota
+
+if TYPE_CHECKING:  # the command line reads the defaults below without importing Transformers
+    from peer.kv_cache import CacheMemory
 
 _BURST = 2.0
 """Seconds' worth of bytes that a client may send at once."""
@@ -41,7 +44,7 @@ class Account:
     """What one client has now. Its `take` and `give_back` are those of the KV memory, within the quota."""
 
     quota: Quota
-    memory: CacheMemory
+    memory: "CacheMemory"
     streams: int = 0
     sessions: int = 0
     _calls: int = 0
@@ -95,7 +98,7 @@ class Account:
 class Accounts:
     """The accounts of the clients that are connected."""
 
-    def __init__(self, quota: Quota, memory: CacheMemory):
+    def __init__(self, quota: Quota, memory: "CacheMemory"):
         self.quota, self._memory = quota, memory
         self._open: dict[str, Account] = {}
 

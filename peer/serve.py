@@ -22,7 +22,9 @@ from peer.options import (
     parse_name,
 )
 from peer.process import leave_at_once, run, say_ready, stop_on_signals, unless_stopped
+from peer.quotas import Quota
 from protocol.errors import BadUsage, UnsupportedModel
+from protocol.tensors import Limits
 
 if TYPE_CHECKING:
     from peer.server import ServeOptions
@@ -55,14 +57,14 @@ def serve(
     idle_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds after which a generation may have to give its memory to others.")
     ] = 30.0,
-    max_message: Annotated[int, typer.Option(min=2**20, help="Bytes of tensors in one message.")] = 512 * 2**20,
-    client_streams: Annotated[int, typer.Option(min=1, help="Connections of one client.")] = 256,
-    client_sessions: Annotated[int, typer.Option(min=1, help="Generations of one client at a time.")] = 128,
+    max_message: Annotated[int, typer.Option(min=2**20, help="Bytes of tensors in one message.")] = Limits.max_payload,
+    client_streams: Annotated[int, typer.Option(min=1, help="Connections of one client.")] = Quota.streams,
+    client_sessions: Annotated[int, typer.Option(min=1, help="Generations of one client at a time.")] = Quota.sessions,
     client_cache_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that one client's generations may hold; default: all.")
     ] = None,
-    client_calls: Annotated[int, typer.Option(min=1, help="Requests of one client at a time.")] = 64,
-    client_adapters: Annotated[int, typer.Option(min=1, help="Adapters kept for one client.")] = 64,
+    client_calls: Annotated[int, typer.Option(min=1, help="Requests of one client at a time.")] = Quota.calls,
+    client_adapters: Annotated[int, typer.Option(min=1, help="Adapters kept for one client.")] = Quota.adapters,
     client_adapter_bytes: Annotated[
         int | None, typer.Option(min=1, help="Bytes of adapters kept for one client; default: all.")
     ] = None,
@@ -80,7 +82,6 @@ def serve(
 
     from bootstrap.member import MemberOptions
     from peer.loading import QUANTIZATIONS
-    from peer.quotas import Quota
     from peer.server import ServeOptions
     from protocol.model.checkpoint import open_checkpoint
 

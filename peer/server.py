@@ -5,7 +5,7 @@ import contextlib
 import ctypes
 import importlib
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
@@ -16,7 +16,7 @@ from bootstrap.directory import Announcer
 from bootstrap.member import Member, MemberOptions
 from peer.adapters import AdapterStore
 from peer.calls import Trainer
-from peer.kv_cache import IDLE_TIMEOUT, CacheMemory
+from peer.kv_cache import CacheMemory
 from peer.loading import block_bytes, load_span
 from peer.placement import choose_blocks
 from peer.quotas import Quota
@@ -39,31 +39,31 @@ _CACHE_SHARE = 0.25
 """Of the memory that is free after loading, for KV caches; the same again for kept activations and for adapters."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServeOptions:
     """What `peer serve` is told."""
 
     checkpoint: Checkpoint
-    blocks: range | None = None
+    blocks: range | None
     """None: those that the swarm needs most, `num_blocks` of them."""
-    num_blocks: int | None = None
+    num_blocks: int | None
     """None: as many as fit the memory."""
-    member: MemberOptions = field(default_factory=MemberOptions)
-    dtype: torch.dtype | None = None
-    device: str = "cpu"
-    quantization: str = "none"
-    double_quantization: bool = False
-    name: str = ""
-    max_length: int = 8192
+    member: MemberOptions
+    dtype: torch.dtype | None
+    device: str
+    quantization: str
+    double_quantization: bool
+    name: str
+    max_length: int
     """Tokens of one session."""
-    cache_tokens: int | None = None
+    cache_tokens: int | None
     """Tokens of all sessions; None: what a share of the free memory holds."""
-    idle_timeout: float = IDLE_TIMEOUT
+    idle_timeout: float
     """Seconds after which a session may have to give its memory to others."""
-    quota: Quota = field(default_factory=Quota)
-    max_message: int = Limits.max_payload
+    quota: Quota
+    max_message: int
     """Bytes of the tensors of one message."""
-    drain_timeout: float = 30.0
+    drain_timeout: float
     """Seconds that clients get to take their sessions elsewhere when the peer leaves."""
 
 

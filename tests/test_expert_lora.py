@@ -15,6 +15,7 @@ from peft.helpers import rescale_adapter_scale
 
 from peer.adapters import AdapterStore
 from peer.loading import load_span
+from peer.quotas import Quota
 from protocol.errors import BadAdapter
 from protocol.model.checkpoint import open_checkpoint
 from tests.methods import adapted, batch_for, load, logits, train, trainable
@@ -126,4 +127,4 @@ def test_what_a_peer_refuses_before_peft_allocates(
     spec = {"name": "default", "method": "LORA", "options": {"r": rank}, "parameters": [parameter]}
     manifest = json.dumps({"adapters": [spec], "scaling": {}, "tensors": {}, "trainable": []})
     with pytest.raises(BadAdapter, match=said):
-        AdapterStore(span, max_bytes=2**20).put(manifest, {})
+        AdapterStore(span, max_bytes=2**20, quota=Quota()).put(manifest, {}, client="it")
