@@ -10,7 +10,6 @@ import peft
 import torch
 from transformers import LogitsProcessor
 
-from client import AutoDistributedModelForCausalLM
 from tests.swarm import Peer, Swarm
 
 VOCABULARY, BLOCKS, PROMPT = 128, 5, 14
@@ -42,8 +41,7 @@ class Arena:
     def connect(self, victim: Peer, then: list[Peer], **options: Any) -> Any:
         """A model that goes through the victim first; of 2:5 it knows only the victim and `then`."""
         options["allowed_peers"] = [peer.peer_id for peer in (self.swarm.peers[0], victim, *then)]
-        options = {"initial_peers": self.swarm.initial_peers} | options
-        model = AutoDistributedModelForCausalLM.from_pretrained(str(self.path), **options)
+        model = self.swarm.connect(self.path, **options)
         for peer in then:
             model.swarm.health.measured(peer.peer_id, 9.0)  # far away, as far as anyone knows
         assert [hop.peer.peer_id for hop in model.swarm.route()][1:] == [victim.peer_id]

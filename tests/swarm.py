@@ -12,6 +12,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from client import AutoDistributedModelForCausalLM
 
 _ROOT = Path(__file__).parent.parent
 _READY = re.compile(r"^ready address=(\S+)(?: blocks=(\d+):(\d+) model=(\S+))?", re.M)
@@ -107,6 +110,11 @@ class Swarm:
     @property
     def initial_peers(self) -> list[str]:
         return [self.peers[0].address]
+
+    def connect(self, model: Path | str, **options: Any) -> Any:
+        """The model, its blocks in this swarm; `options` as for `from_pretrained`."""
+        options = {"initial_peers": self.initial_peers} | options
+        return AutoDistributedModelForCausalLM.from_pretrained(str(model), **options)
 
     def launch(self, *argv: str, lie: str | None = None) -> Peer:
         """Start a command without waiting for it to be ready; `lie`: see `liars.py`."""

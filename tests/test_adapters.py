@@ -12,7 +12,6 @@ import torch
 import transformers
 from peft.helpers import rescale_adapter_scale
 
-from client import AutoDistributedModelForCausalLM
 from client.ghost import RemoteWeightError
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
@@ -29,9 +28,7 @@ Connect = Callable[..., Any]
 def connect(llama_swarm: tuple[Path, Swarm]) -> Connect:
     """Makes a model through the swarm."""
     path, swarm = llama_swarm
-    return lambda **options: AutoDistributedModelForCausalLM.from_pretrained(
-        str(path), initial_peers=swarm.initial_peers, **options
-    )
+    return lambda **options: swarm.connect(path, **options)
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def served(fork_server: ForkServer, llama: Path) -> Iterator[Swarm]:
 
 
 def connect(path: Path, swarm: Swarm, **options: Any) -> transformers.PreTrainedModel:
-    return AutoDistributedModelForCausalLM.from_pretrained(str(path), initial_peers=swarm.initial_peers, **options)
+    return swarm.connect(path, **options)
 
 
 # Options

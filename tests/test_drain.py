@@ -12,7 +12,6 @@ import torch
 import transformers
 from transformers import LogitsProcessorList
 
-from client import AutoDistributedModelForCausalLM
 from client.retries import Retries
 from tests.arena import AtToken, assert_close, batch, step, with_adapter
 from tests.swarm import ForkServer, Peer, Swarm, new_swarm
@@ -25,10 +24,6 @@ def pairs(fork_server: ForkServer, models: Callable[[str], Path]) -> Iterator[tu
         swarm.launch("bootstrap", "--host", "127.0.0.1").wait_ready()
         swarm.serve(models("llama"), "0:2", "2:5", "0:2", "2:5")
         yield models("llama"), swarm
-
-
-def connect(path: Path, swarm: Swarm, **options: Any) -> Any:
-    return AutoDistributedModelForCausalLM.from_pretrained(str(path), initial_peers=swarm.initial_peers, **options)
 
 
 @pytest.fixture
@@ -60,7 +55,7 @@ def wait_gone(peer: Peer, within: float) -> None:
 def test_sessions_move(how: str, pairs: tuple[Path, Swarm], failures: list[str], models: Any) -> None:
     """In the middle of a generation; the peer has gone before the generation ends."""
     path, swarm = pairs
-    model = connect(path, swarm)
+    model = swarm.connect(path)
     victim = next(peer for peer in swarm.peers if peer.peer_id == model.swarm.route()[1].peer.peer_id)
     options = batch() | {"max_new_tokens": 40} | ({"num_beams": 3} if how == "beams" else {})
     leaver = leaving_at(victim, 5)
@@ -80,7 +75,7 @@ def test_the_only_holder_serves_until_its_time_is_up(swarm: Swarm, models: Calla
     path = models("llama")
     swarm.launch("bootstrap", "--host", "127.0.0.1").wait_ready()
     first = swarm.serve(path, "0:5", options=("--drain-timeout", "60"))[0]
-    model = connect(path, swarm)
+    model = swarm.connect(path)
 
     def leave_and_be_followed() -> None:
         first.send(signal.SIGTERM)
@@ -98,7 +93,7 @@ def test_the_only_holder_serves_until_its_time_is_up(swarm: Swarm, models: Calla
 def test_idle_sessions_hold_nobody_up(pairs: tuple[Path, Swarm]) -> None:
     """A user who thinks about the next word does not keep a peer from leaving, and loses nothing by its leaving."""
     path, swarm = pairs
-    model = connect(path, swarm)
+    model = swarm.connect(path)
     local: Any = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
     victim = next(peer for peer in swarm.peers if peer.peer_id == model.swarm.route()[1].peer.peer_id)
     options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 4}
@@ -115,7 +110,7 @@ def test_idle_sessions_hold_nobody_up(pairs: tuple[Path, Swarm]) -> None:
 
 def test_told_twice_it_leaves_at_once(pairs: tuple[Path, Swarm]) -> None:
     path, swarm = pairs
-    model = connect(path, swarm)
+    model = swarm.connect(path)
     victim = next(peer for peer in swarm.peers if peer.peer_id == model.swarm.route()[1].peer.peer_id)
     cache = transformers.DynamicCache(config=model.config)
     model.generate(torch.arange(3, 12)[None], past_key_values=cache, max_new_tokens=2)
@@ -130,7 +125,7 @@ def test_a_rolling_update(pairs: tuple[Path, Swarm]) -> None:
     """Every peer is told to leave and followed by another, one by one, while clients generate and train."""
     path, swarm = pairs
     local: Any = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
-    generating, training = connect(path, swarm), with_adapter(connect(path, swarm, micro_batch_tokens=14))
+    generating, training = swarm.connect(path), with_adapter(swarm.connect(path, micro_batch_tokens=14))
     expected = local.generate(**batch())
     expected_step = step(with_adapter(transformers.AutoModelForCausalLM.from_pretrained(path)))
     done, problems, count = threading.Event(), list[BaseException](), [0, 0]

@@ -11,7 +11,6 @@ import torch
 import transformers
 from peft.tuners.lora.config import LoraGAConfig
 
-from client import AutoDistributedModelForCausalLM
 from client.ghost import GhostTensor
 from client.weights import RemoteWeightError
 from protocol.errors import BadAdapter, BadUsage, SwarmError
@@ -24,9 +23,7 @@ TARGETS = ["q_proj", "down_proj"]
 @pytest.fixture(scope="module")
 def remote(llama_swarm: tuple[Path, Swarm]) -> Make:
     path, swarm = llama_swarm
-    return lambda **options: AutoDistributedModelForCausalLM.from_pretrained(
-        str(path), initial_peers=swarm.initial_peers, **options
-    )
+    return lambda **options: swarm.connect(path, **options)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +142,7 @@ def test_peers_of_lower_precision(
 ) -> None:
     """An adapter takes away what it begins with from the weights that the peers really have."""
     swarm.serve(models("llama"), "0:5", options=options)
-    model = AutoDistributedModelForCausalLM.from_pretrained(str(models("llama")), initial_peers=swarm.initial_peers)
+    model = swarm.connect(models("llama"))
     before = logits(model)
     model = peft.get_peft_model(model, lora(init))
     scale = before.abs().max()

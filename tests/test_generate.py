@@ -16,7 +16,6 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import DynamicCache, TextIteratorStreamer
 
-from client import AutoDistributedModelForCausalLM
 from tests.swarm import Swarm
 
 VOCABULARY = 128
@@ -43,7 +42,7 @@ class Pair:
 def connect(path: Path, swarm: Swarm) -> Pair:
     local = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
     local.requires_grad_(False)  # as the swarm's: torch multiplies by a trainable matrix in another way
-    return Pair(local, AutoDistributedModelForCausalLM.from_pretrained(str(path), initial_peers=swarm.initial_peers))
+    return Pair(local, swarm.connect(path))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 
-from client import AutoDistributedModelForCausalLM
 from tests.families import FAMILIES
 from tests.swarm import Swarm
 
@@ -56,7 +55,7 @@ def loss_and_gradients(model: torch.nn.Module, family: str) -> tuple[torch.Tenso
 def test_logits_tokens_loss_and_gradients(family: str, models: Callable[[str], Path], swarm: Swarm) -> None:
     path = models(family)
     swarm.serve(path, "0:2", "2:3", "3:5")
-    remote = AutoDistributedModelForCausalLM.from_pretrained(str(path), initial_peers=swarm.initial_peers)
+    remote = swarm.connect(path)
     local = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
     batch = padded_batch()
     seen = batch["attention_mask"].bool()

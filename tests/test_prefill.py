@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 
-from client import AutoDistributedModelForCausalLM
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
 from protocol.errors import NoRoute
@@ -41,9 +40,7 @@ def served(
 
 def test_in_chunks_as_in_one(served: tuple[Path, Swarm]) -> None:
     path, swarm = served
-    model: Any = AutoDistributedModelForCausalLM.from_pretrained(
-        str(path), initial_peers=swarm.initial_peers, prefill_chunk_tokens=CHUNK
-    )
+    model: Any = swarm.connect(path, prefill_chunk_tokens=CHUNK)
     local: Any = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
     assert torch.equal(model.generate(**batch()), local.generate(**batch()))
     inputs = {name: batch()[name] for name in ("input_ids", "attention_mask")}

@@ -10,7 +10,6 @@ import torch
 import transformers
 from transformers import BitsAndBytesConfig
 
-from client import AutoDistributedModelForCausalLM
 from client.swarm import swarm_of
 from tests.families import build_llama
 from tests.swarm import Swarm
@@ -105,7 +104,7 @@ def assert_equal(ours: torch.nn.Module, theirs: torch.nn.Module) -> torch.Tensor
 def test_a_quantized_peer_equals_a_local_quantized_model(name: str, path: Path, swarm: Swarm) -> None:
     options, config = QUANTIZATIONS[name]
     swarm.serve(path, *SPANS, options=options)
-    remote = AutoDistributedModelForCausalLM.from_pretrained(str(path), initial_peers=swarm.initial_peers)
+    remote = swarm.connect(path)
     assert [peer.quantization for peer in swarm_of(remote).peers()] == [options[1]] * len(SPANS)
     logits = assert_equal(remote, load_local(path, dtype=torch.float32, quantization_config=config()))
     batch = padded_batch()
@@ -116,9 +115,7 @@ def test_a_quantized_peer_equals_a_local_quantized_model(name: str, path: Path, 
 
 def test_bfloat16_peers_equal_a_local_bfloat16_model(path: Path, swarm: Swarm) -> None:
     swarm.serve(path, *SPANS, options=["--dtype", "bfloat16"])
-    remote = AutoDistributedModelForCausalLM.from_pretrained(
-        str(path), initial_peers=swarm.initial_peers, dtype="bfloat16"
-    )
+    remote = swarm.connect(path, dtype="bfloat16")
     assert {peer.dtype for peer in swarm_of(remote).peers()} == {"bfloat16"}
     assert assert_equal(remote, load_local(path, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
@@ -129,7 +126,7 @@ def test_peers_of_several_precisions_in_one_swarm(path: Path, swarm: Swarm) -> N
     swarm.serve(path, "1:2", options=["--quantize", "nf4"])
     swarm.serve(path, "2:3", options=["--quantize", "int8"])
     swarm.serve(path, "3:4", options=["--dtype", "bfloat16"])
-    remote = AutoDistributedModelForCausalLM.from_pretrained(str(path), initial_peers=swarm.initial_peers)
+    remote = swarm.connect(path)
     ours, theirs = train_generate_train(remote), train_generate_train(load_local(path))
     gradients = [name for name in theirs if name.startswith("gradient 0")]
     for name in ("loss 0", *gradients):

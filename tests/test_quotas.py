@@ -11,7 +11,6 @@ import torch
 import transformers
 
 from bootstrap.member import Member, MemberOptions
-from client import AutoDistributedModelForCausalLM
 from client.loop import LOOP
 from peer.scheduler import Priority, Scheduler
 from protocol.channel import Channel, Message
@@ -158,9 +157,7 @@ def test_messages(narrow: Wire, models: Callable[[str], Path], swarm: Swarm) -> 
 
     narrow.run(use())
     swarm.serve(models("llama"), "0:5", options=("--max-message", str(2**20)))
-    model: Any = AutoDistributedModelForCausalLM.from_pretrained(
-        str(models("llama")), initial_peers=swarm.initial_peers, micro_batch_tokens=100_000
-    )
+    model: Any = swarm.connect(models("llama"), micro_batch_tokens=100_000)
     with pytest.raises(BadRequest, match=r"over the limit of \d+ \+ 1048576; send fewer tokens at once"):
         model(torch.ones(200, MAX_LENGTH, dtype=torch.long), use_cache=False)
     model(torch.ones(2, MAX_LENGTH, dtype=torch.long), use_cache=False)
@@ -169,9 +166,7 @@ def test_messages(narrow: Wire, models: Callable[[str], Path], swarm: Swarm) -> 
 def test_idle_sessions_give_way(models: Callable[[str], Path], swarm: Swarm) -> None:
     """Their clients go on as if nothing had happened."""
     swarm.serve(models("llama"), "0:5", options=("--cache-tokens", "128", "--idle-timeout", "0.3"))
-    model: Any = AutoDistributedModelForCausalLM.from_pretrained(
-        str(models("llama")), initial_peers=swarm.initial_peers
-    )
+    model: Any = swarm.connect(models("llama"))
     local: Any = transformers.AutoModelForCausalLM.from_pretrained(models("llama")).eval()
 
     def talk(model: Any, pause: float) -> list[torch.Tensor]:

@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from client import AutoDistributedModelForCausalLM
 from protocol.errors import BadUsage, NoRoute
 from tests.swarm import ForkServer, Swarm, new_swarm
 
@@ -36,9 +35,7 @@ Connect = Callable[..., Any]
 @pytest.fixture(scope="module")
 def connect(shared: tuple[Path, Swarm]) -> Connect:
     path, swarm = shared
-    return lambda **options: AutoDistributedModelForCausalLM.from_pretrained(
-        str(path), initial_peers=swarm.initial_peers, **options
-    )
+    return lambda **options: swarm.connect(path, **options)
 
 
 @pytest.fixture(scope="module")

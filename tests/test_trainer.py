@@ -12,7 +12,6 @@ import transformers
 from transformers import Trainer, TrainingArguments
 
 from client import (
-    AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,
     AutoDistributedModelForTokenClassification,
 )
@@ -48,7 +47,7 @@ def llama(llama_swarm: tuple[Path, Swarm]) -> Both:
     path, swarm = llama_swarm
 
     def remote() -> Any:
-        return AutoDistributedModelForCausalLM.from_pretrained(str(path), initial_peers=swarm.initial_peers)
+        return swarm.connect(path)
 
     return Both(lambda: transformers.AutoModelForCausalLM.from_pretrained(path), remote)
 

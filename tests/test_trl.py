@@ -39,7 +39,7 @@ def llama(llama_swarm: tuple[Path, Swarm]) -> Both:
     path, swarm = llama_swarm
 
     def remote() -> Any:
-        return AutoDistributedModelForCausalLM.from_pretrained(str(path), initial_peers=swarm.initial_peers)
+        return swarm.connect(path)
 
     return Both(lambda: transformers.AutoModelForCausalLM.from_pretrained(path), remote)
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 
-from client import AutoDistributedModelForCausalLM
 from client.verify import Undecided, agree
 from tests.arena import assert_close, batch, step, with_adapter
 from tests.command import Command
@@ -32,8 +31,7 @@ def local(models: Callable[[str], Path]) -> Any:
 
 def connect(path: Path, swarm: Swarm, first: Peer, verify: float, among: list[Peer]) -> Any:
     """A model that goes through `first` as long as it trusts it."""
-    model = AutoDistributedModelForCausalLM.from_pretrained(
-        str(path), initial_peers=swarm.initial_peers, verify=verify, allowed_peers=[peer.peer_id for peer in among],
+    model = swarm.connect(path, verify=verify, allowed_peers=[peer.peer_id for peer in among],
         max_attempts=3,
     )  # fmt: skip
     for peer in among:

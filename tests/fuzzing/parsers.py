@@ -96,11 +96,28 @@ class Frames:
         return mutate_wire(choices, data) if what < 5 else data
 
 
-class Records:
-    """Everything that is read of the directory: records, manifests, signed values, and what members store."""
+class _Parsers:
+    """A target of several parsers, each tried by a function of its own."""
+
+    _kinds: tuple[Callable[[Choices], None], ...]
+    """As often as they are listed."""
 
     def __init__(self) -> None:
         self.inputs = 0
+
+    def play(self, data: bytes) -> None:
+        """A few inputs. Raises for anything but acceptance of what is genuine, or a refusal."""
+        choices = Choices(data)
+        while not choices.is_over:
+            self.inputs += 1
+            choices.pick(self._kinds)(choices)
+
+
+class Records(_Parsers):
+    """Everything that is read of the directory: records, manifests, signed values, and what members store."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self._identity = Identity.load_or_create(None)
         self._rules = SignedRecords(self._identity)
         self._storage = RecordStorage()
@@ -122,16 +139,9 @@ class Records:
         self._manifest = json.dumps(
             {"adapters": [spec], "scaling": {TARGET: {"default": 2.0}}, "tensors": names, "trainable": sorted(names)}
         )
-        self._kinds: tuple[Callable[[Choices], None], ...] = (
+        self._kinds = (
             self._record, self._record, self._try_manifest, self._try_signed, self._store, self._try_content,
         )  # fmt: skip
-
-    def play(self, data: bytes) -> None:
-        """A few inputs. Raises for anything but a record or a refusal."""
-        choices = Choices(data)
-        while not choices.is_over:
-            self.inputs += 1
-            choices.pick(self._kinds)(choices)
 
     def check(self) -> None:
         """Genuine records are still valid; forget what was stored, so that runs are alike."""
@@ -194,11 +204,11 @@ class Records:
         return dataclasses.replace(record, value=self._rules.sign_value(record))
 
 
-class Seals:
+class Seals(_Parsers):
     """Sealed requests and answers of the directory, key files, addresses."""
 
     def __init__(self) -> None:
-        self.inputs = 0
+        super().__init__()
         self._key = SwarmKey(bytes(range(32)))
         self._route = Route("DHT.rpc_find", PeerID.from_base58(_PEER), PeerID(bytes(range(34))))
         self._folder = tempfile.TemporaryDirectory()
@@ -207,13 +217,6 @@ class Seals:
         self._line = self._path.read_bytes()
         self._seen = Nonces()
         self._kinds = (self._try_request, self._try_request, self._try_answer, self._try_address, self._try_key_file)
-
-    def play(self, data: bytes) -> None:
-        """A few inputs. Raises for anything but acceptance of what is genuine, or a refusal."""
-        choices = Choices(data)
-        while not choices.is_over:
-            self.inputs += 1
-            choices.pick(self._kinds)(choices)
 
     def check(self) -> None:
         """Nonces do not pile up: those of old requests are forgotten."""
