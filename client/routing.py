@@ -141,8 +141,9 @@ class Health:
             del self._bans[peer_id]
 
     def succeed(self, peer_id: str) -> None:
-        """A peer answered: forget its failures."""
-        self._bans.pop(peer_id, None)
+        """A peer answered: forget its failures, but for a ban that holds, which an answer on its way did not know of."""
+        if not self.is_banned(peer_id):
+            self._bans.pop(peer_id, None)
 
     def is_banned(self, peer_id: str) -> bool:
         """Whether to keep away from a peer now."""

@@ -165,6 +165,13 @@ def test_bans_get_longer_and_are_forgotten_after_a_success(clock: list[float]) -
     assert ban_length(health, clock) == 2
 
 
+def test_an_answer_that_was_on_its_way_does_not_lift_a_ban(clock: list[float]) -> None:
+    health = Health()
+    health.ban("peer", at_least=3600)
+    health.succeed("peer")
+    assert health.is_banned("peer")
+
+
 def test_a_ban_holds_for_what_the_peer_asked_at_least(clock: list[float]) -> None:
     health = Health()
     assert ban_length(health, clock, at_least=7) == 7
