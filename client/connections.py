@@ -1,5 +1,6 @@
 """Open streams to peers, greeted once and used again."""
 
+import asyncio
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
@@ -10,9 +11,10 @@ from client.membership import Membership
 from client.routing import Health
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
-from protocol.errors import BadRequest, WrongModel
+from protocol.errors import BadRequest, NoConnection, PeerUnreachable, WrongModel
 from protocol.model.checkpoint import same_weights
 from protocol.tensors import Limits
+from protocol.transport.base import Stream, Transport
 
 _MAX_IDLE = 8
 
@@ -48,9 +50,9 @@ class Connections:
             channel.close()
 
     async def open(self, peer_id: str) -> Channel:
-        """A new channel of the caller's own. Raises `PeerUnreachable`, `WrongKey`, `WrongModel`."""
+        """A new channel of the caller's own. Raises `NoConnection`, `PeerUnreachable`, `WrongKey`, `WrongModel`."""
         member = self._membership.member
-        channel = Channel(await member.transport.connect(peer_id), Limits(), self._patience)
+        channel = Channel(await self._dial(member.transport, peer_id), Limits(), self._patience)
         try:
             await member.handshake.initiate(channel)
             await self._greet(channel)
@@ -58,6 +60,15 @@ class Connections:
             channel.close()
             raise
         return channel
+
+    async def _dial(self, transport: Transport, peer_id: str) -> Stream:
+        try:
+            async with asyncio.timeout(self._patience):
+                return await transport.connect(peer_id)
+        except PeerUnreachable as error:
+            raise NoConnection(str(error)) from error
+        except TimeoutError as error:
+            raise NoConnection(f"Peer {peer_id} cannot be reached within {self._patience:g} s.") from error
 
     def forget(self, peer_id: str) -> None:
         """Close the idle channels to a peer: it failed, they are likely dead."""

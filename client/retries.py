@@ -8,6 +8,7 @@ from client.swarm import Purpose, Swarm
 from protocol.errors import (
     BadAdapter,
     BadRequest,
+    NoConnection,
     NoRoute,
     PeerUnreachable,
     SessionLost,
@@ -31,11 +32,16 @@ class Retries:
         self._left = swarm.config.max_attempts
         self._pause = _FIRST_PAUSE
         self._refused = set[str]()
+        self._unconnected = set[str]()
+        """Peers that could not be connected to: each may have gone since the directory heard of it; that is free once."""
         self._last: SwarmError | None = None
 
     def failed(self, peer: PeerRecord, error: SwarmError) -> None:
         """Take note that `peer` failed with `error`: the next route goes round it."""
-        self._left -= 1
+        if isinstance(error, NoConnection) and peer.peer_id not in self._unconnected:
+            self._unconnected.add(peer.peer_id)
+        else:
+            self._left -= 1
         if isinstance(error, _NOT_THIS):
             self._refused.add(peer.peer_id)
         elif not isinstance(error, SessionLost):  # the peer is well, and may be asked to begin again

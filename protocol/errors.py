@@ -72,6 +72,10 @@ class PeerUnreachable(SwarmError):
     """A peer cannot be reached, or its connection broke or fell silent."""
 
 
+class NoConnection(PeerUnreachable):
+    """No connection to a peer came about: nothing was asked of it."""
+
+
 class NoSwarm(PeerUnreachable):
     """None of the initial peers answers: an address is wrong, or the swarm is gone."""
 

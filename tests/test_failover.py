@@ -379,3 +379,16 @@ def test_restarted_under_the_same_identity(arena: Arena, local: Any, tmp_path: P
     assert again[0].peer_id == first.peer_id
     assert torch.equal(tokens, local.generate(**batch()))
     again[0].kill()
+
+
+def test_more_peers_have_gone_than_there_are_attempts(arena: Arena, local: Any) -> None:
+    """The directory names the dead for a minute; whoever was not even connected to costs no attempt."""
+    victim, heir = arena.pair()
+    dead = [arena.launch() for _ in range(3)]
+    for peer in dead:
+        peer.wait_ready()
+    model = arena.connect(victim, [*dead, heir], max_attempts=1)
+    model.swarm.health.measured(heir.peer_id, 60.0)
+    for peer in (victim, *dead):
+        peer.kill()
+    assert torch.equal(model.generate(**batch()), local.generate(**batch()))
