@@ -33,7 +33,7 @@ class Retries:
         self._pause = _FIRST_PAUSE
         self._refused = set[str]()
         self._unconnected = set[str]()
-        """Peers that could not be connected to: each may have gone since the directory heard of it; that is free once."""
+        """Peers that could not be connected to: each may have gone since the directory heard of it, once for free."""
         self._last: SwarmError | None = None
 
     def failed(self, peer: PeerRecord, error: SwarmError) -> None:

@@ -141,7 +141,7 @@ class Health:
             del self._bans[peer_id]
 
     def succeed(self, peer_id: str) -> None:
-        """A peer answered: forget its failures, but for a ban that holds, which an answer on its way did not know of."""
+        """A peer answered: forget its failures, but for a ban that holds: an answer on its way knew nothing of it."""
         if not self.is_banned(peer_id):
             self._bans.pop(peer_id, None)
 
