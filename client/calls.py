@@ -9,7 +9,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from client.handover import should_hand_over
 from client.hops import Gradients, backward_hop, forward_hop
+from client.loop import settle
+from client.relay import HopFailed, Relayed, relay_backward, relay_forward
 from client.retries import Retries
 from client.routing import Hop
 from client.swarm import Swarm
@@ -37,6 +40,8 @@ class Trace:
     work: Work
     rows: slice
     hops: tuple[_Passed, ...]
+    relayed: Relayed | None = None
+    """All hops at once, when the peers handed their results to each other; then `hops` is empty."""
 
 
 async def run_forward(
@@ -67,6 +72,22 @@ async def run_backward(swarm: Swarm, traces: list[Trace], grad: torch.Tensor) ->
 async def _forward_part(
     swarm: Swarm, work: Work, rows: slice, blocks: range, hidden: torch.Tensor, keep: bool
 ) -> tuple[torch.Tensor, Trace]:
+    """Forward by the peers themselves, from one to the next, where that is quicker and succeeds."""
+    retries = Retries(swarm)
+    route = await retries.find_route(blocks.start, blocks.stop, "forward")
+    if should_hand_over(swarm, route):
+        try:
+            output, relayed = await relay_forward(swarm, work, route, hidden, keep)
+        except HopFailed as failure:
+            retries.failed(failure.hop.peer, failure.error)
+        else:
+            return output, Trace(work, rows, (), relayed)
+    return await _forward_hop_by_hop(swarm, work, rows, blocks, hidden, keep)
+
+
+async def _forward_hop_by_hop(
+    swarm: Swarm, work: Work, rows: slice, blocks: range, hidden: torch.Tensor, keep: bool
+) -> tuple[torch.Tensor, Trace]:
     passed = list[_Passed]()
 
     async def go(hop: Hop) -> None:
@@ -80,11 +101,26 @@ async def _forward_part(
 
 
 async def _backward_part(swarm: Swarm, trace: Trace, grad: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
+    if trace.relayed:
+        return await _backward_relayed(swarm, trace.work, trace.relayed, grad)
     total: Gradients = {}
     for passed in reversed(trace.hops):
         grad, gradients = await _backward_hop(swarm, trace.work, passed, grad)
         total |= gradients
     return grad, total
+
+
+async def _backward_relayed(
+    swarm: Swarm, work: Work, relayed: Relayed, grad: torch.Tensor
+) -> tuple[torch.Tensor, Gradients]:
+    """By the peers themselves; else all of it again from the input, for what lay in between is not here."""
+    try:
+        return await relay_backward(swarm, work, relayed, grad)
+    except HopFailed as failure:
+        if not isinstance(failure.error, UnknownCall):
+            Retries(swarm).failed(failure.hop.peer, failure.error)
+    blocks = range(relayed.hops[0].start, relayed.hops[-1].end)
+    return await _backward_over(swarm, work, blocks, relayed.hidden, grad)
 
 
 async def _backward_hop(
@@ -102,7 +138,7 @@ async def _backward_hop(
     while True:
         route = await retries.find_route(hop.start, hop.end, "forward")
         if len(route) > 1:
-            return await _backward_over(swarm, work, passed, grad)
+            return await _backward_over(swarm, work, range(hop.start, hop.end), passed.hidden, grad)
         try:
             return await backward_hop(swarm, work, route[0], passed.hidden, grad, 0)
         except SwarmError as error:
@@ -110,11 +146,10 @@ async def _backward_hop(
 
 
 async def _backward_over(
-    swarm: Swarm, work: Work, passed: _Passed, grad: torch.Tensor
+    swarm: Swarm, work: Work, blocks: range, hidden: torch.Tensor, grad: torch.Tensor
 ) -> tuple[torch.Tensor, Gradients]:
-    """The blocks of one lost hop are now on several peers: go forward over them again, then back."""
-    blocks = range(passed.hop.start, passed.hop.end)
-    _, trace = await _forward_part(swarm, work, slice(None), blocks, passed.hidden, keep=True)
+    """The blocks that were lost are now on several peers: go forward over them again, then back."""
+    _, trace = await _forward_hop_by_hop(swarm, work, slice(None), blocks, hidden, keep=True)
     return await _backward_part(swarm, trace, grad)
 
 
@@ -150,10 +185,4 @@ async def _all(jobs: Iterable[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
         async with turn:
             return await job()  # begun only now: a coroutine that is cancelled before its turn prints a warning
 
-    tasks = [asyncio.create_task(run(job)) for job in jobs]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        raise
+    return await settle([asyncio.create_task(run(job)) for job in jobs])

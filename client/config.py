@@ -32,9 +32,10 @@ class SwarmConfig(BaseModel):
     """How often a failed piece of work is tried again on other peers before its error is raised."""
     micro_batch_tokens: int = Field(default=1024, gt=0)
     """Training batches of more tokens are split by rows into pieces of about this size, in flight at once."""
-
     prefill_chunk_tokens: int = Field(default=512, gt=0)
     """Longer prompts are split into pieces of about this many tokens, which are in flight over all spans at once."""
+    hand_over_above: float = Field(default=0.005, ge=0)
+    """Seconds of round trip to a peer from which on peers hand their results to each other, without a detour here."""
 
     @field_validator("pins")
     @classmethod

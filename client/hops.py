@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
+from client.handover import Border, link
 from client.routing import Hop
 from client.swarm import Swarm
 from client.verify import Answer, Recompute
@@ -20,7 +21,7 @@ _FEW = 64
 
 async def forward_hop(swarm: Swarm, work: Work, hop: Hop, hidden: torch.Tensor, keep: bool) -> tuple[torch.Tensor, int]:
     """Hidden states after a hop, and the name of the activations that its peer kept (0: none). Raises `SwarmError`."""
-    output, call_id = await _ask_forward(swarm, work, hop, hidden, keep)
+    output, call_id = await ask_forward(swarm, work, hop, hidden, keep)
     if swarm.verifier.is_due(work):
         answer = Answer(hop, "forward", {"hidden_states": output}, {"hidden_states": hidden})
         await swarm.verifier.check(answer, recompute_forward(swarm, work, hop, hidden))
@@ -34,7 +35,7 @@ async def backward_hop(
 
     From the activations kept as `call_id`; when that is 0, from the hop's input `hidden`. Raises `SwarmError`.
     """
-    found, gradients = await _ask_backward(swarm, work, hop, hidden, grad, call_id)
+    found, gradients = await ask_backward(swarm, work, hop, hidden, grad, call_id)
     if swarm.verifier.is_due(work):
         answer = Answer(hop, "backward", {"hidden_states": found, **gradients}, {"hidden_states": grad})
         await swarm.verifier.check(answer, _recompute_backward(swarm, work, hop, hidden, grad))
@@ -48,7 +49,7 @@ def recompute_forward(swarm: Swarm, work: Work, hop: Hop, hidden: torch.Tensor, 
         flow, route = hidden, await swarm.find_route(hop.start, hop.end, "forward", without)
         for other in route:
             with _blaming(swarm, other):
-                flow, _ = await _ask_forward(swarm, work, other, flow, keep=False)
+                flow, _ = await ask_forward(swarm, work, other, flow, keep=False)
         return {"hidden_states": flow if tokens is None else flow[:, -tokens:]}, route
 
     return recompute
@@ -61,11 +62,11 @@ def _recompute_backward(swarm: Swarm, work: Work, hop: Hop, hidden: torch.Tensor
             inputs.append(flow)
             if other is not route[-1]:
                 with _blaming(swarm, other):
-                    flow, _ = await _ask_forward(swarm, work, other, flow, keep=False)
+                    flow, _ = await ask_forward(swarm, work, other, flow, keep=False)
         back, total = grad, Gradients()
         for other, before in zip(reversed(route), reversed(inputs), strict=True):
             with _blaming(swarm, other):
-                back, gradients = await _ask_backward(swarm, work, other, before, back, 0)
+                back, gradients = await ask_backward(swarm, work, other, before, back, 0)
             total |= gradients
         return {"hidden_states": back, **total}, route
 
@@ -81,35 +82,73 @@ def _blaming(swarm: Swarm, hop: Hop) -> Iterator[None]:
         raise
 
 
-async def _ask_forward(
-    swarm: Swarm, work: Work, hop: Hop, hidden: torch.Tensor, keep: bool
+async def ask_forward(
+    swarm: Swarm,
+    work: Work,
+    hop: Hop,
+    hidden: torch.Tensor,
+    keep: bool,
+    before: Border | None = None,
+    after: Border | None = None,
 ) -> tuple[torch.Tensor, int]:
-    message = Message(pb.Forward(context=work.context(hop), keep=keep), work.tensors(hop, hidden))
+    """As `forward_hop`, unverified.
+
+    `hidden` comes over the border `before`, if there is one: then it only tells the shape. So does the result, when it
+    was pushed over the border `after`.
+    """
+    body = pb.Forward(context=work.context(hop), keep=keep, hand_over=link(before, after, copy=False))
+    message = Message(body, work.tensors(hop, None if before else hidden))
+    on_working = before.on_working if before else None
     async with swarm.connections.channel(hop.peer.peer_id) as channel:
         with swarm.health.asking(hop.peer.peer_id) as asking:
-            answer, seconds = await call_with_adapter(swarm.puts, channel, message, work.bundle(hop))
-    if asking.alone and (tokens := hidden.shape[0] * hidden.shape[1]) > _FEW:
+            answer, seconds = await call_with_adapter(swarm.puts, channel, message, work.bundle(hop), on_working)
+    if asking.alone and not before and (tokens := hidden.shape[0] * hidden.shape[1]) > _FEW:
         swarm.health.took(hop, tokens, seconds)
     swarm.health.succeed(hop.peer.peer_id)
-    call_id = answer.body.call_id if isinstance(answer.body, pb.Result) else 0
-    return answered_hidden(answer, hidden, hop.peer.peer_id), call_id
+    result = answer.body if isinstance(answer.body, pb.Result) else pb.Result()
+    if after and result.pushed:
+        await after.passed(None, pushed=True)
+        return hidden, result.call_id
+    output = answered_hidden(answer, hidden, hop.peer.peer_id)
+    if after:
+        await after.passed(output, pushed=False)
+    return output, result.call_id
 
 
-async def _ask_backward(
-    swarm: Swarm, work: Work, hop: Hop, hidden: torch.Tensor, grad: torch.Tensor, call_id: int
+async def ask_backward(
+    swarm: Swarm,
+    work: Work,
+    hop: Hop,
+    hidden: torch.Tensor,
+    grad: torch.Tensor,
+    call_id: int,
+    before: Border | None = None,
+    after: Border | None = None,
 ) -> tuple[torch.Tensor, Gradients]:
-    tensors = {"grad": grad} if call_id else {**work.tensors(hop, hidden), "grad": grad}
-    message = Message(pb.Backward(context=work.context(hop), call_id=call_id), tensors)
+    """As `backward_hop`, unverified; for `before` and `after` see `ask_forward`."""
+    tensors = {} if before else {"grad": grad}
+    if not call_id:
+        tensors |= work.tensors(hop, hidden)
+    body = pb.Backward(context=work.context(hop), call_id=call_id, hand_over=link(before, after, copy=False))
+    on_working = before.on_working if before else None
     async with swarm.connections.channel(hop.peer.peer_id) as channel:
         with swarm.health.asking(hop.peer.peer_id):
-            answer, _ = await call_with_adapter(swarm.puts, channel, message, work.bundle(hop))
+            answer, _ = await call_with_adapter(
+                swarm.puts, channel, Message(body, tensors), work.bundle(hop), on_working
+            )
     swarm.health.succeed(hop.peer.peer_id)
     gradients = {name.removeprefix("grad."): tensor for name, tensor in answer.tensors.items()}
     found = gradients.pop("hidden_states", None)
+    _check_gradients(work, hop, gradients)
+    if after and isinstance(answer.body, pb.Result) and answer.body.pushed:
+        await after.passed(None, pushed=True)
+        return grad, gradients
     if found is None or found.shape != grad.shape:
         raise PeerFailed(f"Peer {hop.peer.peer_id} answered a backward without the gradient of the hidden states.")
-    _check_gradients(work, hop, gradients)
-    return found.to(grad.device, grad.dtype), gradients
+    found = found.to(grad.device, grad.dtype)
+    if after:
+        await after.passed(found, pushed=False)
+    return found, gradients
 
 
 def _check_gradients(work: Work, hop: Hop, gradients: Gradients) -> None:

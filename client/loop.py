@@ -4,7 +4,7 @@ import asyncio
 import atexit
 import contextlib
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 try:
@@ -62,6 +62,17 @@ class BackgroundLoop:
         with contextlib.suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(close_all(), loop).result(4)
         loop.call_soon_threadsafe(loop.stop)
+
+
+async def settle(tasks: Sequence["asyncio.Task[T]"]) -> list[T]:
+    """The results of all; when one fails or this is cancelled, the others are ended first."""
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 LOOP = BackgroundLoop()

@@ -123,6 +123,8 @@ class Health:
 
     _bans: dict[str, _Ban] = field(default_factory=dict)
     _round_trips: dict[str, float] = field(default_factory=dict)
+    _apart: dict[tuple[str, str], float] = field(default_factory=dict)
+    """Peers of which the first could not reach the second, and when that was."""
     _paces: dict[tuple[str, bool], _Pace] = field(default_factory=dict)
     """Of peers in use, by ID and whether of decode steps."""
     _asked: defaultdict[str, set[Asking]] = field(default_factory=lambda: defaultdict(set))
@@ -154,6 +156,18 @@ class Health:
         """Take in a measured round trip (seconds): the least of late is the link's."""
         known = self._round_trips.get(peer_id)
         self._round_trips[peer_id] = round_trip if known is None else min(round_trip, 0.8 * known + 0.2 * round_trip)
+
+    def round_trip(self, peer_id: str) -> float:
+        """Seconds of the round trip to a peer, as far as anyone knows."""
+        return self._round_trips.get(peer_id, 0.0)
+
+    def could_not_reach(self, peer_id: str, other_id: str) -> None:
+        """Take note that the first peer could not hand something over to the second."""
+        self._apart[peer_id, other_id] = time.monotonic()
+
+    def are_apart(self, peer_id: str, other_id: str) -> bool:
+        """Whether the first peer could not reach the second of late."""
+        return time.monotonic() - self._apart.get((peer_id, other_id), float("-inf")) < _LONGEST_BAN
 
     @contextmanager
     def asking(self, peer_id: str) -> Iterator[Asking]:

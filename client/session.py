@@ -1,14 +1,17 @@
 """A generation: KV caches on the peers of a route, and their replacement when a peer fails."""
 
 import asyncio
+import itertools
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from client.handover import Border, borders, link, should_hand_over
 from client.history import History
 from client.hops import recompute_forward
-from client.loop import LOOP
+from client.loop import LOOP, settle
 from client.retries import Retries
 from client.routing import Hop
 from client.swarm import Swarm
@@ -67,6 +70,19 @@ class _Step:
             mask=mask[:, : mask.shape[1] - self.hidden.shape[1] + end] if mask is not None else None,
         )
         return _Step(work, hidden, self.edits if not start else [], self.keep_past, self.positions)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A chunk of a step on one stage."""
+
+    step: _Step
+    """`hidden` is as what goes in in shape and dtype only."""
+    input: "asyncio.Future[torch.Tensor]"
+    output: "asyncio.Future[torch.Tensor]"
+    before: Border | None
+    """That the input is pushed over; None: the request takes it along."""
+    after: Border | None
 
 
 class Session:
@@ -129,44 +145,54 @@ class Session:
         return flow
 
     async def _run_chunks(self, step: "_Step") -> dict[int, list[torch.Tensor]]:
-        """Take a long prompt through the stages in chunks, several in flight, as far as that goes without a failure.
+        """Take a step through the stages with several requests in flight, as far as that goes without a failure.
 
-        Returns by `id` of a stage what it put out.
+        A long prompt goes in chunks; and where peers hand their results to each other, all are asked at once. Returns
+        by `id` of a stage what it put out.
         """
         count = -(-step.hidden.shape[1] // self._swarm.config.prefill_chunk_tokens)
-        if count == 1:
+        hands_over = await self._hands_over()
+        if count == 1 and not hands_over:
             return {}
+        chunks = step.hidden.tensor_split(count, 1)
+        hops = [stage.hop for stage in self._stages]
+        crossed = [borders(self._swarm, hops, "hidden_states") if hands_over else [] for _ in chunks]
         done: dict[int, list[torch.Tensor]] = {}
         inputs: list[asyncio.Future[torch.Tensor]] = _futures(count)
-        for chunk, future in zip(step.hidden.tensor_split(count, 1), inputs, strict=True):
+        for chunk, future in zip(chunks, inputs, strict=True):
             future.set_result(chunk)
         tasks = []
-        for stage in self._stages:
+        for index, stage in enumerate(self._stages):
+            around = [[None, *row, None][index : index + 2] if hands_over else [None, None] for row in crossed]
             outputs = _futures(count)
             done[id(stage)] = []
-            tasks.append(asyncio.create_task(self._feed(stage, step, inputs, outputs, done[id(stage)])))
+            parts = [
+                _Part(step.part(start, chunk), source, output, *pair)
+                for start, chunk, source, output, pair in zip(
+                    _starts(chunks), chunks, inputs, outputs, around, strict=True
+                )
+            ]
+            tasks.append(asyncio.create_task(self._feed(stage, parts, done[id(stage)])))
             inputs = outputs
-        await _settle(tasks)
+        await settle(tasks)
         return done
 
-    async def _feed(
-        self,
-        stage: _Stage,
-        step: "_Step",
-        inputs: list["asyncio.Future[torch.Tensor]"],
-        outputs: list["asyncio.Future[torch.Tensor]"],
-        done: list[torch.Tensor],
-    ) -> None:
+    async def _hands_over(self) -> bool:
+        """Whether the peers hand their results of the next step to each other."""
+        if not should_hand_over(self._swarm, [stage.hop for stage in self._stages]):
+            return False
+        if any(stage.channel is None for stage in self._stages):
+            return False
+        return not any([await self._should_move(stage) for stage in self._stages])
+
+    async def _feed(self, stage: _Stage, parts: list["_Part"], done: list[torch.Tensor]) -> None:
         """One stage's chunks, in order. After a failure those that follow are cancelled, down to the last stage."""
-        start = 0
         try:
             if stage.channel is None:
                 return
-            for waiting, output in zip(inputs, outputs, strict=True):
-                chunk = await asyncio.shield(waiting)
-                done.append(await self._run_checked(stage, step.part(start, chunk)))
-                output.set_result(done[-1])
-                start += chunk.shape[1]
+            for part in parts:
+                done.append(await self._run_part(stage, part))
+                part.output.set_result(done[-1])
         except SwarmError as error:
             if stage.channel is not None:
                 stage.channel.close()
@@ -175,8 +201,26 @@ class Session:
             if asyncio.current_task().cancelling():  # type: ignore[union-attr]
                 raise
         finally:
-            for output in outputs:
-                output.cancel()
+            for part in parts:
+                part.output.cancel()
+
+    async def _run_part(self, stage: _Stage, part: "_Part") -> torch.Tensor:
+        """A chunk's output. What another peer pushes is asked for before it is known here."""
+        if part.before is None:
+            hidden = await asyncio.shield(part.input)
+            return await self._run_checked(stage, replace(part.step, hidden=hidden), part.after)
+        running = asyncio.create_task(self._run(stage, part.step, part.before, part.after))
+        try:
+            hidden = await asyncio.shield(part.input)
+            output = await running
+        except BaseException:
+            running.cancel()
+            _close_stages([stage])
+            stage.channel = None
+            await asyncio.gather(running, return_exceptions=True)
+            raise
+        stage.history.append(hidden)
+        return output
 
     async def _run_or_replace(self, retries: Retries, index: int, step: "_Step") -> tuple[int, torch.Tensor]:
         """Run a stage, or others in its place. Returns the index of the next stage, and the output."""
@@ -191,28 +235,38 @@ class Session:
             retries.failed(stage.hop.peer, error)
             return await self._replace(retries, index, step)
 
-    async def _run_checked(self, stage: _Stage, step: "_Step") -> torch.Tensor:
-        output = await self._run(stage, step.work, step.hidden, step.edits, step.keep_past)
+    async def _run_checked(self, stage: _Stage, step: "_Step", after: Border | None = None) -> torch.Tensor:
+        output = await self._run(stage, step, None, after)
         if self._swarm.verifier.is_due(step.work):
             await self._verify(stage, step, output)
         stage.history.append(step.hidden)
         return output
 
     async def _run(
-        self, stage: _Stage, work: Work, hidden: torch.Tensor, edits: list[pb.CacheEdit], keep_past: bool
+        self, stage: _Stage, step: "_Step", before: Border | None = None, after: Border | None = None
     ) -> torch.Tensor:
+        """A stage's output; its input comes by way of the border `before`, if there is one, or else in the request."""
         assert stage.channel
-        number = stage.number + 1
-        body = pb.Step(context=work.context(stage.hop), number=number, edits=edits, keep_past=keep_past)
-        message = Message(body, work.tensors(stage.hop, hidden, with_prefix=number == 1))
-        with self._swarm.health.asking(stage.hop.peer.peer_id) as asking:
-            answer, seconds = await call_with_adapter(self._swarm.puts, stage.channel, message, work.bundle(stage.hop))
-        if asking.alone and hidden.shape[:2] == (1, 1):  # comparable with what peers announce
-            self._swarm.health.took(stage.hop, 1, seconds)
-        stage.number = number
-        stage.leaving = isinstance(answer.body, pb.Result) and answer.body.leaving
-        self._swarm.health.succeed(stage.hop.peer.peer_id)
-        return answered_hidden(answer, hidden, stage.hop.peer.peer_id)
+        hop, work, number = stage.hop, step.work, stage.number + 1
+        body = pb.Step(context=work.context(hop), number=number, edits=step.edits, keep_past=step.keep_past)
+        if before or after:
+            body.hand_over.CopyFrom(link(before, after, copy=True))
+        hidden = None if before else step.hidden
+        message = Message(body, work.tensors(hop, hidden, with_prefix=number == 1))
+        on_working = before.on_working if before else None
+        with self._swarm.health.asking(hop.peer.peer_id) as asking:
+            answer, seconds = await call_with_adapter(
+                self._swarm.puts, stage.channel, message, work.bundle(hop), on_working
+            )
+        if asking.alone and not before and step.hidden.shape[:2] == (1, 1):  # comparable with what peers announce
+            self._swarm.health.took(hop, 1, seconds)
+        result = answer.body if isinstance(answer.body, pb.Result) else pb.Result()
+        stage.number, stage.leaving = number, result.leaving
+        self._swarm.health.succeed(hop.peer.peer_id)
+        output = answered_hidden(answer, step.hidden, hop.peer.peer_id)
+        if after:
+            await after.passed(output, result.pushed)
+        return output
 
     async def _verify(self, stage: _Stage, step: "_Step", output: torch.Tensor) -> None:
         """Have others compute a step's output from everything that led to it. Raises `Distrusted`."""
@@ -250,7 +304,7 @@ class Session:
             flow = everything
             try:
                 for stage in stages:
-                    output = await self._run(stage, replay, flow, [], step.keep_past)
+                    output = await self._run(stage, _Step(replay, flow, [], step.keep_past))
                     stage.history.append(flow)
                     flow = output
             except SwarmError as error:
@@ -323,15 +377,9 @@ def _with_past(stage: _Stage, hidden: torch.Tensor) -> torch.Tensor:
     return hidden if past is None else torch.cat([past, hidden], 1)
 
 
-async def _settle(tasks: list["asyncio.Task[None]"]) -> None:
-    """Wait for all; end them when this is cancelled or one fails with what is no `SwarmError`."""
-    try:
-        await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
+def _starts(chunks: Sequence[torch.Tensor]) -> list[int]:
+    """The first token of each chunk."""
+    return [0, *itertools.accumulate(chunk.shape[1] for chunk in chunks[:-1])]
 
 
 def _futures(count: int) -> list["asyncio.Future[torch.Tensor]"]:

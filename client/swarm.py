@@ -9,12 +9,12 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal
 
 from client.config import SwarmConfig
-from client.connections import Connections, Wanted
 from client.loop import LOOP
 from client.membership import Membership, Memberships
 from client.routing import Health, Hop, find_route, holes, spare_blocks
 from client.verify import Verifier
 from client.work import Puts
+from protocol.connections import Connections, Wanted
 from protocol.errors import NoRoute, PeerUnreachable, SwarmError
 from protocol.model.checkpoint import Checkpoint
 from protocol.records import MAX_ACCUSED, Accusation, Complaint, PeerRecord
@@ -43,7 +43,7 @@ class Swarm:
         self.config, self.model_id = config, checkpoint.model_id
         self.health = Health()
         wanted = Wanted(self.model_id.config_hash, checkpoint.digests)
-        self.connections = Connections(membership, wanted, self.health, config.silence_timeout)
+        self.connections = Connections(lambda: membership.member, wanted, config.silence_timeout, self.health.measured)
         self.puts = Puts()
         self.verifier = Verifier(self, config.verify)
         self._membership = membership

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 
 from client.adapters import Bundle, Snapshot
-from client.connections import Connections
 from client.routing import Hop
 from protocol import swarm_pb2 as pb
-from protocol.channel import Channel, Message
+from protocol.channel import Channel, Message, OnWorking
+from protocol.connections import Connections
 from protocol.errors import PeerFailed, UnknownAdapter
 from protocol.tensors import wire_dtype
 
@@ -52,9 +52,9 @@ class Work:
             autocast=wire_dtype(self.autocast),
         )
 
-    def tensors(self, hop: Hop, hidden: torch.Tensor, with_prefix: bool = True) -> dict[str, torch.Tensor]:
-        """The tensors that go with a request for a hop's blocks."""
-        tensors = {"hidden_states": hidden}
+    def tensors(self, hop: Hop, hidden: torch.Tensor | None, with_prefix: bool = True) -> dict[str, torch.Tensor]:
+        """The tensors that go with a request for a hop's blocks. `hidden` is None when another peer pushes them."""
+        tensors = {"hidden_states": hidden} if hidden is not None else {}
         if self.mask is not None:
             tensors["attention_mask"] = self.mask
         if self.positions is not None:
@@ -95,7 +95,7 @@ class Puts:
 
 
 async def call_with_adapter(
-    puts: Puts, channel: Channel, message: Message, bundle: Bundle | None
+    puts: Puts, channel: Channel, message: Message, bundle: Bundle | None, on_working: OnWorking | None = None
 ) -> tuple[Message, float]:
     """Call; when the peer does not hold the adapter, put it and call again. Returns the seconds of the call alone, too.
 
@@ -105,17 +105,17 @@ async def call_with_adapter(
         await puts.put(channel, bundle, None)
     seen = puts.last_done(channel.remote, bundle.key) if bundle else None
     try:
-        return await _timed_call(channel, message)
+        return await _timed_call(channel, message, on_working)
     except UnknownAdapter:
         if bundle is None:
             raise PeerFailed(f"Peer {channel.remote} misses an adapter that the call does not name.") from None
     await puts.put(channel, bundle, seen)
-    return await _timed_call(channel, message)
+    return await _timed_call(channel, message, on_working)
 
 
-async def _timed_call(channel: Channel, message: Message) -> tuple[Message, float]:
+async def _timed_call(channel: Channel, message: Message, on_working: OnWorking | None) -> tuple[Message, float]:
     begin = time.perf_counter()
-    answer = await channel.call(message)
+    answer = await channel.call(message, on_working)
     return answer, time.perf_counter() - begin
 
 

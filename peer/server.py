@@ -16,6 +16,7 @@ from bootstrap.directory import Announcer
 from bootstrap.member import Member, MemberOptions
 from peer.adapters import AdapterStore
 from peer.calls import Trainer
+from peer.handover import Outbox
 from peer.kv_cache import CacheMemory
 from peer.loading import block_bytes, load_span
 from peer.placement import choose_blocks
@@ -25,7 +26,6 @@ from peer.service import Served, Service
 from peer.span import Span
 from peer.throughput import measure
 from protocol.errors import PeerFailed
-from protocol.handshake import Handshake
 from protocol.model.checkpoint import Checkpoint
 from protocol.records import PeerRecord, PeerState, Speed
 from protocol.tensors import Limits
@@ -94,7 +94,7 @@ class Server:
         scheduler = Scheduler()
         try:
             blocks = options.blocks or await _choose_blocks(options, member)
-            loaded = await scheduler.submit(Priority.CALL, partial(_load, options, blocks, scheduler, member.handshake))
+            loaded = await scheduler.submit(Priority.CALL, partial(_load, options, blocks, scheduler, member))
             server = cls(options, loaded, member)
             await member.transport.serve(server.service.handle)
             await member.directory.announce(server.record(), _RECORD_LIFETIME)
@@ -173,7 +173,7 @@ async def _choose_blocks(options: ServeOptions, member: Member) -> range:
     return choose_blocks(peers, total, count)
 
 
-def _load(options: ServeOptions, blocks: range, scheduler: Scheduler, handshake: Handshake) -> _Loaded:
+def _load(options: ServeOptions, blocks: range, scheduler: Scheduler, member: Member) -> _Loaded:
     span = load_span(
         options.checkpoint,
         blocks.start,
@@ -196,8 +196,9 @@ def _load(options: ServeOptions, blocks: range, scheduler: Scheduler, handshake:
         Trainer(span, adapters, max_kept_bytes=share),
         scheduler,
         Limits(max_payload=options.max_message),
-        handshake,
+        member.handshake,
         options.quota,
+        Outbox(member, options.checkpoint.model_id, options.checkpoint.digests),
     )
     return _Loaded(span, speed, service, scheduler)
 

@@ -14,6 +14,7 @@ from peer.adapters import AdapterStore, Bundle
 from peer.calls import Call, Trainer
 from peer.checks import check_inputs, check_mode, check_prefix, prefix_length
 from peer.factors import check_factorize, factorize
+from peer.handover import Mailbox, Outbox
 from peer.kv_cache import CacheMemory, Session, SpanCache, apply_edit, check_edits, prefix_cache
 from peer.quotas import Account, Accounts, Quota
 from peer.scheduler import Priority, Scheduler
@@ -95,12 +96,14 @@ class Service:
         limits: Limits,
         handshake: Handshake,
         quota: Quota,
+        outbox: Outbox,
     ):
         self._served, self._span, self.memory = served, span, memory
         self._accounts = Accounts(quota, memory)
         self._adapters, self._trainer, self._scheduler = adapters, trainer, scheduler
         self._limits = limits
         self._handshake = handshake
+        self._mailbox, self._outbox = Mailbox(limits.max_payload), outbox
         self._forks: dict[bytes, tuple[str, Session, Mode]] = {}
         """Token -> client, session, mode."""
         self.load = Load()
@@ -195,12 +198,17 @@ class Service:
             logger.exception("a call of %s failed", channel.remote)
             await channel.fail(_told(error))
         else:
-            await channel.send(answer)
+            if answer is not None:
+                await channel.send(answer)
         finally:
             self.load.calls -= 1
 
-    async def _answer(self, connection: _Connection, message: Message) -> Message:
+    async def _answer(self, connection: _Connection, message: Message) -> Message | None:
+        """The answer; `None` when the request is one that has none."""
         body = message.body
+        if isinstance(body, pb.Push):
+            self._mailbox.put(body.token, message.tensors)
+            return None
         if isinstance(body, pb.Step):
             return await self._step(connection, message, body)
         if isinstance(body, pb.Backward):
@@ -268,21 +276,23 @@ class Service:
     async def _step(self, connection: _Connection, message: Message, body: pb.Step) -> Message:
         session, mode = self._session(connection)
         if body.number == session.number and session.answer is not None:
-            return self._stepped(session.answer)
+            return await self._stepped(body.hand_over, session.answer)
         if body.number != session.number + 1:
             raise BadRequest(f"Step {body.number} follows step {session.number}; expected {session.number + 1}.")
         wanted = check_mode(self._span, body.context)
         if wanted.blocks != mode.blocks:
             raise BadRequest("A session's blocks cannot change between its steps.")
         bundle = self._bundle(connection, body.context)
-        work = partial(self._run_step, session, message, body, wanted, bundle)
         with session.in_use():
+            message = await self._completed(connection, message, body.hand_over)
+            work = partial(self._run_step, session, message, body, wanted, bundle)
             hidden = await self._compute(connection, Priority.STEP, work)
         session.number, session.answer = body.number, hidden
-        return self._stepped(hidden)
+        return await self._stepped(body.hand_over, hidden)
 
-    def _stepped(self, hidden: torch.Tensor) -> Message:
-        return Message(pb.Result(leaving=self.draining), {"hidden_states": hidden})
+    async def _stepped(self, hand_over: pb.HandOver, hidden: torch.Tensor) -> Message:
+        result = pb.Result(leaving=self.draining)
+        return await self._handed_over(hand_over, result, {"hidden_states": hidden}, "hidden_states")
 
     @torch.no_grad()
     def _run_step(
@@ -328,12 +338,16 @@ class Service:
     # ---- training
 
     async def _forward(self, connection: _Connection, message: Message, body: pb.Forward) -> Message:
+        self._bundle(connection, body.context)  # whether it is there, before others' work is waited for
+        message = await self._completed(connection, message, body.hand_over)
         call = self._call(connection, message, body.context)
         work = partial(self._trainer.forward, call, connection.client, body.keep)
         hidden, call_id = await self._compute(connection, Priority.CALL, work)
-        return Message(pb.Result(call_id=call_id), {"hidden_states": hidden})
+        result = pb.Result(call_id=call_id)
+        return await self._handed_over(body.hand_over, result, {"hidden_states": hidden}, "hidden_states")
 
     async def _backward(self, connection: _Connection, message: Message, body: pb.Backward) -> Message:
+        message = await self._completed(connection, message, body.hand_over)
         grad = message.tensor("grad")
         if not grad.is_floating_point() or grad.ndim != 3 or grad.shape[2] != self._span.hidden_size:
             raise BadRequest(f"grad is {grad.dtype} {list(grad.shape)}; expected the shape of the forward's result.")
@@ -345,7 +359,8 @@ class Service:
             if call.inputs.hidden.shape != grad.shape:
                 raise BadRequest("grad and hidden_states differ in shape.")
             work = partial(self._trainer.backward, call, grad)
-        return Message(pb.Result(), await self._compute(connection, Priority.CALL, work))
+        gradients = await self._compute(connection, Priority.CALL, work)
+        return await self._handed_over(body.hand_over, pb.Result(), gradients, "grad.hidden_states")
 
     def _call(self, connection: _Connection, message: Message, context: pb.Context) -> Call:
         mode = check_mode(self._span, context)
@@ -353,6 +368,27 @@ class Service:
         inputs = check_inputs(self._span, message, past, self.memory.max_length)
         prefix = check_prefix(self._span, mode, message, inputs.hidden.shape[0])
         return Call(inputs, mode, self._bundle(connection, context), prefix)
+
+    # ---- hand-over
+
+    async def _completed(self, connection: _Connection, message: Message, hand_over: pb.HandOver) -> Message:
+        """A request with the tensor that comes from another peer, once it is here."""
+        if not hand_over.awaits:
+            return message
+        waiting = asyncio.ensure_future(self._mailbox.take(hand_over.awaits))
+        pushed = await self._with_signs_of_life(connection, waiting, pb.Working(waiting=True))
+        return Message(message.body, {**message.tensors, **pushed})
+
+    async def _handed_over(
+        self, hand_over: pb.HandOver, result: pb.Result, tensors: dict[str, torch.Tensor], name: str
+    ) -> Message:
+        """The answer to a request, when its result `name` has been pushed to where it is wanted."""
+        if hand_over.to:
+            wanted_as = name.removesuffix(".hidden_states")
+            result.pushed = await self._outbox.push(hand_over.to, hand_over.token, {wanted_as: tensors[name]})
+            if result.pushed and not hand_over.copy:
+                del tensors[name]
+        return Message(result, tensors)
 
     # ---- adapters
 
@@ -389,12 +425,16 @@ class Service:
     async def _compute(self, connection: _Connection, priority: Priority, work: Callable[[], T]) -> T:
         """Run `work` on the compute thread, telling the client now and then that it is being done."""
         future = self._scheduler.submit(priority, work, connection.client)
+        return await self._with_signs_of_life(connection, future, pb.Working())
+
+    @staticmethod
+    async def _with_signs_of_life(connection: _Connection, future: "asyncio.Future[T]", sign: pb.Working) -> T:
         try:
             while True:
                 done, _ = await asyncio.wait({future}, timeout=HEARTBEAT)
                 if done:
                     return future.result()
-                await connection.channel.send(Message(pb.Working()))
+                await connection.channel.send(Message(sign))
         except BaseException:
             future.cancel()
             raise

@@ -1,7 +1,7 @@
 """Frames over a stream: a protobuf body with its tensors, one request and one answer at a time."""
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,9 @@ from protocol.transport.base import Stream
 VERSION = 1
 _LENGTHS = struct.Struct("<IQ")
 _FIELD_OF_TYPE = {f.message_type.name: f.name for f in pb.Frame.DESCRIPTOR.oneofs_by_name["body"].fields}  # type: ignore[union-attr]
+
+
+OnWorking = Callable[[pb.Working], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -67,19 +70,24 @@ class Channel:
         """Read one frame, however long it is in coming. Raises `BadRequest` for a malformed one."""
         return await self._receive(None)
 
-    async def receive_answer(self) -> Message:
-        """Read the answer to a request. Raises the error that the other end reports."""
+    async def receive_answer(self, on_working: OnWorking | None = None) -> Message:
+        """Read the answer to a request. Raises the error that the other end reports.
+
+        `on_working` is awaited for every sign of life before it.
+        """
         while True:
             message = await self._receive(self.patience)
             if isinstance(message.body, pb.Failure):
                 raise from_failure(message.body, self.remote)
             if not isinstance(message.body, pb.Working):
                 return message
+            if on_working is not None:
+                await on_working(message.body)
 
-    async def call(self, message: Message) -> Message:
-        """Send a request and wait for its answer."""
+    async def call(self, message: Message, on_working: OnWorking | None = None) -> Message:
+        """Send a request and wait for its answer; see `receive_answer`."""
         await self.send(message)
-        return await self.receive_answer()
+        return await self.receive_answer(on_working)
 
     async def fail(self, error: BaseException) -> None:
         """Answer with an error."""

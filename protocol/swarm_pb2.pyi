@@ -59,7 +59,7 @@ class Tensor(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[_Union[Codec, str]] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "welcome", "failure", "result", "forward", "backward", "open_session", "step", "fork_session", "put_adapter", "read_weight", "ping", "working", "factorize", "knock", "proof", "tensors")
+    __slots__ = ("hello", "welcome", "failure", "result", "forward", "backward", "open_session", "step", "fork_session", "put_adapter", "read_weight", "ping", "working", "factorize", "push", "knock", "proof", "tensors")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +74,7 @@ class Frame(_message.Message):
     PING_FIELD_NUMBER: _ClassVar[int]
     WORKING_FIELD_NUMBER: _ClassVar[int]
     FACTORIZE_FIELD_NUMBER: _ClassVar[int]
+    PUSH_FIELD_NUMBER: _ClassVar[int]
     KNOCK_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
@@ -91,10 +92,11 @@ class Frame(_message.Message):
     ping: Ping
     working: Working
     factorize: Factorize
+    push: Push
     knock: Knock
     proof: Proof
     tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., open_session: _Optional[_Union[OpenSession, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., fork_session: _Optional[_Union[ForkSession, _Mapping]] = ..., put_adapter: _Optional[_Union[PutAdapter, _Mapping]] = ..., read_weight: _Optional[_Union[ReadWeight, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ..., factorize: _Optional[_Union[Factorize, _Mapping]] = ..., knock: _Optional[_Union[Knock, _Mapping]] = ..., proof: _Optional[_Union[Proof, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., open_session: _Optional[_Union[OpenSession, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., fork_session: _Optional[_Union[ForkSession, _Mapping]] = ..., put_adapter: _Optional[_Union[PutAdapter, _Mapping]] = ..., read_weight: _Optional[_Union[ReadWeight, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ..., factorize: _Optional[_Union[Factorize, _Mapping]] = ..., push: _Optional[_Union[Push, _Mapping]] = ..., knock: _Optional[_Union[Knock, _Mapping]] = ..., proof: _Optional[_Union[Proof, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
 
 class Knock(_message.Message):
     __slots__ = ("nonce", "keys")
@@ -167,22 +169,26 @@ class Failure(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ..., retry_after: _Optional[float] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("call_id", "token", "leaving")
+    __slots__ = ("call_id", "token", "leaving", "pushed")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
+    PUSHED_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     token: bytes
     leaving: bool
-    def __init__(self, call_id: _Optional[int] = ..., token: _Optional[bytes] = ..., leaving: _Optional[bool] = ...) -> None: ...
+    pushed: bool
+    def __init__(self, call_id: _Optional[int] = ..., token: _Optional[bytes] = ..., leaving: _Optional[bool] = ..., pushed: _Optional[bool] = ...) -> None: ...
 
 class Ping(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Working(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("waiting",)
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    waiting: bool
+    def __init__(self, waiting: _Optional[bool] = ...) -> None: ...
 
 class Context(_message.Message):
     __slots__ = ("start", "end", "adapter", "training", "dropout_seed", "autocast")
@@ -200,21 +206,43 @@ class Context(_message.Message):
     autocast: DType
     def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., adapter: _Optional[bytes] = ..., training: _Optional[bool] = ..., dropout_seed: _Optional[int] = ..., autocast: _Optional[_Union[DType, str]] = ...) -> None: ...
 
+class HandOver(_message.Message):
+    __slots__ = ("awaits", "to", "token", "copy")
+    AWAITS_FIELD_NUMBER: _ClassVar[int]
+    TO_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    COPY_FIELD_NUMBER: _ClassVar[int]
+    awaits: bytes
+    to: str
+    token: bytes
+    copy: bool
+    def __init__(self, awaits: _Optional[bytes] = ..., to: _Optional[str] = ..., token: _Optional[bytes] = ..., copy: _Optional[bool] = ...) -> None: ...
+
+class Push(_message.Message):
+    __slots__ = ("token",)
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    token: bytes
+    def __init__(self, token: _Optional[bytes] = ...) -> None: ...
+
 class Forward(_message.Message):
-    __slots__ = ("context", "keep")
+    __slots__ = ("context", "keep", "hand_over")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
+    HAND_OVER_FIELD_NUMBER: _ClassVar[int]
     context: Context
     keep: bool
-    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., keep: _Optional[bool] = ...) -> None: ...
+    hand_over: HandOver
+    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., keep: _Optional[bool] = ..., hand_over: _Optional[_Union[HandOver, _Mapping]] = ...) -> None: ...
 
 class Backward(_message.Message):
-    __slots__ = ("context", "call_id")
+    __slots__ = ("context", "call_id", "hand_over")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
+    HAND_OVER_FIELD_NUMBER: _ClassVar[int]
     context: Context
     call_id: int
-    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., call_id: _Optional[int] = ...) -> None: ...
+    hand_over: HandOver
+    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., call_id: _Optional[int] = ..., hand_over: _Optional[_Union[HandOver, _Mapping]] = ...) -> None: ...
 
 class OpenSession(_message.Message):
     __slots__ = ("start", "end", "fork_of")
@@ -245,16 +273,18 @@ class CacheEdit(_message.Message):
     def __init__(self, crop: _Optional[int] = ..., reorder: _Optional[_Union[IndexList, _Mapping]] = ..., repeat_interleave: _Optional[int] = ..., select: _Optional[_Union[IndexList, _Mapping]] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("context", "number", "edits", "keep_past")
+    __slots__ = ("context", "number", "edits", "keep_past", "hand_over")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     EDITS_FIELD_NUMBER: _ClassVar[int]
     KEEP_PAST_FIELD_NUMBER: _ClassVar[int]
+    HAND_OVER_FIELD_NUMBER: _ClassVar[int]
     context: Context
     number: int
     edits: _containers.RepeatedCompositeFieldContainer[CacheEdit]
     keep_past: bool
-    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., number: _Optional[int] = ..., edits: _Optional[_Iterable[_Union[CacheEdit, _Mapping]]] = ..., keep_past: _Optional[bool] = ...) -> None: ...
+    hand_over: HandOver
+    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., number: _Optional[int] = ..., edits: _Optional[_Iterable[_Union[CacheEdit, _Mapping]]] = ..., keep_past: _Optional[bool] = ..., hand_over: _Optional[_Union[HandOver, _Mapping]] = ...) -> None: ...
 
 class ForkSession(_message.Message):
     __slots__ = ()

@@ -7,11 +7,18 @@ from typing import Any
 import torch
 
 from peer.calls import Trainer
+from peer.handover import Outbox
 from peer.service import Service
 
 
 def begin_to_lie(kind: str) -> None:
-    """Make this process's peer lie: `outputs`, `subtle` ones, `gradients`, answers `replayed`; or be `slow`."""
+    """Make this process's peer lie: `outputs`, `subtle` ones, `gradients`, answers `replayed`; or be `slow`.
+
+    `cut off`: it reaches no other peer; `loses pushes`: what it pushes never comes.
+    """
+    if kind in ("cut off", "loses pushes"):
+        _push_nothing(says=kind == "loses pushes")
+        return
     if kind == "slow":
         for owner, name in ((Service, "_run_step"), (Trainer, "forward")):
             _change(owner, name, lambda found: (time.sleep(0.2), found)[1])
@@ -23,6 +30,13 @@ def begin_to_lie(kind: str) -> None:
     twist = _Replay() if kind == "replayed" else _Noise({"outputs": 1.0, "subtle": 0.05}[kind])
     _change(Service, "_run_step", twist)
     _change(Trainer, "forward", lambda found: (twist(found[0]), found[1]))
+
+
+def _push_nothing(says: bool) -> None:
+    async def push(*args: Any) -> bool:
+        return says
+
+    Outbox.push = push  # type: ignore[method-assign]
 
 
 def _change(owner: type, name: str, change: Callable[[Any], Any]) -> None:

@@ -1,17 +1,17 @@
-"""Open streams to peers, greeted once and used again."""
+"""Open streams to peers of one model, greeted once and used again."""
 
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
-from client.membership import Membership
-from client.routing import Health
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
 from protocol.errors import BadRequest, NoConnection, PeerUnreachable, WrongModel
+from protocol.handshake import Handshake
 from protocol.model.checkpoint import same_weights
 from protocol.tensors import Limits
 from protocol.transport.base import Stream, Transport
@@ -21,18 +21,33 @@ _MAX_IDLE = 8
 
 @dataclass(frozen=True)
 class Wanted:
-    """The model that a client uses."""
+    """The model that the caller works on."""
 
     config_hash: str
     digests: Mapping[str, str]
 
 
-class Connections:
-    """A pool of channels per peer, all greeted for one model."""
+class End(Protocol):
+    """The caller, as a member of the swarm."""
 
-    def __init__(self, membership: Membership, wanted: Wanted, health: Health, patience: float):
-        self._membership, self._wanted, self._health = membership, wanted, health
-        self._patience = patience
+    @property
+    def transport(self) -> Transport:
+        """What it connects with."""
+
+    @property
+    def handshake(self) -> Handshake:
+        """What its streams begin with."""
+
+
+class Connections:
+    """A pool of channels per peer, all greeted for one model.
+
+    `end`: the caller as it is now, for it may join anew. `patience` (seconds): see `Channel`. `met` is told of each new
+    connection to a peer, and of the seconds of the round trip in which it greeted.
+    """
+
+    def __init__(self, end: Callable[[], End], wanted: Wanted, patience: float, met: Callable[[str, float], None]):
+        self._end, self._wanted, self._patience, self._met = end, wanted, patience, met
         self._idle: dict[str, list[Channel]] = defaultdict(list)
 
     @asynccontextmanager
@@ -51,24 +66,15 @@ class Connections:
 
     async def open(self, peer_id: str) -> Channel:
         """A new channel of the caller's own. Raises `NoConnection`, `PeerUnreachable`, `WrongKey`, `WrongModel`."""
-        member = self._membership.member
-        channel = Channel(await self._dial(member.transport, peer_id), Limits(), self._patience)
+        end = self._end()
+        channel = Channel(await self._dial(end.transport, peer_id), Limits(), self._patience)
         try:
-            await member.handshake.initiate(channel)
+            await end.handshake.initiate(channel)
             await self._greet(channel)
         except BaseException:
             channel.close()
             raise
         return channel
-
-    async def _dial(self, transport: Transport, peer_id: str) -> Stream:
-        try:
-            async with asyncio.timeout(self._patience):
-                return await transport.connect(peer_id)
-        except PeerUnreachable as error:
-            raise NoConnection(str(error)) from error
-        except TimeoutError as error:
-            raise NoConnection(f"Peer {peer_id} cannot be reached within {self._patience:g} s.") from error
 
     def forget(self, peer_id: str) -> None:
         """Close the idle channels to a peer: it failed, they are likely dead."""
@@ -83,19 +89,28 @@ class Connections:
     def _take_idle(self, peer_id: str) -> Channel | None:
         while self._idle[peer_id]:
             channel = self._idle[peer_id].pop()
-            if self._membership.member.handshake.is_preferred(channel):
+            if self._end().handshake.is_preferred(channel):
                 return channel
             channel.close()  # the swarm's key is being changed
         return None
+
+    async def _dial(self, transport: Transport, peer_id: str) -> Stream:
+        try:
+            async with asyncio.timeout(self._patience):
+                return await transport.connect(peer_id)
+        except PeerUnreachable as error:
+            raise NoConnection(str(error)) from error
+        except TimeoutError as error:
+            raise NoConnection(f"Peer {peer_id} cannot be reached within {self._patience:g} s.") from error
 
     async def _greet(self, channel: Channel) -> None:
         hello = pb.Hello(version=VERSION, config_hash=self._wanted.config_hash, weights=self._wanted.digests)
         begin = time.perf_counter()
         answer = await channel.call(Message(hello))
-        self._health.measured(channel.remote, time.perf_counter() - begin)
+        self._met(channel.remote, time.perf_counter() - begin)
         welcome = answer.body
         if not isinstance(welcome, pb.Welcome):
             raise BadRequest(f"Peer {channel.remote} did not greet.")
         channel.remote_limit = min(channel.limits.max_payload, welcome.max_frame)
         if not same_weights(self._wanted.digests, welcome.weights):
-            raise WrongModel(f"Peer {channel.remote} serves other weights than this client's.")
+            raise WrongModel(f"Peer {channel.remote} serves other weights than ours.")

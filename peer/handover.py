@@ -1,0 +1,127 @@
+"""Hidden states from peer to peer: what was pushed here and waits for its request, and pushing to others.
+
+A client sends the requests of a step to all peers of its route at once. Each but the first names a token under which
+its hidden states will come from the peer before it, so that a step takes one trip through the swarm instead of one to
+every peer and back.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from bootstrap.member import Member
+from protocol import swarm_pb2 as pb
+from protocol.channel import Message
+from protocol.connections import Connections, Wanted
+from protocol.errors import BadRequest, PeerFailed, SwarmError
+from protocol.records import ModelId
+from protocol.tensors import nbytes
+
+TOKEN_BYTES = 16
+_KEPT = 30.0
+"""Seconds for which a push waits for its request."""
+_MAX_KEPT = 1024
+_PATIENCE = 10.0
+_LOOK_UP_PERIOD = 2.0
+"""Seconds between two looks for a peer that the directory did not know."""
+logger = logging.getLogger(__name__)
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    tensors: Tensors
+    came: float
+
+
+@dataclass
+class Mailbox:
+    """Pushes that came before their requests, and requests that wait for their pushes.
+
+    What nobody asks for is forgotten after a while, and sooner when it is over `max_bytes`.
+    """
+
+    max_bytes: int
+    patience: float = 600.0
+    """Seconds that a request waits for its push."""
+    _parcels: dict[bytes, _Parcel] = field(default_factory=dict)
+    """Oldest first."""
+    _awaited: dict[bytes, "asyncio.Future[Tensors]"] = field(default_factory=dict)
+
+    async def take(self, token: bytes) -> Tensors:
+        """What is pushed under `token`, once it is here.
+
+        Raises `BadRequest` for a token that is none or in use, `PeerFailed` when nothing comes.
+        """
+        if len(token) != TOKEN_BYTES or token in self._awaited:
+            raise BadRequest(f"A token has {TOKEN_BYTES} bytes, and one request waits for it.")
+        parcel = self._parcels.pop(token, None)
+        if parcel is not None:
+            return parcel.tensors
+        self._awaited[token] = future = asyncio.Future[Tensors]()
+        try:
+            async with asyncio.timeout(self.patience):
+                await asyncio.wait({future})
+                return future.result()
+        except TimeoutError as error:
+            raise PeerFailed(f"No other peer pushed what this request waits for within {self.patience:g} s.") from error
+        finally:
+            del self._awaited[token]
+
+    def put(self, token: bytes, tensors: Tensors) -> None:
+        """Something came. Raises `BadRequest` for a token that is none, or more than one tensor."""
+        if len(token) != TOKEN_BYTES or len(tensors) != 1:
+            raise BadRequest(f"A Push has a token of {TOKEN_BYTES} bytes and one tensor.")
+        awaited = self._awaited.get(token)
+        if awaited is not None and not awaited.done():
+            awaited.set_result(tensors)
+            return
+        self._parcels[token] = _Parcel(tensors, time.monotonic())
+        self._clear()
+
+    def _clear(self) -> None:
+        total = sum(nbytes(parcel.tensors) for parcel in self._parcels.values())
+        too_old = time.monotonic() - _KEPT
+        for token, parcel in list(self._parcels.items()):
+            if total <= self.max_bytes and parcel.came > too_old and len(self._parcels) <= _MAX_KEPT:
+                return
+            total -= nbytes(parcel.tensors)
+            del self._parcels[token]
+
+
+class Outbox:
+    """Pushes to other peers of the model, of those alone that the directory knows."""
+
+    def __init__(self, member: Member, model_id: ModelId, digests: Mapping[str, str]):
+        self._member, self._config_hash = member, model_id.config_hash
+        wanted = Wanted(model_id.config_hash, digests)
+        self._connections = Connections(lambda: member, wanted, _PATIENCE, lambda peer_id, seconds: None)
+        self._known: Collection[str] = ()
+        self._looked_up = float("-inf")
+        self._look_up = asyncio.Lock()
+
+    async def push(self, peer_id: str, token: bytes, tensors: Tensors) -> bool:
+        """Send a tensor on its way; returns whether it was possible."""
+        try:
+            if not await self._is_known(peer_id):
+                return False
+            async with self._connections.channel(peer_id) as channel:
+                await channel.send(Message(pb.Push(token=token), tensors))
+        except SwarmError as error:
+            logger.debug("nothing could be pushed to %s: %s", peer_id, error)
+            self._connections.forget(peer_id)
+            return False
+        return True
+
+    async def _is_known(self, peer_id: str) -> bool:
+        """Clients say where to push; this keeps them from having the peer dial whatever they like."""
+        async with self._look_up:
+            if peer_id not in self._known and time.monotonic() - self._looked_up > _LOOK_UP_PERIOD:
+                self._known = {peer.peer_id for peer in await self._member.directory.peers(self._config_hash)}
+                self._looked_up = time.monotonic()
+        return peer_id in self._known
