@@ -117,7 +117,7 @@ async def _backward_relayed(
     try:
         return await relay_backward(swarm, work, relayed, grad)
     except HopFailed as failure:
-        if not isinstance(failure.error, UnknownCall):
+        if not isinstance(failure.error, UnknownCall):  # the activations are gone, and that is all
             Retries(swarm).failed(failure.hop.peer, failure.error)
     blocks = range(relayed.hops[0].start, relayed.hops[-1].end)
     return await _backward_over(swarm, work, blocks, relayed.hidden, grad)

@@ -15,7 +15,7 @@ from client.routing import Hop
 from client.swarm import Swarm
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message
-from protocol.errors import PeerFailed, SwarmError
+from protocol.errors import NotPushed, SwarmError
 
 _GRACE = 1.0
 """Seconds after the answer of the peer before it in which a push to a peer must have arrived."""
@@ -57,14 +57,14 @@ class Border:
                 logger.debug("a result could not be passed on: %s", error)
 
     async def on_working(self, sign: pb.Working) -> None:
-        """The peer after it gives a sign of life. Raises `PeerFailed` when a push is lost that is not held here."""
+        """The peer after it gives a sign of life. Raises `NotPushed` when a push is lost that is not held here."""
         if sign.waiting and time.monotonic() - self._since > _GRACE:
             await self._help()
 
     async def _help(self) -> None:
         self._swarm.health.could_not_reach(self.before.peer.peer_id, self.after.peer.peer_id)
         if self._passed is None:
-            raise PeerFailed(f"Peer {self.before.peer.peer_id} pushed a result that did not arrive.")
+            raise NotPushed(f"Peer {self.before.peer.peer_id} pushed a result that did not arrive.")
         async with self._swarm.connections.channel(self.after.peer.peer_id) as channel:
             await channel.send(Message(pb.Push(token=self.token), {self._name: self._passed}))
         self._since = float("inf")

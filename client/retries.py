@@ -10,6 +10,7 @@ from protocol.errors import (
     BadRequest,
     NoConnection,
     NoRoute,
+    NotPushed,
     PeerUnreachable,
     SessionLost,
     SwarmError,
@@ -21,6 +22,8 @@ from protocol.records import PeerRecord
 
 _NOT_THIS = (BadRequest, BadAdapter, TooLong, WrongModel, WrongKey)
 """What a peer refuses will not get better by waiting; another peer may still take it."""
+_WELL = (SessionLost, NotPushed)
+"""The peer is well, and may be asked to begin again."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 
 
@@ -44,7 +47,7 @@ class Retries:
             self._left -= 1
         if isinstance(error, _NOT_THIS):
             self._refused.add(peer.peer_id)
-        elif not isinstance(error, SessionLost):  # the peer is well, and may be asked to begin again
+        elif not isinstance(error, _WELL):
             self._swarm.blame(peer, error)
         self._last = error
 

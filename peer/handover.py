@@ -17,7 +17,7 @@ from bootstrap.member import Member
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message
 from protocol.connections import Connections, Wanted
-from protocol.errors import BadRequest, PeerFailed, SwarmError
+from protocol.errors import BadRequest, NotPushed, SwarmError
 from protocol.records import ModelId
 from protocol.tensors import nbytes
 
@@ -56,7 +56,7 @@ class Mailbox:
     async def take(self, token: bytes) -> Tensors:
         """What is pushed under `token`, once it is here.
 
-        Raises `BadRequest` for a token that is none or in use, `PeerFailed` when nothing comes.
+        Raises `BadRequest` for a token that is none or in use, `NotPushed` when nothing comes.
         """
         if len(token) != TOKEN_BYTES or token in self._awaited:
             raise BadRequest(f"A token has {TOKEN_BYTES} bytes, and one request waits for it.")
@@ -69,7 +69,7 @@ class Mailbox:
                 await asyncio.wait({future})
                 return future.result()
         except TimeoutError as error:
-            raise PeerFailed(f"No other peer pushed what this request waits for within {self.patience:g} s.") from error
+            raise NotPushed(f"No other peer pushed what this request waits for within {self.patience:g} s.") from error
         finally:
             del self._awaited[token]
 

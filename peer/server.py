@@ -16,7 +16,7 @@ from bootstrap.directory import Announcer
 from bootstrap.member import Member, MemberOptions
 from peer.adapters import AdapterStore
 from peer.calls import Trainer
-from peer.handover import Outbox
+from peer.handover import Mailbox, Outbox
 from peer.kv_cache import CacheMemory
 from peer.loading import block_bytes, load_span
 from peer.placement import choose_blocks
@@ -198,6 +198,7 @@ def _load(options: ServeOptions, blocks: range, scheduler: Scheduler, member: Me
         Limits(max_payload=options.max_message),
         member.handshake,
         options.quota,
+        Mailbox(options.max_message),
         Outbox(member, options.checkpoint.model_id, options.checkpoint.digests),
     )
     return _Loaded(span, speed, service, scheduler)

@@ -96,6 +96,7 @@ class Service:
         limits: Limits,
         handshake: Handshake,
         quota: Quota,
+        mailbox: Mailbox,
         outbox: Outbox,
     ):
         self._served, self._span, self.memory = served, span, memory
@@ -103,7 +104,7 @@ class Service:
         self._adapters, self._trainer, self._scheduler = adapters, trainer, scheduler
         self._limits = limits
         self._handshake = handshake
-        self._mailbox, self._outbox = Mailbox(limits.max_payload), outbox
+        self._mailbox, self._outbox = mailbox, outbox
         self._forks: dict[bytes, tuple[str, Session, Mode]] = {}
         """Token -> client, session, mode."""
         self.load = Load()

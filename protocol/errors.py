@@ -38,6 +38,10 @@ class SessionLost(SwarmError):
     """The peer gave a session's memory to others, or never had it; what the cache held must be sent again."""
 
 
+class NotPushed(SwarmError):
+    """What another peer was to push for a request did not come."""
+
+
 class TooLong(SwarmError):
     """A prompt or a session is longer than the peer allows."""
 
@@ -96,7 +100,7 @@ _BY_NAME = {
     cls.__name__: cls
     for cls in (
         BadRequest, WrongModel, WrongKey, PeerFull, OverQuota, SessionLost, TooLong, UnknownAdapter, UnknownCall,
-        BadAdapter, OutOfMemory, Draining, PeerFailed,
+        BadAdapter, OutOfMemory, Draining, PeerFailed, NotPushed,
     )
 }  # fmt: skip
 _MAX_MESSAGE = 2000

@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList
 
 from client.handover import Border
 from peer.handover import TOKEN_BYTES, Mailbox
-from protocol.errors import BadRequest, PeerFailed
+from protocol.errors import BadRequest, NotPushed
 from tests.arena import AtToken, assert_close, batch, step, with_adapter
 from tests.swarm import ForkServer, Peer, Swarm, new_swarm
 
@@ -183,7 +183,7 @@ def test_what_nobody_asks_for_is_forgotten() -> None:
         for number in range(50):
             box.put(bytes([number]) * TOKEN_BYTES, parcel(10))
         assert len(box._parcels) == 2
-        with pytest.raises(PeerFailed, match="No other peer pushed"):
+        with pytest.raises(NotPushed, match="No other peer pushed"):
             await box.take(bytes([0]) * TOKEN_BYTES)
 
     asyncio.run(main())

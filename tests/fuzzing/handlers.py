@@ -6,11 +6,13 @@ import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from peer.adapters import AdapterStore
 from peer.calls import Trainer
+from peer.handover import Mailbox, Outbox
 from peer.kv_cache import CacheMemory
 from peer.loading import load_span
 from peer.quotas import Quota
@@ -38,7 +40,7 @@ _LIMITS = Limits(max_header=2**16, max_payload=2**19, max_tensors=300)
 _QUOTA = Quota(streams=4, sessions=4, cache_tokens=768, calls=4, adapters=8, adapter_bytes=MIB)
 _SECRET = bytes(range(32))
 _INNOCENT = ("BadRequest", "WrongModel", "WrongKey", "PeerFull", "OverQuota", "SessionLost", "TooLong",
-             "UnknownAdapter", "UnknownCall", "BadAdapter")  # fmt: skip
+             "UnknownAdapter", "UnknownCall", "BadAdapter", "NotPushed")  # fmt: skip
 """What a peer may say. Anything else would be its own failure."""
 
 
@@ -89,6 +91,16 @@ class _Raised(logging.Handler):
         self.errors.append(record)
 
 
+class _Nowhere(Outbox):
+    """There is no other peer."""
+
+    def __init__(self) -> None:
+        """Of what the other is made of nothing is here."""
+
+    async def push(self, peer_id: str, token: bytes, tensors: Any) -> bool:
+        return False
+
+
 class Handlers:
     """Plays sequences of requests to a service, and checks after each that nothing is left of it."""
 
@@ -107,7 +119,7 @@ class Handlers:
             handshake = Handshake("peer", keyring)
             self._services.append(
                 Service(served, self._span, memory, self._adapters, self._trainers[-1], self._scheduler, _LIMITS,
-                        handshake, _QUOTA)
+                        handshake, _QUOTA, Mailbox(_LIMITS.max_payload, patience=0.01), _Nowhere())
             )  # fmt: skip
         self._bundles = build_bundles(model)
         self._raised = _Raised()

@@ -69,9 +69,31 @@ def build_bundles(model: Path) -> list[Bundle]:
     return bundles
 
 
+_PUSHED = (b"1" * 16, b"2" * 16)
+
+
 def pick_request(choices: Choices, memory: Memory) -> Message:
     """A well-formed request, the likely ones more often."""
-    return choices.pick(_KINDS)(choices, memory)
+    message = choices.pick(_KINDS)(choices, memory)
+    if isinstance(message.body, pb.Step | pb.Forward | pb.Backward) and choices.one_in(6):
+        return _handed_over(choices, message)
+    return message
+
+
+def _handed_over(choices: Choices, message: Message) -> Message:
+    """A request whose input is, or was, pushed here, or whose result is to be pushed to somebody."""
+    hand_over, tensors = message.body.hand_over, dict(message.tensors)  # type: ignore[attr-defined]
+    if choices.one_in(2):
+        hand_over.awaits = choices.pick(_PUSHED)
+        tensors.pop("grad" if isinstance(message.body, pb.Backward) else "hidden_states")
+    else:
+        hand_over.to, hand_over.token, hand_over.copy = "somebody", choices.pick(_PUSHED), choices.one_in(2)
+    return Message(message.body, tensors)
+
+
+def _push(choices: Choices, memory: Memory) -> Message:
+    name = choices.pick(("hidden_states", "grad", "attention_mask"))
+    return Message(pb.Push(token=choices.pick(_PUSHED)), {name: _inputs(choices)["hidden_states"]})
 
 
 def _put(choices: Choices, memory: Memory) -> Message:
@@ -170,5 +192,5 @@ def _other(choices: Choices, memory: Memory) -> Message:
 
 _KINDS: tuple[Callable[[Choices, Memory], Message], ...] = (
     _forward, _open, _step, _step, _step, _backward, _put, _put, _other, _read, _factorize, _forward, _step,
-    lambda choices, memory: Message(pb.ForkSession()), _backward,
+    lambda choices, memory: Message(pb.ForkSession()), _backward, _push,
 )  # fmt: skip
