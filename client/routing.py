@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from protocol.errors import NoRoute
-from protocol.records import PeerRecord
+from protocol.records import PeerRecord, holes
 
 _FIRST_BAN, _LONGEST_BAN = 2.0, 300.0
 _UNMEASURED_RTT = 0.02
@@ -69,20 +69,6 @@ def spare_blocks(peer: PeerRecord, start: int, end: int, trusted: bool) -> list[
         return [peer]
     around = ((peer.start, min(peer.end, start)), (max(peer.start, end), peer.end))
     return [peer.model_copy(update={"start": first, "end": last}) for first, last in around if first < last]
-
-
-def holes(peers: Iterable[PeerRecord], start: int, end: int) -> list[range]:
-    """The runs of blocks in [start, end) that none of `peers` serves."""
-    served = {block for peer in peers for block in range(peer.start, peer.end)}
-    missing: list[range] = []
-    for block in range(start, end):
-        if block in served:
-            continue
-        if missing and missing[-1].stop == block:
-            missing[-1] = range(missing[-1].start, block + 1)
-        else:
-            missing.append(range(block, block + 1))
-    return missing
 
 
 def describe_holes(peers: list[PeerRecord], start: int, end: int) -> str:

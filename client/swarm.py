@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from client.config import SwarmConfig
 from client.loop import LOOP
 from client.membership import Membership, Memberships
-from client.routing import Health, Hop, find_route, holes, spare_blocks
+from client.routing import Health, Hop, find_route, spare_blocks
 from client.verify import Verifier
 from client.work import Puts
 from protocol.connections import Connections, Wanted
 from protocol.errors import NoRoute, PeerUnreachable, SwarmError
 from protocol.model.checkpoint import Checkpoint
-from protocol.records import MAX_ACCUSED, Accusation, Complaint, PeerRecord
+from protocol.records import MAX_ACCUSED, Accusation, Complaint, PeerRecord, holes
 
 if TYPE_CHECKING:
     from client.remote_blocks import RemoteBlocks

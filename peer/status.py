@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bootstrap.directory import Directory
-from protocol.records import ModelId, PeerRecord
+from protocol.records import ModelId, PeerRecord, PeerState, holes
 
 Models = dict[ModelId, list[PeerRecord]]
 Complaints = dict[ModelId, Counter[str]]
@@ -27,7 +27,7 @@ def as_json(models: Models, complaints: Complaints) -> list[dict[str, Any]]:
             "model": model.name,
             "config_hash": model.config_hash,
             "num_blocks": model.num_blocks,
-            "holes": [[hole.start, hole.stop] for hole in holes(model, peers)],
+            "holes": [[hole.start, hole.stop] for hole in _missing(model, peers)],
             "peers": [
                 peer.model_dump(mode="json", exclude={"model"}) | {"complaints": complaints[model][peer.peer_id]}
                 for peer in peers
@@ -48,16 +48,8 @@ def as_table(models: Models, complaints: Complaints) -> RenderableType:
     return Group(*parts)
 
 
-def holes(model: ModelId, peers: list[PeerRecord]) -> list[range]:
-    """The runs of blocks that no online peer serves."""
-    served = [any(p.start <= block < p.end and p.state == "online" for p in peers) for block in range(model.num_blocks)]
-    runs: list[range] = []
-    for block, is_served in enumerate(served):
-        if is_served:
-            continue
-        start = runs.pop().start if runs and runs[-1].stop == block else block
-        runs.append(range(start, block + 1))
-    return runs
+def _missing(model: ModelId, peers: list[PeerRecord]) -> list[range]:
+    return holes([peer for peer in peers if peer.state == PeerState.ONLINE], 0, model.num_blocks)
 
 
 def _peers_table(model: ModelId, peers: list[PeerRecord]) -> Table:
@@ -96,7 +88,7 @@ def _complaint(peer: PeerRecord, count: int) -> Text:
 
 
 def _coverage(model: ModelId, peers: list[PeerRecord]) -> Text:
-    missing = holes(model, peers)
+    missing = _missing(model, peers)
     if not missing:
         return Text(f"All {model.num_blocks} blocks are served.", style="green")
     spans = ", ".join(f"{hole.start}:{hole.stop}" for hole in missing)

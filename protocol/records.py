@@ -1,6 +1,7 @@
 """What a peer announces in the DHT, and what identifies a model there."""
 
 import json
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated, Self
 
@@ -95,6 +96,20 @@ class PeerRecord(_Record):
         if not self.start < self.end <= self.model.num_blocks:
             raise ValueError(f"span {self.start}:{self.end} does not lie in a model of {self.model.num_blocks} blocks")
         return self
+
+
+def holes(peers: Iterable[PeerRecord], start: int, end: int) -> list[range]:
+    """The runs of blocks in [start, end) that none of `peers` serves."""
+    served = {block for peer in peers for block in range(peer.start, peer.end)}
+    missing: list[range] = []
+    for block in range(start, end):
+        if block in served:
+            continue
+        if missing and missing[-1].stop == block:
+            missing[-1] = range(missing[-1].start, block + 1)
+        else:
+            missing.append(range(block, block + 1))
+    return missing
 
 
 MAX_ACCUSED = 32

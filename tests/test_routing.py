@@ -6,10 +6,10 @@ import time
 import pytest
 
 from client import routing
-from client.routing import Health, Hop, find_route, holes
+from client.routing import Health, Hop, find_route
 from peer.placement import choose_blocks
 from protocol.errors import NoRoute
-from protocol.records import ModelId, PeerRecord, PeerState, Speed
+from protocol.records import ModelId, PeerRecord, PeerState, Speed, holes
 
 _ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
