@@ -63,3 +63,16 @@ def test_a_client_that_vanishes_leaves_nothing(small: Wire) -> None:
             assert time.monotonic() < end
             time.sleep(0.1)
     LOOP.run(member.shutdown())
+
+
+def test_a_full_disk(fork_server: ForkServer, models: Callable[[str], Path]) -> None:
+    """No file takes another byte, the log included: it serves on, and ends when it must though it cannot say why."""
+    with open_wire(fork_server, models("llama")) as wire:
+        process = psutil.Process(wire.peer.pid)
+        written = os.stat(wire.peer.stderr).st_size
+        process.rlimit(resource.RLIMIT_FSIZE, (0, 0))
+        with wire.still_serves():
+            pass
+        process.children()[0].kill()  # p2pd: it has much to say now
+        process.wait(30)
+        assert os.stat(wire.peer.stderr).st_size == written
