@@ -187,6 +187,8 @@ class Service:
         except (BadRequest, PeerFailed) as error:  # no frame, or a stream that is not to go on
             await channel.fail(error)
             raise
+        if isinstance(message.body, pb.Push):
+            return self._take_push(connection, message, message.body)
         self.load.calls += 1
         try:
             with connection.account.call(nbytes(message.tensors)):
@@ -199,17 +201,12 @@ class Service:
             logger.exception("a call of %s failed", channel.remote)
             await channel.fail(_told(error))
         else:
-            if answer is not None:
-                await channel.send(answer)
+            await channel.send(answer)
         finally:
             self.load.calls -= 1
 
-    async def _answer(self, connection: _Connection, message: Message) -> Message | None:
-        """The answer; `None` when the request is one that has none."""
+    async def _answer(self, connection: _Connection, message: Message) -> Message:
         body = message.body
-        if isinstance(body, pb.Push):
-            self._mailbox.put(body.token, message.tensors)
-            return None
         if isinstance(body, pb.Step):
             return await self._step(connection, message, body)
         if isinstance(body, pb.Backward):
@@ -371,6 +368,14 @@ class Service:
         return Call(inputs, mode, self._bundle(connection, context), prefix)
 
     # ---- hand-over
+
+    def _take_push(self, connection: _Connection, message: Message, body: pb.Push) -> None:
+        """Nobody waits for an answer: it would be taken for that to the next request. Who misses the push will ask."""
+        try:
+            with connection.account.call(nbytes(message.tensors)):
+                self._mailbox.put(body.token, message.tensors)
+        except SwarmError as error:
+            logger.debug("a push of %s was dropped: %s", connection.client, error)
 
     async def _completed(self, connection: _Connection, message: Message, hand_over: pb.HandOver) -> Message:
         """A request with the tensor that comes from another peer, once it is here."""

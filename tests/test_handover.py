@@ -13,9 +13,12 @@ from transformers import LogitsProcessorList
 
 from client.handover import Border
 from peer.handover import TOKEN_BYTES, Mailbox
+from protocol import swarm_pb2 as pb
+from protocol.channel import Message
 from protocol.errors import BadRequest, NotPushed
 from tests.arena import AtToken, assert_close, batch, step, with_adapter
 from tests.swarm import ForkServer, Peer, Swarm, new_swarm
+from tests.wire import HIDDEN, Wire, forward
 
 SPANS = ("0:2", "2:3", "3:5")
 
@@ -193,3 +196,14 @@ def test_what_nobody_asks_for_is_forgotten() -> None:
 def test_what_is_no_push(token: bytes) -> None:
     with pytest.raises(BadRequest, match="A Push has"):
         Mailbox(100).put(token, parcel() | {"another": torch.ones(1)})
+
+
+def test_a_push_that_is_refused_is_not_answered(wire: Wire) -> None:
+    """An answer to it would be taken for that to the next request on the stream."""
+
+    async def push() -> Message:
+        channel = await wire.greeted()
+        await channel.send(Message(pb.Push(token=b"short"), parcel()))
+        return await channel.call(forward({"hidden_states": HIDDEN}))
+
+    assert wire.run(push()).tensor("hidden_states").shape == HIDDEN.shape

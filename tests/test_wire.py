@@ -38,7 +38,7 @@ FRAMES = {
     "text": (b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n", "over the limit"),
     "a name that is no text": (frame(b"\x82\x01\x03\x0a\x01\xff", 0), "not a valid message"),
     "nothing": (frame(b"", 0), "without a body"),
-    "an unknown body": (frame(b"\x7a\x00", 0), "without a body"),
+    "an unknown body": (frame(b"\xea\x01\x00", 0), "without a body"),
     "more bytes than its tensors": (described(entry(), payload=8), "announces 8 bytes"),
     "fewer bytes than its tensors": (described(entry(), entry("b"), payload=4), "announces 4 bytes"),
     "bytes that are not its shape's": (described(entry(nbytes=8), payload=8), "is not 8 bytes"),
