@@ -13,6 +13,7 @@ from protocol.channel import VERSION, Channel, Message
 from protocol.errors import BadRequest, WrongModel
 from protocol.model.checkpoint import same_weights
 from protocol.tensors import Limits
+from protocol.transport.carriers import Carrier
 
 _MAX_IDLE = 8
 
@@ -28,9 +29,9 @@ class Wanted:
 class Connections:
     """A pool of channels per peer, all greeted for one model."""
 
-    def __init__(self, membership: Membership, wanted: Wanted, health: Health, patience: float):
+    def __init__(self, membership: Membership, wanted: Wanted, health: Health, patience: float, carrier: Carrier):
         self._membership, self._wanted, self._health = membership, wanted, health
-        self._patience = patience
+        self._patience, self._carrier = patience, carrier
         self._idle: dict[str, list[Channel]] = defaultdict(list)
 
     @asynccontextmanager
@@ -50,7 +51,7 @@ class Connections:
     async def open(self, peer_id: str) -> Channel:
         """A new channel of the caller's own. Raises `PeerUnreachable`, `WrongKey`, `WrongModel`."""
         member = self._membership.member
-        channel = Channel(await member.transport.connect(peer_id), Limits(), self._patience)
+        channel = Channel(await member.transport.connect(peer_id, self._carrier), Limits(), self._patience)
         try:
             await member.handshake.initiate(channel)
             await self._greet(channel)

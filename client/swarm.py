@@ -43,7 +43,7 @@ class Swarm:
         self.config, self.model_id = config, checkpoint.model_id
         self.health = Health()
         wanted = Wanted(self.model_id.config_hash, checkpoint.digests)
-        self.connections = Connections(membership, wanted, self.health, config.silence_timeout)
+        self.connections = Connections(membership, wanted, self.health, config.silence_timeout, config.carrier)
         self.puts = Puts()
         self.verifier = Verifier(self, config.verify)
         self._membership = membership
