@@ -14,7 +14,7 @@ _AHEAD = 2**18
 cannot hand over by the time that the other end closes, it drops."""
 _LARGE = 2**16
 """Bytes that are read right into the memory of who waits for them, without a copy."""
-_FIRST, _GROWTH = 2**20, 4
+_FIRST, _GROWTH = 2**20, 8
 """Memory for a `receive`: so many bytes at first, and so many times as many whenever these have come."""
 _MAX_UNSENT = 2**18
 _NOTHING = memoryview(bytearray())
@@ -79,9 +79,8 @@ class SocketStream(asyncio.BufferedProtocol):
             await self._fill(memoryview(data), filled, patience)
             if len(data) == count:
                 return data
-            data, part = bytearray(min(count, _GROWTH * len(data))), data
-            filled = len(part)
-            data[:filled] = part
+            filled = len(data)
+            data = _enlarged(data, min(count, _GROWTH * filled))
 
     def close(self) -> None:
         """See `Stream.close`."""
@@ -192,6 +191,12 @@ class SocketStream(asyncio.BufferedProtocol):
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _enlarged(data: bytearray, size: int) -> bytearray:
+    larger = bytearray(size)
+    larger[: len(data)] = data
+    return larger
 
 
 def _joined(buffers: Sequence[Buffer]) -> Sequence[Any]:
