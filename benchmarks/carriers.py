@@ -26,8 +26,7 @@ from protocol.errors import SwarmError
 from protocol.records import ModelId, PeerRecord, Speed
 from protocol.tensors import Limits
 from protocol.transport import socket_stream
-from protocol.transport.base import Stream
-from protocol.transport.carriers import Carrier
+from protocol.transport.base import Carrier, Stream
 from protocol.transport.socket_stream import SocketStream
 
 HASH = "0" * 32

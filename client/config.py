@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from protocol.errors import BadUsage
-from protocol.transport.carriers import Carrier
+from protocol.transport.base import Carrier
 
 
 class SwarmConfig(BaseModel):

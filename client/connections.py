@@ -13,7 +13,7 @@ from protocol.channel import VERSION, Channel, Message
 from protocol.errors import BadRequest, WrongModel
 from protocol.model.checkpoint import same_weights
 from protocol.tensors import Limits
-from protocol.transport.carriers import Carrier
+from protocol.transport.base import Carrier
 
 _MAX_IDLE = 8
 

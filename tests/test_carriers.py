@@ -18,8 +18,8 @@ from bootstrap.member import Member
 from client.swarm import Swarm as Network
 from protocol.errors import BadUsage, PeerUnreachable
 from protocol.transport import direct
-from protocol.transport.base import Stream
-from protocol.transport.carriers import HEAD_START, Carrier
+from protocol.transport.base import Carrier, Stream
+from protocol.transport.carriers import HEAD_START
 from protocol.transport.socket_stream import SocketStream
 from tests.arena import assert_close, batch, step, with_adapter
 from tests.swarm import Swarm
@@ -60,7 +60,7 @@ async def two_members() -> AsyncIterator[tuple[Member, Member]]:
 @pytest.mark.parametrize("wrong", ["a closed port", "a port that says nothing", "another's"])
 def test_a_door_that_leads_nowhere_is_passed_by(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And is left alone for a while, unless the peer announces another."""
-    monkeypatch.setattr(direct, "TIMEOUT", 1.0)
+    monkeypatch.setattr(direct, "CALL_TIMEOUT", 1.0)
 
     async def main() -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent, socket.socket() as closed:

@@ -271,7 +271,7 @@ def test_nothing_but_new_tls_is_spoken(people: list[Credentials], caplog: pytest
 def test_strangers_hold_few_connections_and_not_for_long(
     people: list[Credentials], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(direct, "TIMEOUT", 1.0)
+    monkeypatch.setattr(direct, "STRANGER_TIMEOUT", 1.0)
 
     async def main() -> None:
         async with house(people[0]) as home:
@@ -291,7 +291,7 @@ def test_strangers_hold_few_connections_and_not_for_long(
 
 
 def test_a_stranger_that_trickles_has_no_more_time(people: list[Credentials], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "TIMEOUT", 0.6)
+    monkeypatch.setattr(direct, "STRANGER_TIMEOUT", 0.6)
 
     async def main() -> None:
         async with house(people[0]) as home:

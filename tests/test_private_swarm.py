@@ -29,8 +29,7 @@ from protocol.errors import NoSwarm, PeerFailed, PeerUnreachable, SwarmError, Wr
 from protocol.model.checkpoint import open_checkpoint
 from protocol.swarm_key import NO_KEY, OPEN, REFUSED
 from protocol.tensors import Limits
-from protocol.transport.base import Stream
-from protocol.transport.carriers import Carrier
+from protocol.transport.base import Carrier, Stream
 from tests.command import Command
 from tests.swarm import ForkServer, Swarm, new_swarm
 from tests.test_bootstrap_directory import HASH, record, send_store, stored_value

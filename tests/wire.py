@@ -17,7 +17,7 @@ from protocol.channel import VERSION, Channel, Message
 from protocol.errors import SwarmError
 from protocol.model.checkpoint import open_checkpoint
 from protocol.tensors import Limits
-from protocol.transport.carriers import Carrier
+from protocol.transport.base import Carrier
 from tests.swarm import ForkServer, Peer, new_swarm
 
 MIB = 2**20

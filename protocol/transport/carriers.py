@@ -3,16 +3,12 @@
 import asyncio
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 from protocol.errors import PeerUnreachable
 from protocol.records import Door, PeerRecord
-from protocol.transport.base import Handler, Stream, Transport
+from protocol.transport.base import Carrier, Handler, Stream, Transport
 from protocol.transport.direct import DirectCaller, DirectListener
 from protocol.transport.race import first
-
-Carrier = Literal["auto", "direct", "libp2p"]
-"""How to connect; auto: directly if that works, else by libp2p."""
 
 HEAD_START = 0.3
 """Seconds that a direct connection gets before libp2p is tried too."""

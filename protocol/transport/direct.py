@@ -15,8 +15,10 @@ from protocol.transport.introduction import Credentials, identify, introduce
 from protocol.transport.race import first
 from protocol.transport.socket_stream import SocketStream
 
-TIMEOUT = 10.0
-"""Seconds for a connection to be up, introduction included."""
+CALL_TIMEOUT = 4.0
+"""Seconds for a connection to a peer to be up, introduction included."""
+STRANGER_TIMEOUT = 10.0
+"""Seconds that a caller gets until it has introduced itself."""
 MAX_STRANGERS, MAX_STRANGERS_OF_HOST = 64, 32
 """Connections whose callers have not introduced themselves yet, of all hosts and of one; more are closed at once."""
 MAX_STREAMS = 512
@@ -48,11 +50,11 @@ class DirectCaller:
         turn = self._turns.setdefault(peer_id, asyncio.Semaphore(_MAX_CALLS))
         fingerprint = bytes.fromhex(door.fingerprint)
         try:
-            async with turn, asyncio.timeout(TIMEOUT):
+            async with turn, asyncio.timeout(CALL_TIMEOUT):
                 ways = [partial(self._dial, peer_id, host, port, fingerprint) for host, port in door.addresses]
                 stream = await first(ways, _NEXT_ADDRESS)
                 try:
-                    await introduce(stream, self._me, fingerprint, TIMEOUT)
+                    await introduce(stream, self._me, fingerprint, CALL_TIMEOUT)
                 except BaseException:
                     stream.close()
                     raise
@@ -74,7 +76,7 @@ class DirectCaller:
             port,
             ssl=self._context,
             server_hostname="",
-            ssl_handshake_timeout=TIMEOUT,
+            ssl_handshake_timeout=CALL_TIMEOUT,
             ssl_shutdown_timeout=_CLOSING,
         )
         if not has_fingerprint(transport, fingerprint):
@@ -153,7 +155,7 @@ class DirectListener:
             return None
         self._strangers[host] += 1
         try:
-            async with asyncio.timeout(TIMEOUT):
+            async with asyncio.timeout(STRANGER_TIMEOUT):
                 return await self._identified(connection)
         except (OSError, TimeoutError, SwarmError) as error:
             _log.debug("caller from %s not let in: %r", host, error)
@@ -170,11 +172,11 @@ class DirectListener:
             lambda: stream,  # uvloop returns another protocol than this
             connection,
             ssl=self._certificate.context,
-            ssl_handshake_timeout=TIMEOUT,
+            ssl_handshake_timeout=STRANGER_TIMEOUT,
             ssl_shutdown_timeout=_CLOSING,
         )
         try:
-            stream.remote = await identify(stream, self._me, self._certificate.fingerprint, TIMEOUT)
+            stream.remote = await identify(stream, self._me, self._certificate.fingerprint, STRANGER_TIMEOUT)
         except BaseException:
             transport.abort()
             raise
