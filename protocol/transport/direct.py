@@ -31,8 +31,9 @@ _CLOSING = 5.0
 """Seconds that the other end gets to take what was sent to it last."""
 _PAUSE = 0.5
 """Seconds until the next attempt to accept, when this process has no more files."""
-_KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 10_000}
-"""Seconds; the last, milliseconds. A machine that is gone is noticed after about 10 s also by who only waits for it."""
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
+"""Seconds; the last, milliseconds. A machine that is gone is noticed after about 10 s, also by who only waits for it;
+after 60 s if something was on the way to it. The latter also ends connections to who takes nothing for so long."""
 _log = logging.getLogger(__name__)
 
 
