@@ -15,6 +15,7 @@ _RUNS: list[list[str]] = [
     *(["training", "--model", model, "--peers", str(peers)] for model, peers in product(_MODELS, (1, 2, 3))),
     ["methods"],
     ["stall"],
+    ["carriers"],
 ]
 
 

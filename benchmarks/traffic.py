@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from protocol.transport.base import Buffer
-from protocol.transport.libp2p import LibP2PStream
+from protocol.transport.socket_stream import SocketStream
 
 
 @dataclass
@@ -19,19 +19,19 @@ class Traffic:
 @contextmanager
 def counting() -> Iterator[Traffic]:
     """Counts while the block runs."""
-    traffic, send, receive = Traffic(), LibP2PStream.send, LibP2PStream.receive
+    traffic, send, receive = Traffic(), SocketStream.send, SocketStream.receive
 
-    async def counted_send(self: LibP2PStream, *buffers: Buffer, patience: float | None) -> None:
+    async def counted_send(self: SocketStream, *buffers: Buffer, patience: float | None) -> None:
         traffic.sent += sum(memoryview(buffer).nbytes for buffer in buffers)
         await send(self, *buffers, patience=patience)
 
-    async def counted_receive(self: LibP2PStream, count: int, patience: float | None) -> bytearray:
+    async def counted_receive(self: SocketStream, count: int, patience: float | None) -> bytearray:
         data = await receive(self, count, patience)
         traffic.received += len(data)
         return data
 
-    LibP2PStream.send, LibP2PStream.receive = counted_send, counted_receive  # type: ignore[method-assign]
+    SocketStream.send, SocketStream.receive = counted_send, counted_receive  # type: ignore[method-assign]
     try:
         yield traffic
     finally:
-        LibP2PStream.send, LibP2PStream.receive = send, receive  # type: ignore[method-assign]
+        SocketStream.send, SocketStream.receive = send, receive  # type: ignore[method-assign]

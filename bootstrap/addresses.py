@@ -19,7 +19,7 @@ def split_peer_address(address: str) -> tuple[PeerID, Multiaddr]:
         if not separator or not location or len(base58.b58decode(peer_id)) < 34:
             raise ValueError
         where = Multiaddr(location)
-        _parts(where)  # it takes some that it cannot read again
+        parts_of(where)  # it takes some that it cannot read again
         return PeerID.from_base58(peer_id), where
     except Exception as error:  # hivemind's Multiaddr raises errors of many kinds
         raise BadUsage(f"{address!r} is not the address of a peer; expected one like {_EXAMPLE}.") from error
@@ -31,7 +31,7 @@ def check_announced(address: str, peer_id: str) -> str:
     if separator and named != peer_id:
         raise BadUsage(f"{address!r} names another peer; this one is {peer_id}.")
     try:
-        parts = _parts(Multiaddr(location))
+        parts = parts_of(Multiaddr(location))
         if "0" in (parts.get("tcp"), parts.get("udp")):
             raise ValueError
     except Exception as error:
@@ -62,7 +62,7 @@ def for_others(visible: Iterable[Multiaddr], peer_id: str) -> list[str]:
     """
     by_scope: dict[bool, list[str]] = {True: [], False: []}
     for address in visible:
-        ip = _ip_of(address)
+        ip = ip_of(address)
         if ip is not None and (ip.is_unspecified or ip.is_link_local):
             continue
         text = str(address).partition(f"/p2p/{peer_id}")[0] + f"/p2p/{peer_id}"
@@ -70,11 +70,13 @@ def for_others(visible: Iterable[Multiaddr], peer_id: str) -> list[str]:
     return by_scope[False] or by_scope[True]
 
 
-def _ip_of(address: Multiaddr) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    parts = _parts(address)
+def ip_of(address: Multiaddr) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address in `address`, if there is one."""
+    parts = parts_of(address)
     text = parts.get("ip4") or parts.get("ip6")
     return ipaddress.ip_address(text) if text else None
 
 
-def _parts(address: Multiaddr) -> dict[str, str]:
+def parts_of(address: Multiaddr) -> dict[str, str]:
+    """Protocol -> value."""
     return {protocol.name: value for protocol, value in address.items()}

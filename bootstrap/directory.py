@@ -32,9 +32,11 @@ R = TypeVar("R", ModelId, PeerRecord, Complaint)
 class Directory:
     """Announces and looks up peers in a DHT. All methods raise `PeerUnreachable` when this member is cut off."""
 
-    def __init__(self, node: DHTNode, neighbours: Neighbours):
+    def __init__(self, node: DHTNode, neighbours: Neighbours, learn: Callable[[PeerRecord], None]):
+        """`learn` is called with every peer's record that is looked up."""
         self._node = node
         self._neighbours = neighbours
+        self._learn = learn
         self._expirations: dict[str, float] = {}
 
     async def announce(self, record: PeerRecord, lifetime: float) -> bool:
@@ -57,7 +59,7 @@ class Directory:
     async def peers(self, config_hash: str) -> list[PeerRecord]:
         """The peers that serve blocks of a model, as the DHT's members hold them now; sorted by start, then ID."""
         key = model_key(config_hash)
-        return _peers((await self._look_up([key]))[key])
+        return self._learned((await self._look_up([key]))[key])
 
     async def complain(self, complaint: Complaint) -> None:
         """Publish what this member says of others, instead of what it said before for that model, for ten minutes."""
@@ -77,7 +79,13 @@ class Directory:
         listed = _parse((await self._look_up([MODELS_KEY]))[MODELS_KEY], ModelId)
         keys = sorted({model_key(model.config_hash) for model in listed})[:MAX_MODELS]
         found = (await self._look_up(keys)).values() if keys else ()
-        return {_usual_model(records): records for records in map(_peers, found) if records}
+        return {_usual_model(records): records for records in map(self._learned, found) if records}
+
+    def _learned(self, values: dict[str, Any]) -> list[PeerRecord]:
+        records = _peers(values)
+        for record in records:
+            self._learn(record)
+        return records
 
     async def _store(self, record: PeerRecord, expiration: float) -> bool:
         await self._neighbours.ensure()

@@ -96,6 +96,12 @@ def verify(peer_id: str, public_key: bytes, data: bytes, signature: bytes) -> bo
     return True
 
 
+def signer_of(public_key: bytes, data: bytes, signature: bytes) -> str | None:
+    """The peer ID of `public_key`, if `signature` is one of `data` by its owner."""
+    peer_id = peer_id_of(public_key)
+    return peer_id if verify(peer_id, public_key, data, signature) else None
+
+
 def peer_id_of(public_key: bytes) -> str:
     """The peer ID of an RSA key (DER, SubjectPublicKeyInfo): base58 of the SHA-256 multihash of its protobuf.
 

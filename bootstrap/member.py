@@ -14,15 +14,19 @@ from hivemind.utils.logging import use_hivemind_log_handler
 from bootstrap.addresses import check_announced, for_others, is_loopback, listening_address, split_peer_address
 from bootstrap.daemon import Connection, Daemon, DaemonFailed
 from bootstrap.directory import Directory
+from bootstrap.door import OwnDoor
 from bootstrap.gate import Gate
-from bootstrap.identity import Identity
+from bootstrap.identity import Identity, signer_of
 from bootstrap.key_file import KeyFile
 from bootstrap.neighbours import Neighbours, create_node
 from bootstrap.validator import SignedRecords
 from protocol.errors import BadUsage, NoSwarm, PeerFailed
 from protocol.handshake import Handshake
+from protocol.records import Door
 from protocol.swarm_key import Keyring
-from protocol.transport.base import Transport
+from protocol.transport.carriers import Carriers
+from protocol.transport.direct import DirectCaller
+from protocol.transport.introduction import Credentials
 from protocol.transport.libp2p import LibP2PTransport
 
 UPKEEP_PERIOD = 10.0
@@ -45,6 +49,10 @@ class MemberOptions:
     """Multiaddrs under which others reach this member, instead of those it sees itself."""
     identity_path: Path | None = None
     """An identity file, made if there is none; None: a new identity that is forgotten."""
+    direct_port: int | None = None
+    """The TCP port to listen on for direct connections; 0: any free one; None: there shall be none."""
+    announce_direct: tuple[str, ...] = ()
+    """Addresses (/ip4/…/tcp/…) for direct connections to announce, instead of this machine's own."""
     client_mode: bool = False
     """Listen nowhere and serve no DHT queries."""
     use_relay: bool = True
@@ -68,16 +76,23 @@ class Member:
         p2p: Connection,
         node: DHTNode,
         neighbours: Neighbours,
+        own_door: OwnDoor | None,
     ):
         self.peer_id: str = identity.peer_id
         self.handshake = Handshake(self.peer_id, keyring)
         """With which every stream begins."""
         self.addresses: list[str] = []
         """Full multiaddrs that others can join with; kept up to date. Empty for a client."""
-        self.transport: Transport = LibP2PTransport(p2p)
-        self.directory = Directory(node, neighbours)
+        self.door: Door | None = None
+        """Where others can connect directly; kept up to date."""
+        self._own_door = own_door
+        self.transport = Carriers(
+            LibP2PTransport(p2p), DirectCaller(_credentials(identity)), own_door.listener if own_door else None
+        )
+        self.directory = Directory(node, neighbours, self.transport.learn)
         self.lost = asyncio.Event()
-        """Set when p2pd has died: nothing works any more, all calls fail at once. Not set by `shutdown`."""
+        """Set when p2pd has died: nothing works any more but direct streams that are open, all calls fail at once.
+        Not set by `shutdown`."""
         self.daemon_process_id = daemon.process_id
         self._daemon = daemon
         self._p2p = p2p
@@ -115,6 +130,10 @@ class Member:
         resources.callback(identity.close)
         daemon = await _start_daemon(options, identity)
         resources.push_async_callback(daemon.stop)
+        own_door = None
+        if options.direct_port is not None:
+            own_door = OwnDoor(_credentials(identity), options.host, options.direct_port, options.announce_direct)
+            resources.callback(own_door.listener.close)
         if options.identity_path is None:
             # p2pd has read it, and if this process is killed there shall be no key left lying about.
             identity.close()
@@ -126,7 +145,7 @@ class Member:
         node = await create_node(Gate(p2p, keyring), SignedRecords(identity), options.client_mode)
         neighbours = Neighbours(p2p, node, options.initial_peers)
         await neighbours.join()
-        member = cls(identity, keyring, daemon, p2p, node, neighbours)
+        member = cls(identity, keyring, daemon, p2p, node, neighbours, own_door)
         if not options.client_mode:
             await member._refresh_addresses()
         for task in (member._watch(), member._keep_up(listens=not options.client_mode)):
@@ -143,6 +162,8 @@ class Member:
         with suppress(Exception):
             await asyncio.wait_for(self._node.shutdown(), _LEAVE_TIMEOUT)
         self._p2p.broken.set()
+        if not self.lost.is_set():  # else what still works shall go on
+            self.transport.hang_up()
         await self._resources.aclose()
 
     async def _watch(self) -> None:
@@ -163,6 +184,8 @@ class Member:
 
     async def _refresh_addresses(self) -> None:
         self.addresses = for_others(await self._p2p.visible_addresses(), self.peer_id)
+        if self._own_door is not None:
+            self.door = self._own_door.describe(self.addresses)
 
 
 def quiet_hivemind() -> None:
@@ -170,6 +193,10 @@ def quiet_hivemind() -> None:
     use_hivemind_log_handler("nowhere")
     logging.getLogger("hivemind").setLevel(logging.WARNING)
     logging.addLevelName(logging.WARNING, "WARNING")
+
+
+def _credentials(identity: Identity) -> Credentials:
+    return Credentials(identity.peer_id, identity.public_key, identity.sign, signer_of)
 
 
 async def _start_daemon(options: MemberOptions, identity: Identity) -> Daemon:

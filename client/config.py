@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from protocol.errors import BadUsage
+from protocol.transport.base import Carrier
 
 
 class SwarmConfig(BaseModel):
@@ -16,6 +17,8 @@ class SwarmConfig(BaseModel):
     """Addresses of any members of the swarm: /ip4/…/tcp/…/p2p/…"""
     swarm_key: Path | None = None
     """The key file of a private swarm."""
+    carrier: Carrier = "auto"
+    """How to connect to peers: "direct" (TLS to their own ports), "libp2p", or "auto": directly if that works."""
     allowed_peers: frozenset[str] | None = None
     """IDs of the only peers to go through; None: all."""
     blocked_peers: frozenset[str] = frozenset()

@@ -43,7 +43,9 @@ class Swarm:
         self.config, self.model_id = config, checkpoint.model_id
         self.health = Health()
         wanted = Wanted(self.model_id.config_hash, checkpoint.digests)
-        self.connections = Connections(lambda: membership.member, wanted, config.silence_timeout, self.health.measured)
+        self.connections = Connections(
+            lambda: membership.member, wanted, config.silence_timeout, self.health.measured, config.carrier
+        )
         self.puts = Puts()
         self.verifier = Verifier(self, config.verify)
         self._membership = membership

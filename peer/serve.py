@@ -48,7 +48,14 @@ def serve(
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     host: Host = "0.0.0.0",
     port: Port = 0,
+    direct_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on for direct connections; 0: any free one.")
+    ] = 0,
     announce: Announce = None,
+    announce_direct: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ADDRESS", help="Address for direct connections to announce (may be repeated)."),
+    ] = None,
     identity: Identity = None,
     swarm_key: SwarmKeyFile = None,
     name: Annotated[str, typer.Option(help="A name for people.")] = "",
@@ -109,7 +116,16 @@ def serve(
         checkpoint=checkpoint,
         blocks=parse_blocks(blocks, checkpoint.model_id.num_blocks),
         num_blocks=num_blocks,
-        member=MemberOptions(addresses, host, port, tuple(announce or ()), identity, swarm_key=swarm_key),
+        member=MemberOptions(
+            addresses,
+            host,
+            port,
+            tuple(announce or ()),
+            identity,
+            direct_port,
+            tuple(announce_direct or ()),
+            swarm_key=swarm_key,
+        ),
         dtype=parse_dtype(dtype),
         device=parse_device(device),
         quantization=quantize,

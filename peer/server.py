@@ -118,6 +118,7 @@ class Server:
             dtype=str(self.span.dtype).removeprefix("torch."),
             quantization=self.options.quantization,
             addresses=tuple(self.member.addresses)[:20],
+            direct=self.member.door,
             speed=self._speed,
             free_cache_tokens=self.service.memory.free_tokens,
             max_length=self.service.memory.max_length,

@@ -14,7 +14,8 @@ from protocol.errors import BadRequest, NoConnection, PeerUnreachable, WrongMode
 from protocol.handshake import Handshake
 from protocol.model.checkpoint import same_weights
 from protocol.tensors import Limits
-from protocol.transport.base import Stream, Transport
+from protocol.transport.base import Carrier, Stream
+from protocol.transport.carriers import Carriers
 
 _MAX_IDLE = 8
 
@@ -31,7 +32,7 @@ class End(Protocol):
     """The caller, as a member of the swarm."""
 
     @property
-    def transport(self) -> Transport:
+    def transport(self) -> Carriers:
         """What it connects with."""
 
     @property
@@ -46,8 +47,16 @@ class Connections:
     connection to a peer, and of the seconds of the round trip in which it greeted.
     """
 
-    def __init__(self, end: Callable[[], End], wanted: Wanted, patience: float, met: Callable[[str, float], None]):
+    def __init__(
+        self,
+        end: Callable[[], End],
+        wanted: Wanted,
+        patience: float,
+        met: Callable[[str, float], None],
+        carrier: Carrier = "auto",
+    ):
         self._end, self._wanted, self._patience, self._met = end, wanted, patience, met
+        self._carrier = carrier
         self._idle: dict[str, list[Channel]] = defaultdict(list)
 
     @asynccontextmanager
@@ -94,10 +103,10 @@ class Connections:
             channel.close()  # the swarm's key is being changed
         return None
 
-    async def _dial(self, transport: Transport, peer_id: str) -> Stream:
+    async def _dial(self, transport: Carriers, peer_id: str) -> Stream:
         try:
             async with asyncio.timeout(self._patience):
-                return await transport.connect(peer_id)
+                return await transport.connect(peer_id, self._carrier)
         except PeerUnreachable as error:
             raise NoConnection(str(error)) from error
         except TimeoutError as error:

@@ -1,6 +1,8 @@
 """What a peer announces in the DHT, and what identifies a model there."""
 
+import ipaddress
 import json
+import re
 from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated, Self
@@ -13,6 +15,7 @@ MAX_BLOCKS = 4096
 MAX_RECORD_BYTES = 8192
 
 MAX_NAME = 100
+MAX_DOOR_ADDRESSES = 8
 
 
 def _check_printable(text: str) -> str:
@@ -23,6 +26,23 @@ def _check_printable(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_check_printable)]
 ConfigHash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+_HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*\.?")
+
+
+def _check_host(host: str) -> str:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        if not _HOST_NAME.fullmatch(host):
+            raise ValueError("neither an IP address nor a host's name") from None
+        return host
+    if address.is_unspecified or address.is_multicast or "%" in host:
+        raise ValueError("an IP address that nobody can connect to")
+    return host
+
+
+HostText = Annotated[str, Field(max_length=253), AfterValidator(_check_host)]
+Port = Annotated[int, Field(gt=0, lt=2**16)]
 PeerIdText = Annotated[str, Field(pattern=r"^[1-9A-HJ-NP-Za-km-z]{20,80}$")]
 
 
@@ -70,6 +90,15 @@ class Speed(_Record):
     """Blocks x tokens per second, a batch of a few hundred tokens."""
 
 
+class Door(_Record):
+    """Where a peer answers direct connections, and how it is known there."""
+
+    fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """The SHA-256 of its TLS certificate (DER)."""
+    addresses: tuple[tuple[HostText, Port], ...] = Field(min_length=1, max_length=MAX_DOOR_ADDRESSES)
+    """IP addresses or host names, with TCP ports."""
+
+
 class PeerRecord(_Record):
     """One peer's announcement for one model."""
 
@@ -83,6 +112,8 @@ class PeerRecord(_Record):
     dtype: Text = Field(max_length=20)
     quantization: Text = Field(max_length=20)
     addresses: tuple[Annotated[Text, Field(max_length=300)], ...] = Field(default=(), max_length=20)
+    direct: Door | None = None
+    """None: the peer answers by libp2p only."""
     speed: Speed
     free_cache_tokens: int = Field(ge=0)
     """Tokens (of one row) that the peer's KV memory could still take."""

@@ -71,8 +71,9 @@ def opened_wire(fork_server: ForkServer, models: Callable[[str], Path]) -> Itera
         yield wire
 
 
-@pytest.fixture
-def wire(opened_wire: Wire) -> Iterator[Wire]:
-    """That peer; after every test it still serves."""
+@pytest.fixture(params=["libp2p", "direct"])
+def wire(opened_wire: Wire, request: pytest.FixtureRequest) -> Iterator[Wire]:
+    """That peer, by either carrier; after every test it still serves."""
+    opened_wire.carrier = request.param
     with opened_wire.still_serves():
         yield opened_wire

@@ -90,6 +90,7 @@ def test_blocks_that_are_none(command: Command, llama: Path, blocks: str, said: 
         (["--host", "example.org"], "is not an IP address"),
         (["--host", "192.0.2.1"], "Cannot listen on 192.0.2.1"),
         (["--announce", "here"], "cannot be announced"),
+        (["--announce-direct", "here"], "no address for direct connections"),
         (["--name", "\x1b[2J"], "100 printable characters"),
         (["--name", "n" * 101], "100 printable characters"),
         (["--identity", "/proc/version"], "/proc/version"),
@@ -101,7 +102,15 @@ def test_options_that_are_wrong(command: Command, llama: Path, arguments: list[s
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--port", "70000"], ["--num-blocks", "0"], ["--max-length", "x"], ["--bloks", "0:2"], ["a", "b"]]
+    "arguments",
+    [
+        ["--port", "70000"],
+        ["--direct-port", "70000"],
+        ["--num-blocks", "0"],
+        ["--max-length", "x"],
+        ["--bloks", "0:2"],
+        ["a", "b"],
+    ],
 )
 def test_options_that_are_none(command: Command, llama: Path, arguments: list[str]) -> None:
     outcome = command("serve", llama, *arguments)

@@ -25,6 +25,7 @@ from bootstrap.identity import Identity
 from bootstrap.member import Member, MemberOptions, quiet_hivemind
 from protocol.errors import BadUsage, PeerUnreachable
 from protocol.transport.base import Stream
+from tests.test_bootstrap_directory import record
 
 HASH = "0123456789abcdef" * 2
 MIB = 2**20
@@ -64,17 +65,21 @@ def free_port() -> int:
 # Joining
 
 
+@pytest.mark.parametrize("carrier", ["libp2p", "direct"])
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
-def test_stream_echo_between_members(run):
+def test_stream_echo_between_members(run, carrier):
     async def main() -> None:
         async with (
             member() as founder,
-            member(*founder.addresses) as peer,
+            member(*founder.addresses, direct_port=0) as peer,
             member(*founder.addresses, client_mode=True) as client,
         ):
             assert client.addresses == []
             await peer.transport.serve(echo)
-            await asyncio.wait_for(exchange(client, peer.peer_id), 20)
+            assert await peer.directory.announce(record(peer, direct=peer.door), 60)
+            for caller in (client, founder):
+                await caller.directory.peers(HASH)
+                await asyncio.wait_for(exchange(caller, peer.peer_id), 20)
 
     async def echo(stream: Stream) -> None:
         assert stream.remote != ""
@@ -82,7 +87,7 @@ def test_stream_echo_between_members(run):
             await stream.send(await stream.receive(MIB, 10), patience=10)
 
     async def exchange(client: Member, peer_id: str) -> None:
-        stream = await client.transport.connect(peer_id)
+        stream = await client.transport.connect(peer_id, carrier)
         data = os.urandom(8 * MIB)
         sending = asyncio.create_task(stream.send(data, patience=10))
         assert await stream.receive(len(data), 10) == data

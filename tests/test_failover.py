@@ -44,10 +44,13 @@ def generate_with_kill(model: Any, victim: Peer, at: int = 5, options: dict[str,
 # ---- generation
 
 
-@pytest.mark.parametrize("heirs", ["one peer", "two peers with a part each"])
-def test_killed_in_greedy_decoding(heirs: str, arena: Arena, local: Any) -> None:
+@pytest.mark.parametrize(
+    ("heirs", "carrier"),
+    [("one peer", "direct"), ("one peer", "libp2p"), ("two peers with a part each", "auto")],
+)
+def test_killed_in_greedy_decoding(heirs: str, carrier: str, arena: Arena, local: Any) -> None:
     victim, heir = arena.pair()
-    model = arena.connect(victim, [heir] if heirs == "one peer" else arena.parts)
+    model = arena.connect(victim, [heir] if heirs == "one peer" else arena.parts, carrier=carrier)
     assert torch.equal(generate_with_kill(model, victim), local.generate(**batch()))
 
 
@@ -217,11 +220,17 @@ def reference(models: Callable[[str], Path]) -> list[torch.Tensor]:
     return step(with_adapter(transformers.AutoModelForCausalLM.from_pretrained(models("llama"))))
 
 
-@pytest.mark.parametrize("heirs", ["one peer", "two peers with a part each"])
+@pytest.mark.parametrize(
+    ("heirs", "carrier"),
+    [("one peer", "direct"), ("one peer", "libp2p"), ("two peers with a part each", "auto")],
+)
 @pytest.mark.parametrize("when", ["before the forward", "before the backward"])
-def test_killed_in_a_training_step(when: str, heirs: str, arena: Arena, reference: list[torch.Tensor]) -> None:
+def test_killed_in_a_training_step(
+    when: str, heirs: str, carrier: str, arena: Arena, reference: list[torch.Tensor]
+) -> None:
     victim, heir = arena.pair()
-    model = with_adapter(arena.connect(victim, [heir] if heirs == "one peer" else arena.parts, micro_batch_tokens=14))
+    then = [heir] if heirs == "one peer" else arena.parts
+    model = with_adapter(arena.connect(victim, then, micro_batch_tokens=14, carrier=carrier))
     assert_close(step(model), reference)
     if when == "before the forward":
         victim.kill()

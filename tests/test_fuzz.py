@@ -7,7 +7,7 @@ import pytest
 from tests.fuzzing.choices import Choices
 from tests.fuzzing.targets import bounded_memory, build_target, resident
 
-INPUTS = {"handlers": 4000, "frames": 6000, "records": 6000, "seal": 4000}
+INPUTS = {"handlers": 4000, "frames": 6000, "introductions": 2000, "records": 5000, "seal": 3000}
 MAX_GROWTH = 64
 """MiB."""
 

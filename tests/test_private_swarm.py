@@ -29,13 +29,14 @@ from protocol.errors import NoSwarm, PeerFailed, PeerUnreachable, SwarmError, Wr
 from protocol.model.checkpoint import open_checkpoint
 from protocol.swarm_key import NO_KEY, OPEN, REFUSED
 from protocol.tensors import Limits
-from protocol.transport.base import Stream
+from protocol.transport.base import Carrier, Stream
 from tests.command import Command
 from tests.swarm import ForkServer, Swarm, new_swarm
 from tests.test_bootstrap_directory import HASH, record, send_store, stored_value
 from tests.words import save_tokenizer
 
 Keys = dict[str, Path | None]
+CARRIERS = pytest.mark.parametrize("carrier", ["libp2p", "direct"])
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +213,8 @@ def test_a_member_cannot_forge_anothers_record(keys: Keys) -> None:
 # Rotation
 
 
-def test_keys_change_while_the_swarm_runs(tmp_path: Path) -> None:
+@CARRIERS
+def test_keys_change_while_the_swarm_runs(tmp_path: Path, carrier: Carrier) -> None:
     """A founder, a peer and a client, each with its own copy of the file; every order in which the copies change."""
     master = tmp_path / "master"
     create_key(master)
@@ -221,37 +223,39 @@ def test_keys_change_while_the_swarm_runs(tmp_path: Path) -> None:
     async def main() -> None:
         async with (
             member(files[0]) as founder,
-            member(files[1], *founder.addresses) as peer,
+            member(files[1], *founder.addresses, direct_port=0) as peer,
             member(files[2], *founder.addresses, client_mode=True) as client,
             member(files[3], *founder.addresses, client_mode=True) as left_behind,
         ):
             await peer.transport.serve(lambda stream: serve_echo(peer, stream))
-            first = await open_echo(client, peer)
+            await works(peer, client, carrier)
+            left_behind.transport.learn(record(peer, direct=peer.door))
+            first = await open_echo(client, peer, carrier)
             for number, step in enumerate((add_key, use_newest_key, drop_old_keys)):
                 step(master)
                 for file in (files[:3], files[2::-1])[number % 2]:
                     shutil.copy(master, file)
-                    await works(peer, client)
+                    await works(peer, client, carrier)
             with pytest.raises(PeerFailed, match="open another"):
                 await first.call(Message(pb.Ping()))
             with pytest.raises(WrongKey) as caught:
                 await left_behind.directory.peers(HASH)
             assert str(caught.value) == REFUSED
             with pytest.raises(WrongKey):
-                await open_echo(left_behind, peer)
+                await open_echo(left_behind, peer, carrier)
             with pytest.raises(WrongKey):
                 await Member.join(MemberOptions(tuple(founder.addresses), client_mode=True, swarm_key=files[3]))
             shutil.copy(master, files[3])
-            await works(peer, left_behind)
+            await works(peer, left_behind, carrier)
 
     run(main())
 
 
-async def works(peer: Member, client: Member) -> None:
+async def works(peer: Member, client: Member, carrier: Carrier) -> None:
     name = f"at {time.time()}"
-    assert await peer.directory.announce(record(peer, name=name), 60)
+    assert await peer.directory.announce(record(peer, name=name, direct=peer.door), 60)
     assert [found.name for found in await client.directory.peers(HASH)] == [name]
-    (await open_echo(client, peer)).close()
+    (await open_echo(client, peer, carrier)).close()
 
 
 async def serve_echo(peer: Member, stream: Stream) -> None:
@@ -267,8 +271,8 @@ async def serve_echo(peer: Member, stream: Stream) -> None:
         await channel.fail(error)
 
 
-async def open_echo(caller: Member, peer: Member) -> Channel:
-    channel = Channel(await caller.transport.connect(peer.peer_id), Limits(), 5)
+async def open_echo(caller: Member, peer: Member, carrier: Carrier) -> Channel:
+    channel = Channel(await caller.transport.connect(peer.peer_id, carrier), Limits(), 5)
     await caller.handshake.initiate(channel)
     assert isinstance((await channel.call(Message(pb.Hello()))).body, pb.Hello)
     return channel
@@ -334,10 +338,16 @@ def stranger_requests(llama: Path) -> list[ProtoMessage]:
     ]  # fmt: skip
 
 
+@CARRIERS
 @pytest.mark.parametrize("key", ["none", "other"])
-def test_a_stranger_gets_nothing_from_a_peer(served: Swarm, llama: Path, keys: Keys, key: str) -> None:
+def test_a_stranger_gets_nothing_from_a_peer(
+    served: Swarm, llama: Path, keys: Keys, key: str, carrier: Carrier
+) -> None:
     async def main() -> None:
+        async with member(keys["ours"], *served.initial_peers, client_mode=True) as traitor:
+            [found] = await traitor.directory.peers(open_checkpoint(str(llama)).model_id.config_hash)
         async with member(keys[key]) as stranger:
+            stranger.transport.learn(found)
             address = split_peer_address(served.initial_peers[0])
             await stranger._p2p.dial(address[0], [address[1]])
             for body in stranger_requests(llama):
@@ -345,7 +355,7 @@ def test_a_stranger_gets_nothing_from_a_peer(served: Swarm, llama: Path, keys: K
                     await refuses(stranger, body, prove and keys[key] is not None)
 
     async def refuses(stranger: Member, body: ProtoMessage, prove: bool) -> None:
-        channel = Channel(await stranger.transport.connect(served.peers[0].peer_id), Limits(), 5)
+        channel = Channel(await stranger.transport.connect(served.peers[0].peer_id, carrier), Limits(), 5)
         if prove:
             with pytest.raises(WrongKey):
                 await stranger.handshake.initiate(channel)

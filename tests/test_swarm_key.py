@@ -23,7 +23,7 @@ from protocol.errors import BadUsage, PeerFailed, PeerUnreachable, SwarmError, W
 from protocol.handshake import Handshake
 from protocol.swarm_key import NO_KEY, OPEN, REFUSED, SwarmKey
 from protocol.tensors import Limits
-from protocol.transport.libp2p import LibP2PStream
+from protocol.transport.socket_stream import SocketStream
 from tests.command import Command
 
 OURS, THEIRS, NEW = (SwarmKey(bytes([number]) * 32) for number in (1, 2, 3))
@@ -180,7 +180,7 @@ def member(name: str, *keys: SwarmKey) -> Handshake:
 class Tap:
     """What was written to a stream."""
 
-    def __init__(self, stream: LibP2PStream):
+    def __init__(self, stream: SocketStream):
         self._stream, self.written = stream, b""
         self.remote = stream.remote
 
@@ -200,7 +200,7 @@ async def line(caller: str = "alice", peer: str = "bob") -> tuple[Channel, Chann
     ends = []
     for end, remote in zip(socket.socketpair(), (peer, caller), strict=True):
         reader, writer = await asyncio.open_connection(sock=end)
-        ends.append(Channel(Tap(LibP2PStream(remote, reader, writer)), Limits(), 5))
+        ends.append(Channel(Tap(await SocketStream.adopt(remote, reader, writer)), Limits(), 5))
     return ends[0], ends[1]
 
 

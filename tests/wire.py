@@ -17,6 +17,7 @@ from protocol.channel import VERSION, Channel, Message
 from protocol.errors import SwarmError
 from protocol.model.checkpoint import open_checkpoint
 from protocol.tensors import Limits
+from protocol.transport.base import Carrier
 from tests.swarm import ForkServer, Peer, new_swarm
 
 MIB = 2**20
@@ -34,12 +35,13 @@ class Wire:
     member: Member
     hello: pb.Hello
     expected: torch.Tensor | None = None
+    carrier: Carrier = "auto"
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return LOOP.run(asyncio.wait_for(coroutine, 20))
 
     async def open(self) -> Channel:
-        return Channel(await self.member.transport.connect(self.peer.peer_id), Limits(), 10)
+        return Channel(await self.member.transport.connect(self.peer.peer_id, self.carrier), Limits(), 10)
 
     async def greeted(self) -> Channel:
         channel = await self.open()
@@ -89,6 +91,7 @@ def open_wire(server: ForkServer, model: Path, *options: str) -> Iterator[Wire]:
         limits = ("--max-length", str(MAX_LENGTH), "--cache-tokens", "1024", *options)
         peer = swarm.serve(model, f"{START}:{END}", options=limits)[0]
         member = LOOP.run(Member.join(MemberOptions(tuple(swarm.initial_peers), client_mode=True)))
+        LOOP.run(member.directory.peers(checkpoint.model_id.config_hash))  # learns where the peer's door is
         hello = pb.Hello(version=VERSION, config_hash=checkpoint.model_id.config_hash, weights=checkpoint.digests)
         wire = Wire(peer, member, hello)
         wire.expected = wire.ask(forward()).tensor("hidden_states")

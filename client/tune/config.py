@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 from client.tune.adapters import METHODS, OPTIONS, PROMPT_METHODS, AdapterChoice
 from client.tune.errors import ConfigError
 from client.tune.formats import COLUMNS, FormatName
+from protocol.transport.base import Carrier
 
 DEFAULT_EPOCHS = 3.0
 LONGEST_DEFAULT = 2048
@@ -93,6 +94,7 @@ class SamplesConfig(Section):
 class NetworkConfig(Section):
     """Through which peers, and how; each is the `SwarmConfig` field of the same name."""
 
+    carrier: Carrier | None = Field(default=None, description="direct, libp2p, or auto: directly where that works")
     allowed_peers: list[str] | None = Field(default=None, description="IDs of the only peers to go through")
     blocked_peers: list[str] | None = Field(default=None, description="IDs of peers never to go through")
     pins: dict[str, list[str]] | None = Field(

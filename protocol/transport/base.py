@@ -1,9 +1,12 @@
 """What a carrier gives: ordered duplex byte streams between two authenticated ends."""
 
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
 Buffer = bytes | bytearray | memoryview
+
+Carrier = Literal["auto", "direct", "libp2p"]
+"""How to connect; auto: directly if that works, else by libp2p."""
 
 CHUNK = 2**20
 """Bytes of one write at most: a carrier refuses or stalls on larger messages (p2pd: 4 MiB)."""

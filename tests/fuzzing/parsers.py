@@ -1,4 +1,4 @@
-"""The targets `frames`, `records` and `seal`: what reads bytes of strangers before anything is done with it."""
+"""The targets `frames`, `introductions`, `records` and `seal`: what reads strangers' bytes before anything is done."""
 
 import asyncio
 import dataclasses
@@ -19,7 +19,8 @@ from hivemind.p2p import PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
 from bootstrap.addresses import check_announced, for_others, split_peer_address
-from bootstrap.identity import Identity
+from bootstrap.door import parse_announced
+from bootstrap.identity import Identity, signer_of
 from bootstrap.key_file import KeyFile, create_key
 from bootstrap.seal import Nonces, Refused, Route, SealedRequest, refusal_in
 from bootstrap.storage import RecordStorage
@@ -28,9 +29,10 @@ from protocol import swarm_pb2 as pb
 from protocol.adapters import Manifest
 from protocol.channel import Channel
 from protocol.errors import BadAdapter, BadRequest, BadUsage, PeerUnreachable, WrongKey
-from protocol.records import Accusation, Complaint, ModelId, PeerRecord, Speed
+from protocol.records import Accusation, Complaint, Door, ModelId, PeerRecord, Speed
 from protocol.swarm_key import SwarmKey
 from protocol.tensors import Limits, nbytes
+from protocol.transport.introduction import Credentials, identify, introduce
 from tests.fuzzing.carrier import connect
 from tests.fuzzing.choices import Choices, mutate_bytes, mutate_json
 from tests.fuzzing.messages import build_frame, mutate_fields, mutate_wire, to_bytes
@@ -96,6 +98,66 @@ class Frames:
         return mutate_wire(choices, data) if what < 5 else data
 
 
+class Introductions:
+    """What a stranger says who calls directly, and what one says that it calls."""
+
+    def __init__(self) -> None:
+        self.inputs = 0
+        self._loop = asyncio.new_event_loop()
+        self._identities = [Identity.load_or_create(None) for _ in range(2)]
+        self._caller, self._peer = (
+            Credentials(one.peer_id, one.public_key, one.sign, signer_of) for one in self._identities
+        )
+        self._signature = self._caller.sign(b"what was said at another time")
+
+    def play(self, data: bytes) -> None:
+        """A few inputs. Raises for anything but a refusal, or acceptance of what is genuine."""
+        self._loop.run_until_complete(self._play(Choices(data)))
+
+    def check(self) -> None:
+        """Who introduces itself is known as itself."""
+        assert self._loop.run_until_complete(self._meet()) == self._caller.peer_id
+
+    def close(self) -> None:
+        """Delete the identities."""
+        self._loop.close()
+        for identity in self._identities:
+            identity.close()
+
+    async def _play(self, choices: Choices) -> None:
+        while not choices.is_over:
+            self.inputs += 1
+            await (self._answer(choices) if choices.one_in(8) else self._say(choices))
+
+    async def _meet(self) -> str:
+        near, far = connect(self._caller.peer_id, self._peer.peer_id)
+        calling = asyncio.create_task(introduce(near, self._caller, bytes(32), 1.0))
+        peer_id = await identify(far, self._peer, bytes(32), 1.0)
+        await calling
+        return peer_id
+
+    async def _say(self, choices: Choices) -> None:
+        key = self._caller.public_key
+        parts = [struct.pack("<HH", len(key), len(self._signature)), key, self._signature]
+        said = choices.raw(choices.below(2500))
+        if not choices.one_in(4):
+            index = choices.below(3)
+            parts[index] = mutate_bytes(choices, parts[index])
+            said = b"".join(parts)
+        near, far = connect("stranger", self._peer.peer_id)
+        await near.send(said, patience=None)
+        asyncio.get_running_loop().call_soon(near.close)
+        with suppress(WrongKey, PeerUnreachable):
+            raise AssertionError(f"taken for {await identify(far, self._peer, bytes(32), 1.0)}")
+
+    async def _answer(self, choices: Choices) -> None:
+        near, far = connect(self._caller.peer_id, "peer")
+        await far.send(choices.raw(choices.below(64)), patience=None)
+        asyncio.get_running_loop().call_soon(far.close)
+        with suppress(PeerUnreachable):
+            await introduce(near, self._caller, bytes(32), 1.0)
+
+
 class _Parsers:
     """A target of several parsers, each tried by a function of its own."""
 
@@ -126,6 +188,7 @@ class Records(_Parsers):
             peer_id=self._identity.peer_id, name="it", model=model, start=1, end=4, dtype="float32",
             quantization="none", addresses=("/ip4/192.0.2.1/tcp/1",), speed=Speed(decode=1.0, forward=2.0),
             free_cache_tokens=5, max_length=64, version="1",
+            direct=Door(fingerprint="0" * 64, addresses=(("192.0.2.1", 1), ("a.org", 2))),
         )  # fmt: skip
         accusation = Accusation(peer_id=_PEER, kind="step")
         complaint = Complaint(peer_id=self._identity.peer_id, model=model, accused=(accusation,))
@@ -251,6 +314,8 @@ class Seals(_Parsers):
         text = mutate_bytes(choices, address.encode()).decode(errors="surrogateescape")
         with suppress(BadUsage):
             check_announced(text, _PEER)
+        with suppress(BadUsage):
+            parse_announced(text.partition("/p2p/")[0])
         with suppress(BadUsage):
             peer_id, location = split_peer_address(text)
             for_others([location], peer_id.to_base58())

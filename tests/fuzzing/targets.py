@@ -10,9 +10,9 @@ import psutil
 
 from tests.families import build_family
 from tests.fuzzing.handlers import Handlers
-from tests.fuzzing.parsers import Frames, Records, Seals
+from tests.fuzzing.parsers import Frames, Introductions, Records, Seals
 
-NAMES = ("handlers", "frames", "records", "seal")
+NAMES = ("handlers", "frames", "introductions", "records", "seal")
 _MIB = 2**20
 
 
@@ -36,7 +36,7 @@ def build_target(name: str, folder: Path) -> Target:
     """One of `NAMES`; `folder` is for a small model."""
     if name == "handlers":
         return Handlers(build_family("llama", folder))
-    return {"frames": Frames, "records": Records, "seal": Seals}[name]()
+    return {"frames": Frames, "introductions": Introductions, "records": Records, "seal": Seals}[name]()
 
 
 @contextmanager

@@ -1,0 +1,69 @@
+"""A member's door for direct connections: opened, and described for its record."""
+
+import ipaddress
+import socket
+from collections.abc import Iterable
+
+import psutil
+from hivemind.utils.multiaddr import Multiaddr
+
+from bootstrap.addresses import ip_of, parts_of
+from protocol.errors import BadUsage
+from protocol.records import MAX_DOOR_ADDRESSES, Door
+from protocol.transport.direct import DirectListener
+from protocol.transport.introduction import Credentials
+
+
+class OwnDoor:
+    """Where this member answers direct connections."""
+
+    def __init__(self, me: Credentials, host: str, port: int, announced: Iterable[str]):
+        """Bind a TCP port (0: any free one) of the IP address `host`; `announced`: what `parse_announced` takes.
+
+        Raises `BadUsage` when the port cannot be had or an address makes no sense.
+        """
+        self._host = host
+        self._announced = [parse_announced(address) for address in announced][:MAX_DOOR_ADDRESSES]
+        self.listener = DirectListener(me, _bind(host, port))
+
+    def describe(self, addresses: Iterable[str]) -> Door | None:
+        """The door for this member's record, its libp2p `addresses` being these; None when nobody could come to it."""
+        found = self._announced or [(host, self.listener.port) for host in self._own_hosts(addresses)]
+        if not found:
+            return None
+        return Door(fingerprint=self.listener.fingerprint, addresses=tuple(found[:MAX_DOOR_ADDRESSES]))
+
+    def _own_hosts(self, addresses: Iterable[str]) -> list[str]:
+        """Those of the hosts in `addresses` that lead here without a router, which knows the libp2p port only."""
+        own = {interface.address for interfaces in psutil.net_if_addrs().values() for interface in interfaces}
+        hosts = dict.fromkeys(str(ip) for address in addresses if (ip := ip_of(Multiaddr(address))) is not None)
+        listens_everywhere = ipaddress.ip_address(self._host).is_unspecified
+        return [host for host in hosts if host in own and (listens_everywhere or host == self._host)]
+
+
+def parse_announced(address: str) -> tuple[str, int]:
+    """The host and the TCP port in an address like /ip4/192.0.2.1/tcp/31338. Raises `BadUsage`."""
+    try:
+        (kind, host), (tcp, port) = parts_of(Multiaddr(address)).items()
+        if kind not in ("ip4", "ip6", "dns", "dns4", "dns6") or tcp != "tcp":
+            raise ValueError
+        Door(fingerprint="0" * 64, addresses=((host, int(port)),))
+    except Exception as error:  # hivemind's Multiaddr raises errors of many kinds
+        raise BadUsage(
+            f"{address!r} is no address for direct connections; expected one like /ip4/192.0.2.1/tcp/31338."
+        ) from error
+    return host, int(port)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise BadUsage(
+            f"Cannot listen on {host}, port {port}, for direct connections: {error.strerror or error}."
+        ) from error
+    return bound
