@@ -1,8 +1,8 @@
 """Several sessions' tokens in one trunk call.
 
-The tokens are laid end to end as one row, so that everything that works on tokens one by one (linear layers, norms, rotary
-embeddings, experts) runs once over all of them. Only attention is done session by session: on the session's own cache,
-with the mask that Transformers would make for it alone, by the attention function that the model would use.
+The tokens are laid end to end as one row, so that everything that works on tokens one by one (linear layers, norms,
+experts) runs once over all of them. Only attention is done session by session: on the session's own cache, with the
+mask that Transformers would make for it alone, by the attention function that the model would use.
 """
 
 import sys
@@ -129,8 +129,8 @@ class _Masks:
 class _PackedCache(Cache):
     """Goes through the trunk in the place of a cache: keys and values pass, to be cached in the attention function."""
 
-    def __init__(self, call: Packed):
-        super().__init__(layers=call.parts[0].cache.layers)  # for questions about the kinds of layers
+    def __init__(self, call: Packed, kinds: SpanCache):
+        super().__init__(layers=kinds.layers)
         self._call = call
 
     def update(
@@ -160,6 +160,8 @@ class Packer:
         # From the trunk down: setting a configuration's attention sets that of its parts.
         configs = {id(module.config): module.config for module in span.model.modules() if hasattr(module, "config")}
         self._configs: list[Any] = list(configs.values())
+        self._kinds = SpanCache(span.model.config, span.blocks)
+        """Always empty: it is asked of which kind the layers are."""
 
     def pack(self, parts: Sequence[Part]) -> Packed:
         """A call for `parts`, which has not begun."""
@@ -181,7 +183,7 @@ class Packer:
         try:
             for config in self._configs:
                 config._attn_implementation = _NAME
-            return self._span.run(Inputs(hidden, None, positions), mode, _PackedCache(call), adapted)
+            return self._span.run(Inputs(hidden, None, positions), mode, _PackedCache(call, self._kinds), adapted)
         finally:
             for config, name in zip(self._configs, before, strict=True):
                 config._attn_implementation = name

@@ -18,11 +18,13 @@ from peer.adapters import AdapterStore
 from peer.calls import Trainer
 from peer.kv_cache import CacheMemory
 from peer.loading import block_bytes, load_span
+from peer.packing_check import can_pack
 from peer.placement import choose_blocks
 from peer.quotas import Quota
 from peer.scheduler import Priority, Scheduler
 from peer.service import Served, Service
 from peer.span import Span
+from peer.steps import StepRunner
 from peer.throughput import measure
 from protocol.errors import PeerFailed
 from protocol.handshake import Handshake
@@ -194,6 +196,7 @@ def _load(options: ServeOptions, blocks: range, scheduler: Scheduler, handshake:
         CacheMemory(total, min(options.max_length, total), options.idle_timeout),
         adapters,
         Trainer(span, adapters, max_kept_bytes=share),
+        StepRunner(span, adapters, joins=can_pack(span)),
         scheduler,
         Limits(max_payload=options.max_message),
         handshake,

@@ -14,10 +14,11 @@ from peer.adapters import AdapterStore, Bundle
 from peer.calls import Call, Trainer
 from peer.checks import check_inputs, check_mode, check_prefix, prefix_length
 from peer.factors import check_factorize, factorize
-from peer.kv_cache import CacheMemory, Session, SpanCache, apply_edit, check_edits, prefix_cache
+from peer.kv_cache import CacheMemory, Session, SpanCache
 from peer.quotas import Account, Accounts, Quota
 from peer.scheduler import Priority, Scheduler
 from peer.span import Mode, Span
+from peer.steps import Step, StepRunner
 from peer.weights import read_norm
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
@@ -91,6 +92,7 @@ class Service:
         memory: CacheMemory,
         adapters: AdapterStore,
         trainer: Trainer,
+        steps: StepRunner,
         scheduler: Scheduler,
         limits: Limits,
         handshake: Handshake,
@@ -99,6 +101,7 @@ class Service:
         self._served, self._span, self.memory = served, span, memory
         self._accounts = Accounts(quota, memory)
         self._adapters, self._trainer, self._scheduler = adapters, trainer, scheduler
+        self._steps = steps
         self._limits = limits
         self._handshake = handshake
         self._forks: dict[bytes, tuple[str, Session, Mode]] = {}
@@ -275,39 +278,18 @@ class Service:
         if wanted.blocks != mode.blocks:
             raise BadRequest("A session's blocks cannot change between its steps.")
         bundle = self._bundle(connection, body.context)
-        work = partial(self._run_step, session, message, body, wanted, bundle)
+        step = Step(session, message, body, wanted, bundle)
         with session.in_use():
-            hidden = await self._compute(connection, Priority.STEP, work)
+            hidden = await self._answered(connection, self._submit_step(step, connection.client))
         session.number, session.answer = body.number, hidden
         return self._stepped(hidden)
 
+    def _submit_step(self, step: Step, client: str) -> "asyncio.Future[torch.Tensor]":
+        group = self._steps.group(step)
+        return self._scheduler.submit_joint(Priority.STEP, self._steps.run, step, client, group, step.size)
+
     def _stepped(self, hidden: torch.Tensor) -> Message:
         return Message(pb.Result(leaving=self.draining), {"hidden_states": hidden})
-
-    @torch.no_grad()
-    def _run_step(
-        self, session: Session, message: Message, body: pb.Step, mode: Mode, bundle: Bundle | None
-    ) -> torch.Tensor:
-        seen, rows = check_edits(session, body.edits)
-        past = seen if session.number else prefix_length(message.tensors)
-        inputs = check_inputs(self._span, message, past, self.memory.max_length)
-        batch, tokens = inputs.hidden.shape[:2]
-        if session.number and batch != rows:
-            raise BadRequest(f"The step has {batch} rows, its session {rows}.")
-        prefix = {} if session.number else check_prefix(self._span, mode, message, batch)
-        session.reserve(batch, past + tokens)
-        with session.changing():
-            for edit in body.edits:
-                apply_edit(session.cache, edit)
-            session.batch_size = batch
-            if prefix:
-                session.cache = prefix_cache(self._span.model.config, mode.blocks, prefix)
-            if body.keep_past:
-                session.cache.activate_past_recording()
-            adapted = self._adapters.adapt(bundle, bundle.tensors) if bundle else None
-            result = self._span.run(inputs, mode, session.cache, adapted)
-            session.cache.seen += tokens
-        return result.to("cpu")
 
     def _session(self, connection: _Connection) -> tuple[Session, Mode]:
         if connection.session is None or connection.mode is None:
@@ -387,8 +369,12 @@ class Service:
     # ---- the compute thread
 
     async def _compute(self, connection: _Connection, priority: Priority, work: Callable[[], T]) -> T:
-        """Run `work` on the compute thread, telling the client now and then that it is being done."""
-        future = self._scheduler.submit(priority, work, connection.client)
+        """The result of `work`, run on the compute thread."""
+        return await self._answered(connection, self._scheduler.submit(priority, work, connection.client))
+
+    @staticmethod
+    async def _answered(connection: _Connection, future: "asyncio.Future[T]") -> T:
+        """The result of work on the compute thread. Meanwhile the client is told now and then that it is being done."""
         try:
             while True:
                 done, _ = await asyncio.wait({future}, timeout=HEARTBEAT)
