@@ -146,6 +146,8 @@ class Server:
         self._state = PeerState.DRAINING
         self._announcer.refresh()
         await self._drain()
+        tally = self.service.tally
+        logger.info("ran %d steps of generations in %d calls", tally.steps, tally.calls)
         await self._announcer.stop()
         self._scheduler.close()
         await self.member.shutdown()

@@ -18,7 +18,7 @@ from peer.kv_cache import CacheMemory, Session, SpanCache
 from peer.quotas import Account, Accounts, Quota
 from peer.scheduler import Priority, Scheduler
 from peer.span import Mode, Span
-from peer.steps import Step, StepRunner
+from peer.steps import Step, StepRunner, Tally
 from peer.weights import read_norm
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
@@ -113,6 +113,11 @@ class Service:
     def is_busy(self) -> bool:
         """Whether a call is being answered, or a session was in use a moment ago and is likely to go on."""
         return bool(self.load.calls) or self.memory.is_in_use(_LIVELY)
+
+    @property
+    def tally(self) -> Tally:
+        """Of the steps that were run."""
+        return self._steps.tally
 
     async def handle(self, stream: Stream) -> None:
         """Serve one stream until its client closes it."""
