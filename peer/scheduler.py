@@ -5,7 +5,7 @@ that comes back from a pause starts level with the others: it has saved up nothi
 time between its generations and its training.
 
 Work of one group is done in one go with what else of that group is waiting, whoever sent it: each client is charged
-its part of the time. Nothing waits for that; it comes about while the work before is running.
+its part of the time. That comes about while the work before is running; see `peer.gathering` for what comes just after.
 """
 
 import asyncio
@@ -18,6 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, TypeVar
+
+from peer.gathering import Gathering
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -114,6 +116,7 @@ class Scheduler:
         self._numbers = itertools.count()
         self._ready = threading.Condition()
         self._closed = False
+        self._gathering = Gathering()
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
         self._thread.start()
 
@@ -140,6 +143,8 @@ class Scheduler:
             if not owner.has_work:
                 owner.used = max(owner.used, self._level)
             owner.push(priority, _Work(next(self._numbers), run, item, group, size, future))
+            if group is not None:
+                self._gathering.arrived(time.monotonic())
             self._ready.notify()
         return future
 
@@ -153,14 +158,16 @@ class Scheduler:
         while True:
             with self._ready:
                 self._ready.wait_for(lambda: self._closed or self._has_work())
+                waited_for = self._gather()
                 if self._closed:
                     return
-                riders = self._next()
-            riders = [rider for rider in riders if not rider.work.future.cancelled()]
+                riders = [rider for rider in self._next() if not rider.work.future.cancelled()]
+                begin = time.monotonic()
+                if riders and riders[0].work.group is not None:
+                    self._gathering.begins(begin, len(riders), min(waited_for, len(riders) - 1))
             if riders:
-                begin = time.perf_counter()
                 _run([rider.work for rider in riders])
-                self._charge(riders, time.perf_counter() - begin)
+                self._end(riders, begin)
 
     def _next(self) -> list[_Rider]:
         """The work whose turn it is, and what is done along with it."""
@@ -175,23 +182,43 @@ class Scheduler:
         """Small work first: it gains most and costs least."""
         if head.group is None:
             return
-        candidates = [
-            _Rider(work, client, flow)
-            for client in self._waiting.values()
-            for flow in client.flows.values()
-            for work in flow.work
-            if work.group == head.group
-        ]
+        riders = [rider for rider in self._all_waiting() if rider.work.group == head.group]
         left = self._joined_size
-        for rider in sorted(candidates, key=lambda rider: (rider.work.size, rider.work.number)):
+        for rider in sorted(riders, key=lambda rider: (rider.work.size, rider.work.number)):
             left -= rider.work.size
             if left < 0:
                 return
             rider.flow.work.remove(rider.work)
             yield rider
 
-    @staticmethod
-    def _charge(riders: Sequence[_Rider], seconds: float) -> None:
+    def _all_waiting(self) -> Iterator[_Rider]:
+        for client in self._waiting.values():
+            for flow in client.flows.values():
+                for work in flow.work:
+                    if not work.future.cancelled():
+                        yield _Rider(work, client, flow)
+
+    def _gather(self) -> int:
+        """Wait a moment for more work that can be joined, if that pays. Returns how much has come."""
+        before = self._count_joinable()
+        if not before or not self._gathering.pays:
+            return 0
+        self._ready.wait_for(
+            lambda: self._closed or not 0 < self._count_joinable() < self._gathering.expected, self._gathering.moment
+        )
+        return max(0, self._count_joinable() - before)
+
+    def _count_joinable(self) -> int:
+        """Pieces of waiting work; 0 when any is to be done by itself."""
+        works = [rider.work for rider in self._all_waiting()]
+        return len(works) if all(work.group is not None for work in works) else 0
+
+    def _end(self, riders: Sequence[_Rider], begin: float) -> None:
+        """Charge each client its part of the time."""
+        now = time.monotonic()
+        if riders[0].work.group is not None:
+            self._gathering.ended(now)
+        seconds = now - begin
         total = sum(rider.work.size for rider in riders)
         for rider in riders:
             share = seconds * rider.work.size / total

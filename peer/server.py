@@ -39,6 +39,9 @@ _WEIGHTS_SHARE = 0.6
 """Of the memory that is free at first, for weights, when nobody says how many blocks to serve."""
 _CACHE_SHARE = 0.25
 """Of the memory that is free after loading, for KV caches; the same again for kept activations and for adapters."""
+_JOINED, _JOINED_ON_CPU = 512, 64
+"""Tokens that may ride in a call along with those whose turn it is. Up to about so many they cost far less than alone,
+as the weights are read once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +96,8 @@ class Server:
     async def start(cls, options: ServeOptions) -> "Server":
         """Load, join, announce. Raises `UnsupportedModel`, `BadUsage`, `PeerUnreachable`, `WrongKey`."""
         member = await Member.join(options.member)
-        scheduler = Scheduler()
+        on_cpu = torch.device(options.device).type == "cpu"
+        scheduler = Scheduler(joined_size=_JOINED_ON_CPU if on_cpu else _JOINED)
         try:
             blocks = options.blocks or await _choose_blocks(options, member)
             loaded = await scheduler.submit(Priority.CALL, partial(_load, options, blocks, scheduler, member.handshake))
