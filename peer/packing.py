@@ -26,34 +26,27 @@ T = TypeVar("T")
 _NAME = "swarmtune_packed"
 
 
-@dataclass
 class Part:
     """One session's tokens in a packed call. What fails for one part alone is noted in it; the others go on."""
 
-    inputs: Inputs
-    cache: SpanCache
-    error: Exception | None = None
-    start: int = 0
-    """Of its tokens in the packed row."""
-
-    @property
-    def shape(self) -> torch.Size:
-        """(rows, tokens) of the session."""
-        return self.inputs.hidden.shape[:2]
-
-    @property
-    def end(self) -> int:
-        """Of its tokens in the packed row."""
-        return self.start + self.shape.numel()
+    def __init__(self, inputs: Inputs, cache: SpanCache):
+        self.inputs, self.cache = inputs, cache
+        self.rows, self.tokens = inputs.hidden.shape[:2]
+        self.size = self.rows * self.tokens
+        """Tokens of all rows: what it takes of the packed row."""
+        self.error: Exception | None = None
 
     def positions(self) -> torch.Tensor:
         """(1, rows x tokens): as the user gave them, else counted on from the cache, as a trunk does."""
-        rows, tokens = self.shape
         given = self.inputs.positions
         if given is None:
             past = self.cache.get_seq_length()
-            given = torch.arange(past, past + tokens)[None]
-        return given.expand(rows, -1).reshape(1, -1)
+            given = torch.arange(past, past + self.tokens)[None]
+        return given.expand(self.rows, -1).reshape(1, -1)
+
+    def unpack(self, states: torch.Tensor) -> torch.Tensor:
+        """(rows, heads, tokens, head size) of its place (1, heads, size, head size) in packed states."""
+        return states if self.rows == 1 else states[0].unflatten(1, (self.rows, self.tokens)).transpose(0, 1)
 
     def attempt(self, work: Callable[[], T]) -> T | None:
         """The result of `work`; `None` when that failed, or anything before it."""
@@ -83,12 +76,11 @@ class Packed:
         return _Masks(self, masks)
 
     def _of_part(self, part: Part, arguments: dict[str, Any]) -> dict[str, Any]:
-        rows, tokens = part.shape
-        kv_length, kv_offset = part.cache.get_mask_sizes(tokens, self.layer)
+        kv_length, kv_offset = part.cache.get_mask_sizes(part.tokens, self.layer)
         mask = part.inputs.mask
         return arguments | {
-            "batch_size": rows,
-            "q_length": tokens,
+            "batch_size": part.rows,
+            "q_length": part.tokens,
             "kv_length": kv_length,
             "q_offset": part.cache.get_query_offset(self.layer),
             "kv_offset": kv_offset,
@@ -100,20 +92,22 @@ class Packed:
     ) -> torch.Tensor:
         """(1, all tokens, heads, head size) from queries, keys and values (1, heads, all tokens, head size)."""
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, _eager_attention(module))
+        layer: Any = module.layer_idx
         self.has_begun = True
+        sizes = [part.size for part in self.parts]
 
-        def attend(part: Part, mask: torch.Tensor | None) -> torch.Tensor:
-            query, key, value = (_rows_of(part, states) for states in qkv)
-            key, value = part.cache.update(key, value, module.layer_idx)  # type: ignore[arg-type]
+        def attend(part: Part, mask: torch.Tensor | None, packed: Sequence[torch.Tensor]) -> torch.Tensor:
+            query, key, value = map(part.unpack, packed)
+            key, value = part.cache.update(key, value, layer)
             output: torch.Tensor = function(module, query, key, value, mask, **options)[0]
             return output.reshape(1, -1, *output.shape[2:])
 
-        query, _, values = qkv
         outputs = []
-        for part, mask in zip(self.parts, masks, strict=True):
-            output = part.attempt(lambda: attend(part, mask))  # noqa: B023
+        for part, mask, *packed in zip(self.parts, masks, *(states.split(sizes, 2) for states in qkv), strict=True):
+            output = part.attempt(lambda: attend(part, mask, packed))  # noqa: B023
             if output is None:  # its tokens mean nothing any more, but keep their place
-                output = query.new_zeros(1, part.shape.numel(), query.shape[1], values.shape[3])
+                query, _, value = packed
+                output = query.new_zeros(1, part.size, query.shape[1], value.shape[3])
             outputs.append(output)
         return torch.cat(outputs, 1)
 
@@ -165,36 +159,29 @@ class Packer:
 
     def pack(self, parts: Sequence[Part]) -> Packed:
         """A call for `parts`, which has not begun."""
-        start = 0
-        for part in parts:
-            part.start = start
-            start = part.end
         return Packed(parts, self._span.model.config._attn_implementation)
 
-    def run(self, call: Packed, mode: Mode, adapted: Adapted | None = None) -> torch.Tensor:
-        """Hidden states (1, all tokens, hidden size) after `mode.blocks`; the parts' caches have taken the tokens.
+    def run(self, call: Packed, mode: Mode, adapted: Adapted | None = None) -> list[torch.Tensor]:
+        """Each part's hidden states (rows, tokens, hidden size) after `mode.blocks`, on the CPU.
 
-        A part that failed alone says so, and its hidden states mean nothing.
+        The caches have taken the tokens. A part that failed alone says so, and its hidden states mean nothing.
         """
         hidden = torch.cat([part.inputs.hidden.reshape(1, -1, self._span.hidden_size) for part in call.parts], 1)
         positions = torch.cat([part.positions() for part in call.parts], 1)
+        inputs, cache = Inputs(hidden, None, positions), _PackedCache(call, self._kinds)
         token = _call.set(call)
         before = [config._attn_implementation for config in self._configs]
         try:
             for config in self._configs:
                 config._attn_implementation = _NAME
-            return self._span.run(Inputs(hidden, None, positions), mode, _PackedCache(call, self._kinds), adapted)
+            result = self._span.run(inputs, mode, cache, adapted)[0].to("cpu")
         finally:
             for config, name in zip(self._configs, before, strict=True):
                 config._attn_implementation = name
             _call.reset(token)
-
-
-def _rows_of(part: Part, states: torch.Tensor) -> torch.Tensor:
-    """A part's (rows, heads, tokens, head size) of the packed (1, heads, all tokens, head size)."""
-    own = states[:, :, part.start : part.end]
-    rows, tokens = part.shape
-    return own if rows == 1 else own[0].unflatten(1, (rows, tokens)).transpose(0, 1)
+        # Copies: an answer is kept as long as its session.
+        each = result.split([part.size for part in call.parts])
+        return [own.clone().reshape(part.inputs.hidden.shape) for own, part in zip(each, call.parts, strict=True)]
 
 
 def _eager_attention(module: nn.Module) -> Any:

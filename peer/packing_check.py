@@ -87,7 +87,7 @@ class _Sequence:
         """The largest difference from what is expected, relative to the largest value."""
         start = self._padding if step == 0 else 0
         expected = self._expected[step][:, start:]
-        difference = found.reshape_as(self._expected[step])[:, start:] - expected
+        difference = found[:, start:].to(expected.device) - expected
         return float(difference.abs().max() / expected.abs().max())
 
 
@@ -97,11 +97,11 @@ def _difference(span: Span, packer: Packer, mode: Mode) -> float:
     errors = []
     for step in range(2):
         parts = [Part(sequence.inputs[step], sequence.cache) for sequence in sequences]
-        output = packer.run(packer.pack(parts), mode)[0]
-        for sequence, part in zip(sequences, parts, strict=True):
+        outputs = packer.run(packer.pack(parts), mode)
+        for sequence, part, output in zip(sequences, parts, outputs, strict=True):
             if part.error:
                 raise part.error
-            errors.append(sequence.error(step, output[part.start : part.end]))
+            errors.append(sequence.error(step, output))
     for sequence in sequences:
         errors.append(sequence.error(2, span.run(sequence.inputs[2], mode, sequence.cache)))
     return max(errors, key=lambda error: inf if isnan(error) else error)

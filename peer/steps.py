@@ -133,21 +133,21 @@ class StepRunner:
     def _run_together(self, steps: Sequence[Step]) -> dict[Step, Outcome]:
         call = self._packer.pack([Part(step.inputs, step.session.cache) for step in steps])
         try:
-            result = self._call_trunk(steps, call).to("cpu")
+            results = self._call_trunk(steps, call)
         except Exception as error:
             if call.has_begun:
                 return {step: _lose(step, error) for step in steps}
             return {step: self._run_alone(step) for step in steps}
         self.tally.count(len(steps))
-        return {step: _outcome(step, part, result) for step, part in zip(steps, call.parts, strict=True)}
+        outcomes = map(_outcome, steps, call.parts, results)
+        return dict(zip(steps, outcomes, strict=True))
 
-    def _call_trunk(self, steps: Sequence[Step], call: Packed) -> torch.Tensor:
-        """(all tokens, hidden size)."""
+    def _call_trunk(self, steps: Sequence[Step], call: Packed) -> list[torch.Tensor]:
         mode, bundle = steps[0].mode, steps[0].bundle
         if all(step.bundle is bundle for step in steps):
-            return self._packer.run(call, mode, self._adapted(bundle))[0]
+            return self._packer.run(call, mode, self._adapted(bundle))
         with self._lora.applied(_segments(steps, call)):
-            return self._packer.run(call, mode)[0]
+            return self._packer.run(call, mode)
 
     def _adapted(self, bundle: Bundle | None) -> Adapted | None:
         return self._adapters.adapt(bundle, bundle.tensors) if bundle else None
@@ -156,21 +156,23 @@ class StepRunner:
 def _segments(steps: Sequence[Step], call: Packed) -> list[Segment]:
     """The tokens that run with each LoRA; steps with the same one lie side by side."""
     segments: list[Segment] = []
+    end = 0
     for step, part in zip(steps, call.parts, strict=True):
+        start, end = end, end + part.size
         lora = step.bundle.lora if step.bundle else None
-        if lora is None:
-            continue
-        start = segments.pop().start if segments and segments[-1].lora is lora else part.start
-        segments.append(Segment(start, part.end, lora))
+        if lora and segments and segments[-1].lora is lora:
+            start = segments.pop().start
+        if lora:
+            segments.append(Segment(start, end, lora))
     return segments
 
 
-def _outcome(step: Step, part: Part, result: torch.Tensor) -> Outcome:
+def _outcome(step: Step, part: Part, hidden: torch.Tensor) -> Outcome:
     if part.error:
         step.session.close()
         return part.error
     step.count_tokens()
-    return result[part.start : part.end].clone().reshape_as(part.inputs.hidden)
+    return hidden
 
 
 def _lose(step: Step, error: Exception) -> Outcome:
