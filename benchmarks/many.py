@@ -6,8 +6,8 @@ python -m benchmarks.many --model smollm2    (SmolLM2-135M-Instruct, float32)
 The clients are threads of one process, each with a model of its own (its weights are mapped from one file): on a small
 machine processes would fight for its cores. So they have one peer ID, and the fair shares are those of its sessions;
 `--processes` makes each a process with a peer ID of its own. What a client does itself, the LM head above all, runs on
-the same cores as the peers, once per client, where a local batch does it once for all rows. So besides whole `generate`s
-steps of hidden states alone are measured: what the peers do, against the local trunk.
+the same cores as the peers, once per client, where a local batch does it once for all rows. So besides whole
+`generate`s steps of hidden states alone are measured: what the peers do, against the local trunk.
 """
 
 import argparse
