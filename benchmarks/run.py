@@ -13,6 +13,7 @@ _MODELS = ("llama", "smollm2")
 _RUNS: list[list[str]] = [
     *(["core", "--model", model, "--peers", "2"] for model in _MODELS),
     *(["training", "--model", model, "--peers", str(peers)] for model, peers in product(_MODELS, (1, 2, 3))),
+    *(["many", "--model", model] for model in _MODELS),
     ["methods"],
     ["stall"],
     ["carriers"],

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from peer.lora import Lora, find_lora
 from peer.quotas import Quota
 from peer.span import Adapted, Span, find_module
 from protocol.adapters import Manifest, bundle_hash
@@ -33,6 +34,8 @@ class Bundle:
     """What decides the module tree."""
     size: int
     """Bytes."""
+    lora: Lora | None
+    """The same, where it can be run along with others'."""
 
 
 class AdapterStore:
@@ -71,7 +74,7 @@ class AdapterStore:
         except BadAdapter:
             self._trees.pop(tree_key, None)  # nobody can use it, and nobody paid for it in tensors
             raise
-        self._bundles[key] = Bundle(manifest, named, tree_key, size)
+        self._bundles[key] = Bundle(manifest, named, tree_key, size, find_lora(self._span, manifest, named))
         self._owned[client][key] = size
         self._owned[client].move_to_end(key)
         self._make_room(client)

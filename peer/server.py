@@ -19,11 +19,13 @@ from peer.calls import Trainer
 from peer.handover import Mailbox, Outbox
 from peer.kv_cache import CacheMemory
 from peer.loading import block_bytes, load_span
+from peer.packing_check import can_pack
 from peer.placement import choose_blocks
 from peer.quotas import Quota
 from peer.scheduler import Priority, Scheduler
 from peer.service import Served, Service
 from peer.span import Span
+from peer.steps import StepRunner
 from peer.throughput import measure
 from protocol.errors import PeerFailed
 from protocol.model.checkpoint import Checkpoint
@@ -37,6 +39,9 @@ _WEIGHTS_SHARE = 0.6
 """Of the memory that is free at first, for weights, when nobody says how many blocks to serve."""
 _CACHE_SHARE = 0.25
 """Of the memory that is free after loading, for KV caches; the same again for kept activations and for adapters."""
+_JOINED, _JOINED_ON_CPU = 512, 64
+"""Tokens that may ride in a call along with those whose turn it is. Up to about so many they cost far less than alone,
+as the weights are read once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +96,8 @@ class Server:
     async def start(cls, options: ServeOptions) -> "Server":
         """Load, join, announce. Raises `UnsupportedModel`, `BadUsage`, `PeerUnreachable`, `WrongKey`."""
         member = await Member.join(options.member)
-        scheduler = Scheduler()
+        on_cpu = torch.device(options.device).type == "cpu"
+        scheduler = Scheduler(joined_size=_JOINED_ON_CPU if on_cpu else _JOINED)
         try:
             blocks = options.blocks or await _choose_blocks(options, member)
             loaded = await scheduler.submit(Priority.CALL, partial(_load, options, blocks, scheduler, member))
@@ -145,6 +151,8 @@ class Server:
         self._state = PeerState.DRAINING
         self._announcer.refresh()
         await self._drain()
+        tally = self.service.tally
+        logger.info("ran %d steps of generations in %d calls", tally.steps, tally.calls)
         await self._announcer.stop()
         self._scheduler.close()
         await self.member.shutdown()
@@ -195,6 +203,7 @@ def _load(options: ServeOptions, blocks: range, scheduler: Scheduler, member: Me
         CacheMemory(total, min(options.max_length, total), options.idle_timeout),
         adapters,
         Trainer(span, adapters, max_kept_bytes=share),
+        StepRunner(span, adapters, joins=can_pack(span)),
         scheduler,
         Limits(max_payload=options.max_message),
         member.handshake,

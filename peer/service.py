@@ -15,10 +15,11 @@ from peer.calls import Call, Trainer
 from peer.checks import check_inputs, check_mode, check_prefix, prefix_length
 from peer.factors import check_factorize, factorize
 from peer.handover import Mailbox, Outbox
-from peer.kv_cache import CacheMemory, Session, SpanCache, apply_edit, check_edits, prefix_cache
+from peer.kv_cache import CacheMemory, Session, SpanCache
 from peer.quotas import Account, Accounts, Quota
 from peer.scheduler import Priority, Scheduler
 from peer.span import Mode, Span
+from peer.steps import Step, StepRunner, Tally
 from peer.weights import read_norm
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
@@ -92,6 +93,7 @@ class Service:
         memory: CacheMemory,
         adapters: AdapterStore,
         trainer: Trainer,
+        steps: StepRunner,
         scheduler: Scheduler,
         limits: Limits,
         handshake: Handshake,
@@ -102,6 +104,7 @@ class Service:
         self._served, self._span, self.memory = served, span, memory
         self._accounts = Accounts(quota, memory)
         self._adapters, self._trainer, self._scheduler = adapters, trainer, scheduler
+        self._steps = steps
         self._limits = limits
         self._handshake = handshake
         self._mailbox, self._outbox = mailbox, outbox
@@ -114,6 +117,11 @@ class Service:
     def is_busy(self) -> bool:
         """Whether a call is being answered, or a session was in use a moment ago and is likely to go on."""
         return bool(self.load.calls) or self.memory.is_in_use(_LIVELY)
+
+    @property
+    def tally(self) -> Tally:
+        """Of the steps that were run."""
+        return self._steps.tally
 
     async def handle(self, stream: Stream) -> None:
         """Serve one stream until its client closes it."""
@@ -283,39 +291,18 @@ class Service:
         bundle = self._bundle(connection, body.context)
         with session.in_use():
             message = await self._completed(connection, message, body.hand_over)
-            work = partial(self._run_step, session, message, body, wanted, bundle)
-            hidden = await self._compute(connection, Priority.STEP, work)
+            step = Step(session, message, body, wanted, bundle)
+            hidden = await self._answered(connection, self._submit_step(step, connection.client))
         session.number, session.answer = body.number, hidden
         return await self._stepped(body.hand_over, hidden)
+
+    def _submit_step(self, step: Step, client: str) -> "asyncio.Future[torch.Tensor]":
+        group = self._steps.group(step)
+        return self._scheduler.submit_joint(Priority.STEP, self._steps.run, step, client, group, step.size)
 
     async def _stepped(self, hand_over: pb.HandOver, hidden: torch.Tensor) -> Message:
         result = pb.Result(leaving=self.draining)
         return await self._handed_over(hand_over, result, {"hidden_states": hidden}, "hidden_states")
-
-    @torch.no_grad()
-    def _run_step(
-        self, session: Session, message: Message, body: pb.Step, mode: Mode, bundle: Bundle | None
-    ) -> torch.Tensor:
-        seen, rows = check_edits(session, body.edits)
-        past = seen if session.number else prefix_length(message.tensors)
-        inputs = check_inputs(self._span, message, past, self.memory.max_length)
-        batch, tokens = inputs.hidden.shape[:2]
-        if session.number and batch != rows:
-            raise BadRequest(f"The step has {batch} rows, its session {rows}.")
-        prefix = {} if session.number else check_prefix(self._span, mode, message, batch)
-        session.reserve(batch, past + tokens)
-        with session.changing():
-            for edit in body.edits:
-                apply_edit(session.cache, edit)
-            session.batch_size = batch
-            if prefix:
-                session.cache = prefix_cache(self._span.model.config, mode.blocks, prefix)
-            if body.keep_past:
-                session.cache.activate_past_recording()
-            adapted = self._adapters.adapt(bundle, bundle.tensors) if bundle else None
-            result = self._span.run(inputs, mode, session.cache, adapted)
-            session.cache.seen += tokens
-        return result.to("cpu")
 
     def _session(self, connection: _Connection) -> tuple[Session, Mode]:
         if connection.session is None or connection.mode is None:
@@ -382,7 +369,7 @@ class Service:
         if not hand_over.awaits:
             return message
         waiting = asyncio.ensure_future(self._mailbox.take(hand_over.awaits))
-        pushed = await self._with_signs_of_life(connection, waiting, pb.Working(waiting=True))
+        pushed = await self._answered(connection, waiting, pb.Working(waiting=True))
         return Message(message.body, {**message.tensors, **pushed})
 
     async def _handed_over(
@@ -429,18 +416,18 @@ class Service:
     # ---- the compute thread
 
     async def _compute(self, connection: _Connection, priority: Priority, work: Callable[[], T]) -> T:
-        """Run `work` on the compute thread, telling the client now and then that it is being done."""
-        future = self._scheduler.submit(priority, work, connection.client)
-        return await self._with_signs_of_life(connection, future, pb.Working())
+        """The result of `work`, run on the compute thread."""
+        return await self._answered(connection, self._scheduler.submit(priority, work, connection.client))
 
     @staticmethod
-    async def _with_signs_of_life(connection: _Connection, future: "asyncio.Future[T]", sign: pb.Working) -> T:
+    async def _answered(connection: _Connection, future: "asyncio.Future[T]", sign: pb.Working | None = None) -> T:
+        """The result of something that takes a while. Meanwhile the client gets signs of life."""
         try:
             while True:
                 done, _ = await asyncio.wait({future}, timeout=HEARTBEAT)
                 if done:
                     return future.result()
-                await connection.channel.send(Message(sign))
+                await connection.channel.send(Message(sign or pb.Working()))
         except BaseException:
             future.cancel()
             raise

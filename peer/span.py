@@ -122,7 +122,7 @@ class Span:
         self.model, self.where, self.start, self.end, self.dtype = model, where, start, end, dtype
         self.hidden_size = hidden_size(model.config)
         self.device = next(p.device for p in model.parameters())
-        self._takes_positions = "position_ids" in inspect.signature(type(self._trunk(model)).forward).parameters
+        self.takes_positions = "position_ids" in inspect.signature(type(self._trunk(model)).forward).parameters
         model.eval().requires_grad_(False)
         _neutralise_scalars(model)
         self._check_identity()
@@ -151,7 +151,7 @@ class Span:
             "past_key_values": cache,
             "use_cache": cache is not None,
         }
-        if self._takes_positions:
+        if self.takes_positions:
             arguments["position_ids"] = _to(inputs.positions, self.device)
         with ExitStack() as stack:
             if mode.autocast is not None:

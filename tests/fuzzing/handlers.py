@@ -18,6 +18,7 @@ from peer.loading import load_span
 from peer.quotas import Quota
 from peer.scheduler import Scheduler
 from peer.service import Served, Service
+from peer.steps import StepRunner
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
 from protocol.errors import SwarmError
@@ -118,8 +119,9 @@ class Handlers:
             memory = CacheMemory(_CACHE_TOKENS, _MAX_LENGTH, idle_timeout=0.0)
             handshake = Handshake("peer", keyring)
             self._services.append(
-                Service(served, self._span, memory, self._adapters, self._trainers[-1], self._scheduler, _LIMITS,
-                        handshake, _QUOTA, Mailbox(_LIMITS.max_payload, patience=0.01), _Nowhere())
+                Service(served, self._span, memory, self._adapters, self._trainers[-1],
+                        StepRunner(self._span, self._adapters, joins=True), self._scheduler, _LIMITS, handshake, _QUOTA,
+                        Mailbox(_LIMITS.max_payload, patience=0.01), _Nowhere())
             )  # fmt: skip
         self._bundles = build_bundles(model)
         self._raised = _Raised()

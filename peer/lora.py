@@ -1,0 +1,176 @@
+"""Different clients' LoRA adapters in one trunk call: the base runs once, each client's tokens get a delta of its own.
+
+Where all have one rank and as many tokens each, their deltas are two grouped products (as in Punica, Chen et al. 2023,
+and S-LoRA, Sheng et al. 2023), else two small products per client.
+"""
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
+
+from peer.span import Span, find_module
+from protocol.adapters import Manifest
+
+_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])\.(?P<adapter>[^.]+)\.weight$")
+_KEPT_SETS = 4
+
+
+@dataclass(frozen=True)
+class Delta:
+    """`scaling * b @ a`, what LoRA adds to a weight. a: (rank, in), b: (out, rank), of one dtype."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+    def of(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(tokens, out) of inputs (tokens, in), cast as PEFT does."""
+        return linear(linear(inputs.to(self.a.dtype), self.a), self.b) * self.scaling
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """A bundle that is nothing but LoRA on linear layers: `BLOCK.PATH` of a module -> its deltas, in order."""
+
+    deltas: Mapping[str, Sequence[Delta]]
+
+
+def find_lora(span: Span, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> Lora | None:
+    """The checked bundle as deltas; `None` when it is anything else (DoRA, biases, experts, other methods)."""
+    factors: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if not (match := _FACTOR.match(name)):
+            return None
+        factors.setdefault((match["module"], match["adapter"]), {})[match["factor"]] = tensor
+    deltas: dict[str, list[Delta]] = {}
+    for spec in manifest.adapters:
+        if spec.method != "LORA" or spec.options.get("use_dora") or spec.parameters:
+            return None
+        for module in spec.targets:
+            delta = _delta(factors.pop((module, spec.name), {}), manifest.scaling.get(module, {}).get(spec.name))
+            if delta is None or not _sees_every_token(span, module):
+                return None
+            deltas.setdefault(module, []).append(delta)
+    return None if factors else Lora(deltas)
+
+
+def _delta(factors: Mapping[str, torch.Tensor], scaling: float | None) -> Delta | None:
+    a, b = factors.get("A"), factors.get("B")
+    if a is None or b is None or scaling is None or a.dtype != b.dtype or a.ndim != 2 or b.ndim != 2:
+        return None
+    return Delta(a, b, scaling)
+
+
+def _sees_every_token(span: Span, name: str) -> bool:
+    """Whether a module is a linear layer that runs on all tokens in order: an expert's gets those routed to it."""
+    _, *path = name.split(".")
+    module = find_module(span.where.of(span.model), name)
+    return isinstance(module, nn.Linear | Conv1D) and not any(part.isdigit() or "expert" in part for part in path)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The tokens [start, end) of a packed row, which run with one bundle."""
+
+    start: int
+    end: int
+    lora: Lora
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """The deltas of several segments of equal length, for grouped products."""
+
+    a: torch.Tensor
+    """(segments, in, rank)."""
+    b: torch.Tensor
+    """(segments, rank, out)."""
+    scaling: torch.Tensor
+    """(segments, 1, 1)."""
+
+    def of(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(tokens, out) of inputs (tokens, in)."""
+        grouped = inputs.to(self.a.dtype).reshape(len(self.a), -1, inputs.shape[1])
+        return (grouped @ self.a @ self.b * self.scaling).flatten(0, 1)
+
+
+class LoraApplier:
+    """Adds segments' deltas to a span's own linear layers while it runs."""
+
+    def __init__(self, span: Span):
+        self._span = span
+        self._stacks = OrderedDict[tuple[Lora, ...], dict[str, _Stack | None]]()
+        """Of the sets of bundles that were run last."""
+
+    @contextmanager
+    def applied(self, segments: Sequence[Segment]) -> Iterator[None]:
+        """Within the block the span's modules give what they give with these segments' adapters."""
+        stacks = self._stacks_of(tuple(segment.lora for segment in segments))
+        is_even = len({segment.end - segment.start for segment in segments}) == 1
+        blocks = self._span.where.of(self._span.model)
+        with ExitStack() as stack:
+            for name in {name: None for segment in segments for name in segment.lora.deltas}:
+                own = [segment for segment in segments if name in segment.lora.deltas]
+                stacked = stacks.get(name) if is_even and len(own) == len(segments) else None
+                hook = partial(_add_stack, stacked, own) if stacked else partial(_add_each, name, own)
+                stack.callback(blocks.get_submodule(name).register_forward_hook(hook).remove)
+            yield
+
+    def _stacks_of(self, loras: tuple[Lora, ...]) -> dict[str, _Stack | None]:
+        """What has been stacked for this set. The copies are made when a set comes for the second time."""
+        if loras not in self._stacks:
+            self._stacks[loras] = {}
+            if len(self._stacks) > _KEPT_SETS:
+                self._stacks.popitem(last=False)
+            return {}
+        self._stacks.move_to_end(loras)
+        if not self._stacks[loras]:
+            names = set.intersection(*(set(lora.deltas) for lora in loras))
+            self._stacks[loras] = {name: _stack([lora.deltas[name] for lora in loras]) for name in names}
+        return self._stacks[loras]
+
+
+def _stack(deltas: Sequence[Sequence[Delta]]) -> _Stack | None:
+    """`None` where the deltas do not fit together."""
+    first = [each[0] for each in deltas]
+    if any(len(each) > 1 for each in deltas) or len({(delta.a.shape, delta.a.dtype) for delta in first}) > 1:
+        return None
+    scaling = torch.tensor([delta.scaling for delta in first], dtype=first[0].a.dtype, device=first[0].a.device)
+    a, b = torch.stack([delta.a.T for delta in first]), torch.stack([delta.b.T for delta in first])
+    return _Stack(a, b, scaling[:, None, None])
+
+
+def _rows(segments: Sequence[Segment], given: tuple[torch.Tensor], output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Inputs and outputs of a module, a token a row."""
+    inputs, outputs = given[0].flatten(0, -2), output.flatten(0, -2)
+    if len(inputs) < segments[-1].end:
+        raise RuntimeError(f"A module with an adapter got {len(inputs)} tokens of {segments[-1].end}")
+    return inputs, outputs
+
+
+def _add_each(
+    name: str, segments: Sequence[Segment], module: nn.Module, given: tuple[torch.Tensor], output: torch.Tensor
+) -> torch.Tensor:
+    inputs, outputs = _rows(segments, given, output)
+    for segment in segments:
+        own = slice(segment.start, segment.end)
+        for delta in segment.lora.deltas[name]:
+            outputs[own] += delta.of(inputs[own])
+    return outputs.view_as(output)
+
+
+def _add_stack(
+    stack: _Stack, segments: Sequence[Segment], module: nn.Module, given: tuple[torch.Tensor], output: torch.Tensor
+) -> torch.Tensor:
+    inputs, outputs = _rows(segments, given, output)
+    own = slice(segments[0].start, segments[-1].end)
+    outputs[own] += stack.of(inputs[own])
+    return outputs.view_as(output)

@@ -1,0 +1,184 @@
+"""Steps of generations: checked one by one, run together where that can be."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from peer.adapters import AdapterStore, Bundle
+from peer.calls import Prefix
+from peer.checks import check_inputs, check_prefix, prefix_length
+from peer.kv_cache import Session, apply_edit, check_edits, prefix_cache
+from peer.lora import LoraApplier, Segment
+from peer.packing import Packed, Packer, Part
+from peer.span import Adapted, Inputs, Mode, Span
+from protocol import swarm_pb2 as pb
+from protocol.channel import Message
+from protocol.errors import BadRequest, SessionLost, SwarmError
+
+Outcome = torch.Tensor | Exception
+"""Of a step: hidden states (rows, tokens, hidden size) on the CPU, or why there are none."""
+
+
+@dataclass(eq=False)
+class Step:
+    """New tokens for a session's cache, and edits to it before them."""
+
+    session: Session
+    message: Message
+    body: pb.Step
+    mode: Mode
+    bundle: Bundle | None
+    inputs: Inputs = field(init=False)
+    """Known when it has been checked."""
+    _prefix: Prefix = field(init=False)
+
+    @property
+    def size(self) -> int:
+        """Tokens, of all rows."""
+        hidden = self.message.tensors.get("hidden_states")
+        return max(1, hidden.shape[:2].numel()) if hidden is not None else 1
+
+    def check(self, span: Span) -> None:
+        """See that the step can be run, and reserve its memory. Raises `BadRequest`, `TooLong`, `PeerFull`."""
+        session, message = self.session, self.message
+        if session.lost:
+            raise SessionLost("This session has ended.")
+        seen, rows = check_edits(session, self.body.edits)
+        past = seen if session.number else prefix_length(message.tensors)
+        self.inputs = check_inputs(span, message, past, session.memory.max_length)
+        batch, tokens = self.inputs.hidden.shape[:2]
+        if session.number and batch != rows:
+            raise BadRequest(f"The step has {batch} rows, its session {rows}.")
+        self._prefix = {} if session.number else check_prefix(span, self.mode, message, batch)
+        session.reserve(batch, past + tokens)
+
+    def edit(self, span: Span) -> None:
+        """Make the cache what it is before the new tokens."""
+        session = self.session
+        with session.changing():
+            for edit in self.body.edits:
+                apply_edit(session.cache, edit)
+            session.batch_size = self.inputs.hidden.shape[0]
+            if self._prefix:
+                session.cache = prefix_cache(span.model.config, self.mode.blocks, self._prefix)
+            if self.body.keep_past:
+                session.cache.activate_past_recording()
+
+    def count_tokens(self) -> None:
+        """The cache has taken the new tokens."""
+        self.session.cache.seen += self.inputs.hidden.shape[1]
+
+
+@dataclass
+class Tally:
+    """How many steps were run, in how many calls."""
+
+    steps: int = 0
+    calls: int = 0
+
+    def count(self, steps: int) -> None:
+        """One more call."""
+        self.steps += steps
+        self.calls += 1
+
+
+class StepRunner:
+    """Runs steps on a span. What runs them belongs on the compute thread.
+
+    `joins`: whether steps of several sessions may go through the trunk in one call.
+    """
+
+    def __init__(self, span: Span, adapters: AdapterStore, joins: bool):
+        self._span, self._adapters, self._joins = span, adapters, joins
+        self._packer, self._lora = Packer(span), LoraApplier(span)
+        self.tally = Tally()
+
+    def group(self, step: Step) -> Hashable | None:
+        """Steps of one group may be run together; `None`: on its own."""
+        mode, bundle = step.mode, step.bundle
+        if not self._joins or mode.training or mode.dropout_seed is not None or mode.autocast is not None:
+            return None
+        return mode.blocks, id(bundle) if bundle and not bundle.lora else None
+
+    @torch.no_grad()
+    def run(self, steps: list[Step]) -> list[Outcome]:
+        """What becomes of each of `steps`, which are of one group and of different sessions."""
+        outcomes: dict[Step, Outcome] = {}
+        ready = []
+        for step in sorted(steps, key=lambda step: id(step.bundle) if step.bundle else 0):
+            try:
+                step.check(self._span)
+                step.edit(self._span)
+                ready.append(step)
+            except Exception as error:
+                outcomes[step] = error
+        if len(ready) > 1:
+            outcomes |= self._run_together(ready)
+        elif ready:
+            outcomes[ready[0]] = self._run_alone(ready[0])
+        return [outcomes[step] for step in steps]
+
+    def _run_alone(self, step: Step) -> Outcome:
+        """As plain Transformers would."""
+        self.tally.count(1)
+        try:
+            with step.session.changing():
+                result = self._span.run(step.inputs, step.mode, step.session.cache, self._adapted(step.bundle))
+                step.count_tokens()
+        except Exception as error:
+            return error
+        return result.to("cpu")
+
+    def _run_together(self, steps: Sequence[Step]) -> dict[Step, Outcome]:
+        call = self._packer.pack([Part(step.inputs, step.session.cache) for step in steps])
+        try:
+            results = self._call_trunk(steps, call)
+        except Exception as error:
+            if call.has_begun:
+                return {step: _lose(step, error) for step in steps}
+            return {step: self._run_alone(step) for step in steps}
+        self.tally.count(len(steps))
+        outcomes = map(_outcome, steps, call.parts, results)
+        return dict(zip(steps, outcomes, strict=True))
+
+    def _call_trunk(self, steps: Sequence[Step], call: Packed) -> list[torch.Tensor]:
+        mode, bundle = steps[0].mode, steps[0].bundle
+        if all(step.bundle is bundle for step in steps):
+            return self._packer.run(call, mode, self._adapted(bundle))
+        with self._lora.applied(_segments(steps, call)):
+            return self._packer.run(call, mode)
+
+    def _adapted(self, bundle: Bundle | None) -> Adapted | None:
+        return self._adapters.adapt(bundle, bundle.tensors) if bundle else None
+
+
+def _segments(steps: Sequence[Step], call: Packed) -> list[Segment]:
+    """The tokens that run with each LoRA; steps with the same one lie side by side."""
+    segments: list[Segment] = []
+    end = 0
+    for step, part in zip(steps, call.parts, strict=True):
+        start, end = end, end + part.size
+        lora = step.bundle.lora if step.bundle else None
+        if lora and segments and segments[-1].lora is lora:
+            start = segments.pop().start
+        if lora:
+            segments.append(Segment(start, end, lora))
+    return segments
+
+
+def _outcome(step: Step, part: Part, hidden: torch.Tensor) -> Outcome:
+    if part.error:
+        step.session.close()
+        return part.error
+    step.count_tokens()
+    return hidden
+
+
+def _lose(step: Step, error: Exception) -> Outcome:
+    """Some layers of its cache have taken the tokens, others not."""
+    step.session.close()
+    if isinstance(error, SwarmError):
+        return error
+    kind = type(error).__name__
+    return SessionLost(f"A call for several sessions failed ({kind}); send this session's tokens again.")
