@@ -8,7 +8,7 @@ import torch
 
 from peer.calls import Trainer
 from peer.handover import Outbox
-from peer.service import Service
+from peer.steps import StepRunner
 
 
 def begin_to_lie(kind: str) -> None:
@@ -20,7 +20,7 @@ def begin_to_lie(kind: str) -> None:
         _push_nothing(says=kind == "loses pushes")
         return
     if kind == "slow":
-        for owner, name in ((Service, "_run_step"), (Trainer, "forward")):
+        for owner, name in ((StepRunner, "run"), (Trainer, "forward")):
             _change(owner, name, lambda found: (time.sleep(0.2), found)[1])
         return
     if kind == "gradients":
@@ -28,7 +28,7 @@ def begin_to_lie(kind: str) -> None:
             _change(Trainer, name, lambda found: {key: -tensor for key, tensor in found.items()})
         return
     twist = _Replay() if kind == "replayed" else _Noise({"outputs": 1.0, "subtle": 0.05}[kind])
-    _change(Service, "_run_step", twist)
+    _change(StepRunner, "run", lambda found: [twist(one) if isinstance(one, torch.Tensor) else one for one in found])
     _change(Trainer, "forward", lambda found: (twist(found[0]), found[1]))
 
 
