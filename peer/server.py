@@ -15,6 +15,7 @@ import torch
 from bootstrap.directory import Announcer
 from bootstrap.member import Member, MemberOptions
 from peer.adapters import AdapterStore
+from peer.arena_trial import arena_for
 from peer.calls import Trainer
 from peer.kv_cache import CacheMemory
 from peer.loading import block_bytes, load_span
@@ -191,7 +192,7 @@ def _load(options: ServeOptions, blocks: range, scheduler: Scheduler, handshake:
     service = Service(
         Served(options.checkpoint.model_id, options.checkpoint.digests),
         span,
-        CacheMemory(total, min(options.max_length, total), options.idle_timeout),
+        CacheMemory(total, min(options.max_length, total), options.idle_timeout, arena_for(span, total)),
         adapters,
         Trainer(span, adapters, max_kept_bytes=share),
         scheduler,

@@ -14,7 +14,7 @@ from peer.adapters import AdapterStore, Bundle
 from peer.calls import Call, Trainer
 from peer.checks import check_inputs, check_mode, check_prefix, prefix_length
 from peer.factors import check_factorize, factorize
-from peer.kv_cache import CacheMemory, Session, SpanCache, apply_edit, check_edits, prefix_cache
+from peer.kv_cache import CacheMemory, Session, SpanCache, apply_edit, check_edits, fill
 from peer.quotas import Account, Accounts, Quota
 from peer.scheduler import Priority, Scheduler
 from peer.span import Mode, Span
@@ -244,9 +244,11 @@ class Service:
     async def _fork_session(self, connection: _Connection) -> Message:
         session, mode = self._session(connection)
         connection.account.open_session()
+        twin = session.twin()
         try:
-            twin = await self._compute(connection, Priority.STEP, session.fork)
+            await self._compute(connection, Priority.STEP, partial(session.copy_to, twin))
         except BaseException:
+            twin.close()
             connection.account.close_session()
             raise
         self._begin(twin)
@@ -288,26 +290,28 @@ class Service:
     def _run_step(
         self, session: Session, message: Message, body: pb.Step, mode: Mode, bundle: Bundle | None
     ) -> torch.Tensor:
-        seen, rows = check_edits(session, body.edits)
-        past = seen if session.number else prefix_length(message.tensors)
-        inputs = check_inputs(self._span, message, past, self.memory.max_length)
-        batch, tokens = inputs.hidden.shape[:2]
-        if session.number and batch != rows:
-            raise BadRequest(f"The step has {batch} rows, its session {rows}.")
-        prefix = {} if session.number else check_prefix(self._span, mode, message, batch)
-        session.reserve(batch, past + tokens)
-        with session.changing():
-            for edit in body.edits:
-                apply_edit(session.cache, edit)
-            session.batch_size = batch
-            if prefix:
-                session.cache = prefix_cache(self._span.model.config, mode.blocks, prefix)
-            if body.keep_past:
-                session.cache.activate_past_recording()
-            adapted = self._adapters.adapt(bundle, bundle.tensors) if bundle else None
-            result = self._span.run(inputs, mode, session.cache, adapted)
-            session.cache.seen += tokens
-        return result.to("cpu")
+        with session.running():
+            seen, rows = check_edits(session, body.edits)
+            past = seen if session.number else prefix_length(message.tensors)
+            inputs = check_inputs(self._span, message, past, self.memory.max_length)
+            batch, tokens = inputs.hidden.shape[:2]
+            if session.number and batch != rows:
+                raise BadRequest(f"The step has {batch} rows, its session {rows}.")
+            prefix = {} if session.number else check_prefix(self._span, mode, message, batch)
+            session.reserve(batch, past + tokens)
+            with session.changing():
+                for edit in body.edits:
+                    apply_edit(session.cache, edit)
+                session.batch_size = batch
+                session.trim(batch, past + tokens)
+                if prefix:
+                    fill(session.cache, prefix)
+                if body.keep_past:
+                    session.cache.activate_past_recording()
+                adapted = self._adapters.adapt(bundle, bundle.tensors) if bundle else None
+                result = self._span.run(inputs, mode, session.cache, adapted)
+                session.cache.seen += tokens
+            return result.to("cpu")
 
     def _session(self, connection: _Connection) -> tuple[Session, Mode]:
         if connection.session is None or connection.mode is None:
