@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
+from peer.arena import Shape
 from peer.calls import Prefix
 from peer.span import Inputs, Mode, Span
 from protocol import swarm_pb2 as pb
@@ -71,8 +72,7 @@ def check_prefix(span: Span, mode: Mode, message: Message, batch: int) -> Prefix
     if len({key.shape[2] for key, _ in prefix.values()} | {value.shape[2] for _, value in prefix.values()}) != 1:
         raise BadRequest("The KV prefixes of the blocks differ in length.")
     for block, pair in prefix.items():
-        sizes = tuple((tensor.shape[1], tensor.shape[3]) for tensor in pair)
-        if sizes != span.kv_sizes.get(block):
+        if [Shape.of(tensor).sizes for tensor in pair] != [shape.sizes for shape in span.kv_shapes.get(block, ())]:
             raise BadRequest(f"The KV prefix of block {block} has heads of other sizes than its keys and values.")
     return prefix
 

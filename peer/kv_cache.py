@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Protocol
 
@@ -13,10 +13,17 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 
+from peer.arena import Arena, ArenaLayer
+from peer.slots import Run, Slots
 from protocol import swarm_pb2 as pb
-from protocol.errors import BadRequest, PeerFull, TooLong
+from protocol.errors import BadRequest, PeerFull, SessionLost, TooLong
 
-_PAGE = 64
+_PAGE = 16
+"""Tokens of a row that are taken at a time."""
+_ROOM = 1.25
+"""Room that a session is given when it grows, as a multiple of the tokens that it needs."""
+_WASTE = 1.3
+"""Above this multiple of its tokens, and a page per row, a session gives memory back."""
 _MAX_ROWS = 4096
 _MAX_EDITS = 256
 
@@ -30,13 +37,39 @@ class SpanCache(DynamicCache):
 
     def __init__(self, config: PreTrainedConfig, blocks: range):
         super().__init__(config=config)
-        self.blocks = blocks
+        self.config, self.blocks = config, blocks
         self.seen = 0
         """Tokens so far: all that linear-attention layers know of the length."""
 
     def own_layers(self) -> list[Any]:
         """The layers of this span's blocks."""
         return [self.layers[i] for i in self.blocks]
+
+    def arena_layers(self) -> list[ArenaLayer]:
+        """Those of them that keep their tokens in the peer's arena."""
+        return [layer for layer in self.own_layers() if isinstance(layer, ArenaLayer)]
+
+    def move_into(self, arena: Arena, run: Run) -> None:
+        """Keep tokens in `run` of `arena` from now on, where a block's kind of layer allows it."""
+        for block in self.blocks:
+            self.layers[block] = arena.layer(block, self.layers[block], run)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Append keys and values (rows, heads, tokens, head size) of a block; returns all that it attends to."""
+        layer: Any = self.layers[layer_idx]
+        if isinstance(layer, ArenaLayer) and not layer.takes(key_states, value_states):  # autocast, an adapter's dtype
+            layer = self.layers[layer_idx] = layer.moved_out()
+        return layer.update(key_states, value_states, *args, **kwargs)
+
+    def copied_to(self, run: Run) -> "SpanCache":
+        """A copy whose tokens in the arena lie in `run`, which has room for them."""
+        twin = copy.copy(self)
+        twin.layers = [
+            layer.copied_to(run) if isinstance(layer, ArenaLayer) else copy.deepcopy(layer) for layer in self.layers
+        ]
+        return twin
 
     def _stand_in(self, index: int) -> int:
         linear, sliding = self.is_linear, self.is_sliding
@@ -129,46 +162,67 @@ def prefix_cache(
 ) -> SpanCache:
     """A cache that begins with a trainable prefix: block -> (key, value), each (batch, heads, tokens, head size)."""
     cache = SpanCache(config, blocks)
-    for block, (key, value) in prefix.items():
-        cache.update(key, value, block)
-    cache.seen = next(iter(prefix.values()))[0].shape[2] if prefix else 0
+    fill(cache, prefix)
     return cache
 
 
-class CacheMemory:
-    """The tokens that all sessions together may hold, and the most that one may.
+def fill(cache: SpanCache, prefix: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Put a prefix into an empty cache: block -> (key, value), each (batch, heads, tokens, head size)."""
+    for block, (key, value) in prefix.items():
+        cache.update(key, value, block)
+    cache.seen = next(iter(prefix.values()))[0].shape[2] if prefix else 0
 
-    When there are too few, the sessions that have lain idle the longest give way: their clients hold what is needed to
-    make them again, if they are still there.
+
+class CacheMemory:
+    """The tokens that all sessions together may hold, and the most that one may: `total_tokens` slots of an arena.
+
+    What is free can be had, if need be by moving other sessions' runs. When there is too little, the sessions that have
+    lain idle the longest give way: their clients hold what is needed to make them again, if they are still there.
+
+    Runs grow and move on the compute thread only, between steps. They end on any thread, but never under a step.
     """
 
-    def __init__(self, total_tokens: int, max_length: int, idle_timeout: float):
+    def __init__(self, total_tokens: int, max_length: int, idle_timeout: float, arena: Arena | None = None):
         self.total_tokens, self.max_length = total_tokens, max_length
         self.idle_timeout = idle_timeout
-        self._taken = 0
-        self._lock = threading.RLock()  # sessions end on the event loop, their steps run on the compute thread
+        self.arena = arena or Arena(0, {}, torch.device("cpu"))
+        self.lock = threading.RLock()  # sessions end on the event loop, their steps run on the compute thread
+        self._slots = Slots(total_tokens)
         self._sessions: set[Session] = set()
 
     @property
     def free_tokens(self) -> int:
         """Tokens of one row that are still to be had."""
-        return self.total_tokens - self._taken
+        return self._slots.free
 
-    def take(self, tokens: int) -> None:
-        """Reserve. Raises `PeerFull`."""
-        with self._lock:
-            if tokens > self.free_tokens:
-                self._reclaim(tokens)
-            self._taken += tokens
+    def resize(self, run: Run, sizes: Sequence[int]) -> int:
+        """Give `run` the first of `sizes` slots that can be had; the last is what it needs. Raises `PeerFull`.
 
-    def give_back(self, tokens: int) -> None:
-        """Release what was taken."""
-        with self._lock:
-            self._taken -= tokens
+        The run may lie elsewhere then. Returns where its contents begin: it is for the caller to copy them.
+        """
+        with self.lock:
+            if sizes[-1] - run.size > self.free_tokens:
+                self._reclaim(sizes[-1] - run.size)
+            size = next(size for size in sizes if size - run.size <= self.free_tokens)
+            moves, source = self._slots.resize(run, size)
+        self.arena.move(moves)
+        return source
+
+    def give_back(self, start: int, end: int) -> None:
+        """Slots [start, end) belong to no run any more."""
+        with self.lock:  # nobody may be given them meanwhile
+            self.arena.give_back(start, end)
+
+    def release(self, run: Run) -> None:
+        """`run` has ended."""
+        with self.lock:
+            self.arena.give_back(run.start, run.end)
+            self._slots.release(run)
 
     def watch(self, session: "Session") -> None:
         """From now on `session` gives way when it lies idle."""
-        self._sessions.add(session)
+        with self.lock:
+            self._sessions.add(session)
 
     def is_in_use(self, lately: float) -> bool:
         """Whether any session ended a step in the last `lately` seconds."""
@@ -177,19 +231,20 @@ class CacheMemory:
 
     def forget(self, session: "Session") -> None:
         """`session` has ended."""
-        self._sessions.discard(session)
+        with self.lock:
+            self._sessions.discard(session)
 
-    def _reclaim(self, tokens: int) -> None:
+    def _reclaim(self, slots: int) -> None:
         long_ago = time.monotonic() - self.idle_timeout
         idle = sorted((s for s in self._sessions if s.idle_since < long_ago), key=lambda s: s.idle_since)
         for session in idle:
-            if tokens <= self.free_tokens:
+            if slots <= self.free_tokens:
                 return
             session.close()
-        if tokens > self.free_tokens:
+        if slots > self.free_tokens:
             raise PeerFull(
                 f"This peer's KV cache has {self.free_tokens} of {self.total_tokens} tokens free, "
-                f"{tokens} more are needed; try again later or use another peer."
+                f"{slots} more are needed; try again later or use another peer."
             )
 
 
@@ -200,11 +255,22 @@ class Memory(Protocol):
     def max_length(self) -> int:
         """Tokens that one session may hold."""
 
-    def take(self, tokens: int) -> None:
-        """Reserve. Raises `PeerFull`."""
+    @property
+    def arena(self) -> Arena:
+        """Where they lie."""
 
-    def give_back(self, tokens: int) -> None:
-        """Release what was taken."""
+    @property
+    def lock(self) -> threading.RLock:
+        """Held while a session ends or begins a step."""
+
+    def resize(self, run: Run, sizes: Sequence[int]) -> int:
+        """Give `run` the first of `sizes` slots that can be had; returns where its contents are. Raises `PeerFull`."""
+
+    def give_back(self, start: int, end: int) -> None:
+        """Slots [start, end) belong to no run any more."""
+
+    def release(self, run: Run) -> None:
+        """`run` has ended."""
 
 
 @dataclass(eq=False)
@@ -221,8 +287,12 @@ class Session:
     idle_since: float = inf
     """When its last step ended (`time.monotonic`); infinite before the first and during a step."""
     lost: bool = False
-    """Its memory is gone."""
-    _reserved: int = 0
+    """Its memory is gone, or goes when the step that is running has ended."""
+    _run: Run = field(default_factory=Run)
+    _is_running: bool = False
+
+    def __post_init__(self) -> None:
+        self.cache.move_into(self.memory.arena, self._run)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -232,6 +302,24 @@ class Session:
             yield
         finally:
             self.idle_since = time.monotonic()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """On the compute thread: within the block the memory stays, whoever closes this session. Raises `SessionLost`.
+
+        Without it a run could be given to another session under the step that is writing to it.
+        """
+        with self.memory.lock:
+            if self.lost:
+                raise SessionLost("This session's memory went to others; send its tokens again.")
+            self._is_running = True
+        try:
+            yield
+        finally:
+            with self.memory.lock:
+                self._is_running = False
+                if self.lost:
+                    self._free()
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -249,27 +337,53 @@ class Session:
                 f"A session of {length} tokens is longer than this peer allows ({self.memory.max_length}); "
                 "shorten the prompt or use another peer."
             )
-        needed = batch_size * -(-length // _PAGE) * _PAGE
-        if needed > self._reserved:
-            self.memory.take(needed - self._reserved)
-            self._reserved = needed
+        if batch_size * length > self._run.size:
+            self._resize(batch_size, length)
 
-    def fork(self) -> "Session":
-        """A copy that goes its own way. Raises `PeerFull`."""
-        with self.in_use():
-            self.memory.take(self._reserved)
-            twin = copy.copy(self)
-            twin.cache = copy.deepcopy(self.cache)
+    def trim(self, batch_size: int, length: int) -> None:
+        """Give back what `length` tokens per row do not need. The cache holds no more than these."""
+        if self._run.size > batch_size * (length * _WASTE + _PAGE):
+            self._resize(batch_size, length)
+
+    def _resize(self, batch_size: int, length: int) -> None:
+        roomy, paged = (_pages(tokens, self.memory.max_length) for tokens in (int(length * _ROOM), length))
+        start, end, size = self._run.start, self._run.end, self._run.size
+        source = self.memory.resize(self._run, [batch_size * tokens for tokens in (roomy, paged, length)])
+        for layer in self.cache.arena_layers():
+            layer.resettle(source, size)
+        if self._run.start >= end or self._run.end <= start:
+            self.memory.give_back(start, end)
+        elif self._run.end < end:
+            self.memory.give_back(self._run.end, end)
+
+    def twin(self) -> "Session":
+        """An empty session that may become a copy of this one."""
+        return Session(self.memory, SpanCache(self.cache.config, self.cache.blocks))
+
+    def copy_to(self, twin: "Session") -> None:
+        """Make `twin` a copy that goes its own way. Raises `PeerFull`, `SessionLost`."""
+        with self.in_use(), self.running(), twin.running():
+            twin.reserve(self.batch_size, self.cache.seen)
+            twin.cache = self.cache.copied_to(twin._run)
+            twin.batch_size, twin.number, twin.answer = self.batch_size, self.number, self.answer
         twin.idle_since = self.idle_since
-        return twin
 
     def close(self) -> None:
-        """Free the memory."""
-        self.memory.give_back(self._reserved)
-        self._reserved = 0
-        self.lost = True
+        """Free the memory, as soon as no step is running."""
+        with self.memory.lock:
+            if not self.lost:
+                self.lost = True
+                if not self._is_running:
+                    self._free()
+
+    def _free(self) -> None:
+        self.memory.release(self._run)
         self.answer = None
         self.cache.layers.clear()
+
+
+def _pages(tokens: int, max_length: int) -> int:
+    return min(-(-tokens // _PAGE) * _PAGE, max_length)
 
 
 def bytes_per_token(caches: Sequence[SpanCache], tokens: int) -> int:

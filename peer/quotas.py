@@ -4,8 +4,9 @@ Clients are told apart by their peer ID, as the carrier authenticated it. Identi
 clients from crowding out others; against a crowd of forged ones there is the swarm key.
 """
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING
 from protocol.errors import OverQuota
 
 if TYPE_CHECKING:  # the command line reads the defaults below without importing Transformers
+    from peer.arena import Arena
     from peer.kv_cache import CacheMemory
+    from peer.slots import Run
 
 _BURST = 2.0
 """Seconds' worth of bytes that a client may send at once."""
@@ -41,7 +44,7 @@ class Quota:
 
 @dataclass
 class Account:
-    """What one client has now. Its `take` and `give_back` are those of the KV memory, within the quota."""
+    """What one client has now. To its sessions it is the KV memory, within the quota."""
 
     quota: Quota
     memory: "CacheMemory"
@@ -78,21 +81,41 @@ class Account:
         """Tokens that one session may hold."""
         return self.memory.max_length
 
-    def take(self, tokens: int) -> None:
-        """Reserve KV memory. Raises `OverQuota`, `PeerFull`."""
-        limit = self.quota.cache_tokens
-        if limit is not None and self._tokens + tokens > limit:
-            raise OverQuota(
-                f"One client may hold {limit} tokens in this peer's KV caches, and this one would hold "
-                f"{self._tokens + tokens}; end other generations first, or use another peer."
-            )
-        self.memory.take(tokens)
-        self._tokens += tokens
+    @property
+    def arena(self) -> "Arena":
+        """Where cached tokens lie."""
+        return self.memory.arena
 
-    def give_back(self, tokens: int) -> None:
-        """Release what was taken."""
-        self.memory.give_back(tokens)
-        self._tokens -= tokens
+    @property
+    def lock(self) -> threading.RLock:
+        """That of the KV memory."""
+        return self.memory.lock
+
+    def resize(self, run: "Run", sizes: Sequence[int]) -> int:
+        """As `CacheMemory.resize`. Raises `OverQuota`, `PeerFull`."""
+        before, limit = run.size, self.quota.cache_tokens
+        if limit is not None:
+            others = self._tokens - before
+            if others + sizes[-1] > limit:
+                raise OverQuota(
+                    f"One client may hold {limit} tokens in this peer's KV caches, and this one would hold "
+                    f"{others + sizes[-1]}; end other generations first, or use another peer."
+                )
+            sizes = [size for size in sizes if others + size <= limit]
+        source = self.memory.resize(run, sizes)
+        with self.lock:
+            self._tokens += run.size - before
+        return source
+
+    def give_back(self, start: int, end: int) -> None:
+        """As `CacheMemory.give_back`."""
+        self.memory.give_back(start, end)
+
+    def release(self, run: "Run") -> None:
+        """As `CacheMemory.release`."""
+        with self.lock:
+            self._tokens -= run.size
+            self.memory.release(run)
 
 
 class Accounts:

@@ -15,6 +15,7 @@ import torch
 from bootstrap.directory import Announcer
 from bootstrap.member import Member, MemberOptions
 from peer.adapters import AdapterStore
+from peer.arena_trial import arena_for
 from peer.calls import Trainer
 from peer.handover import Mailbox, Outbox
 from peer.kv_cache import CacheMemory
@@ -200,7 +201,7 @@ def _load(options: ServeOptions, blocks: range, scheduler: Scheduler, member: Me
     service = Service(
         Served(options.checkpoint.model_id, options.checkpoint.digests),
         span,
-        CacheMemory(total, min(options.max_length, total), options.idle_timeout),
+        CacheMemory(total, min(options.max_length, total), options.idle_timeout, arena_for(span, total)),
         adapters,
         Trainer(span, adapters, max_kept_bytes=share),
         StepRunner(span, adapters, joins=can_pack(span)),

@@ -258,9 +258,11 @@ class Service:
     async def _fork_session(self, connection: _Connection) -> Message:
         session, mode = self._session(connection)
         connection.account.open_session()
+        twin = session.twin()
         try:
-            twin = await self._compute(connection, Priority.STEP, session.fork)
+            await self._compute(connection, Priority.STEP, partial(session.copy_to, twin))
         except BaseException:
+            twin.close()
             connection.account.close_session()
             raise
         self._begin(twin)

@@ -15,12 +15,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from peer.arena import Shape
 from peer.kv_cache import SpanCache
 from protocol.errors import BadAdapter, UnsupportedModel, first_line
 from protocol.model.anatomy import BlockList, find_blocks, hidden_size
-
-Size = tuple[int, int]
-"""Heads, and the size of one."""
 
 
 class Skip(nn.Module):
@@ -126,8 +124,8 @@ class Span:
         model.eval().requires_grad_(False)
         _neutralise_scalars(model)
         self._check_identity()
-        self.kv_sizes = self._find_kv_sizes()
-        """Block -> heads and head size of the keys and of the values that it caches; of attention blocks only."""
+        self.kv_shapes = self._find_kv_shapes()
+        """Block -> what it caches of keys and of values for each token; of attention blocks only."""
 
     @property
     def blocks(self) -> range:
@@ -204,7 +202,7 @@ class Span:
         )
 
     @torch.no_grad()
-    def _find_kv_sizes(self) -> dict[int, tuple[Size, Size]]:
+    def _find_kv_shapes(self) -> dict[int, tuple[Shape, Shape]]:
         """A configuration does not say it in one way, so one token is run."""
         cache = SpanCache(self.model.config, self.blocks)
         token = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
@@ -213,7 +211,7 @@ class Span:
             block: [getattr(cache.layers[block], name, None) for name in ("keys", "values")] for block in self.blocks
         }
         return {
-            block: (_heads(keys), _heads(values))
+            block: (Shape.of(keys), Shape.of(values))
             for block, (keys, values) in found.items()
             if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
         }
@@ -230,10 +228,6 @@ class Span:
                 f"{trunk.__name__} does not generate with the KV cache that peers keep ({first_line(error)}); "
                 "it cannot be served."
             ) from error
-
-
-def _heads(cached: torch.Tensor) -> Size:
-    return cached.shape[1], cached.shape[3]
 
 
 def find_module(blocks: nn.Module, name: str) -> nn.Module | None:

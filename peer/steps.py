@@ -1,6 +1,7 @@
 """Steps of generations: checked one by one, run together where that can be."""
 
 from collections.abc import Hashable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from peer.adapters import AdapterStore, Bundle
 from peer.calls import Prefix
 from peer.checks import check_inputs, check_prefix, prefix_length
-from peer.kv_cache import Session, apply_edit, check_edits, prefix_cache
+from peer.kv_cache import Session, apply_edit, check_edits, fill
 from peer.lora import LoraApplier, Segment
 from peer.packing import Packed, Packer, Part
 from peer.span import Adapted, Inputs, Mode, Span
@@ -32,6 +33,8 @@ class Step:
     inputs: Inputs = field(init=False)
     """Known when it has been checked."""
     _prefix: Prefix = field(init=False)
+    _length: int = field(init=False)
+    """Tokens per row that its cache will hold."""
 
     @property
     def size(self) -> int:
@@ -42,8 +45,6 @@ class Step:
     def check(self, span: Span) -> None:
         """See that the step can be run, and reserve its memory. Raises `BadRequest`, `TooLong`, `PeerFull`."""
         session, message = self.session, self.message
-        if session.lost:
-            raise SessionLost("This session has ended.")
         seen, rows = check_edits(session, self.body.edits)
         past = seen if session.number else prefix_length(message.tensors)
         self.inputs = check_inputs(span, message, past, session.memory.max_length)
@@ -51,17 +52,19 @@ class Step:
         if session.number and batch != rows:
             raise BadRequest(f"The step has {batch} rows, its session {rows}.")
         self._prefix = {} if session.number else check_prefix(span, self.mode, message, batch)
-        session.reserve(batch, past + tokens)
+        self._length = past + tokens
+        session.reserve(batch, self._length)
 
-    def edit(self, span: Span) -> None:
+    def edit(self) -> None:
         """Make the cache what it is before the new tokens."""
         session = self.session
         with session.changing():
             for edit in self.body.edits:
                 apply_edit(session.cache, edit)
             session.batch_size = self.inputs.hidden.shape[0]
+            session.trim(session.batch_size, self._length)
             if self._prefix:
-                session.cache = prefix_cache(span.model.config, self.mode.blocks, self._prefix)
+                fill(session.cache, self._prefix)
             if self.body.keep_past:
                 session.cache.activate_past_recording()
 
@@ -106,17 +109,19 @@ class StepRunner:
         """What becomes of each of `steps`, which are of one group and of different sessions."""
         outcomes: dict[Step, Outcome] = {}
         ready = []
-        for step in sorted(steps, key=lambda step: id(step.bundle) if step.bundle else 0):
-            try:
-                step.check(self._span)
-                step.edit(self._span)
-                ready.append(step)
-            except Exception as error:
-                outcomes[step] = error
-        if len(ready) > 1:
-            outcomes |= self._run_together(ready)
-        elif ready:
-            outcomes[ready[0]] = self._run_alone(ready[0])
+        with ExitStack() as running:
+            for step in sorted(steps, key=lambda step: id(step.bundle) if step.bundle else 0):
+                try:
+                    running.enter_context(step.session.running())
+                    step.check(self._span)
+                    step.edit()
+                    ready.append(step)
+                except Exception as error:
+                    outcomes[step] = error
+            if len(ready) > 1:
+                outcomes |= self._run_together(ready)
+            elif ready:
+                outcomes[ready[0]] = self._run_alone(ready[0])
         return [outcomes[step] for step in steps]
 
     def _run_alone(self, step: Step) -> Outcome:

@@ -165,7 +165,7 @@ def test_messages(narrow: Wire, models: Callable[[str], Path], swarm: Swarm) -> 
 
 def test_idle_sessions_give_way(models: Callable[[str], Path], swarm: Swarm) -> None:
     """Their clients go on as if nothing had happened."""
-    swarm.serve(models("llama"), "0:5", options=("--cache-tokens", "128", "--idle-timeout", "0.3"))
+    swarm.serve(models("llama"), "0:5", options=("--cache-tokens", "48", "--idle-timeout", "0.3"))
     model: Any = swarm.connect(models("llama"))
     local: Any = transformers.AutoModelForCausalLM.from_pretrained(models("llama")).eval()
 

@@ -1,0 +1,53 @@
+"""A peer's KV arena, if its span computes the same with it: tried when the span is loaded."""
+
+import logging
+
+import torch
+
+from peer.arena import Arena
+from peer.kv_cache import SpanCache
+from peer.slots import Run
+from peer.span import Inputs, Mode, Span
+from protocol.errors import BadUsage
+
+logger = logging.getLogger(__name__)
+
+_STEPS = ((1, 9), (1, 1)), ((2, 5), (2, 1))
+"""Two sessions: rows and tokens of their steps."""
+_SLOTS = 64
+
+
+def arena_for(span: Span, slots: int) -> Arena:
+    """An arena of `slots` tokens for all of a span's blocks; for none, if the span then computes something else.
+
+    Attention kernels may round differently where keys lie in another way, and a model's code may not take views.
+    Raises `BadUsage` where there is not so much memory.
+    """
+    shapes = span.kv_shapes if _is_exact(span) else {}
+    try:
+        return Arena(slots, shapes, span.device)
+    except (OSError, OverflowError, ValueError, torch.OutOfMemoryError) as error:
+        raise BadUsage(
+            f"There is no memory for a KV cache of {slots:,} tokens; choose fewer (--cache-tokens)."
+        ) from error
+
+
+@torch.no_grad()
+def _is_exact(span: Span) -> bool:
+    arena, mode = Arena(_SLOTS, span.kv_shapes, span.device), Mode(span.blocks)
+    for steps in _STEPS:
+        plain, ours = (SpanCache(span.model.config, span.blocks) for _ in range(2))
+        ours.move_into(arena, Run(3, _SLOTS - 5))
+        for rows, tokens in steps:
+            hidden = torch.randn(rows, tokens, span.hidden_size, dtype=span.dtype, device=span.device)
+            expected = span.run(Inputs(hidden), mode, plain)
+            plain.seen = ours.seen = plain.seen + tokens
+            try:
+                found = span.run(Inputs(hidden), mode, ours)
+            except Exception as error:  # any failure at all: this model's code needs Transformers' own layers
+                logger.info("the KV cache is not kept in an arena: %s", error)
+                return False
+            if not torch.equal(found, expected):
+                logger.info("the KV cache is not kept in an arena: the results differ")
+                return False
+    return True
