@@ -21,6 +21,7 @@ from peer.span import Mode, Span
 from peer.weights import read_norm
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
+from protocol.codecs import SUPPORTED
 from protocol.errors import (
     BadRequest,
     Draining,
@@ -158,6 +159,7 @@ class Service:
                     dtype=wire_dtype(self._span.dtype),
                     max_length=self.memory.max_length,
                     max_frame=self._limits.max_payload,
+                    codecs=sorted(SUPPORTED),
                 )
             )
         )
@@ -268,7 +270,7 @@ class Service:
     async def _step(self, connection: _Connection, message: Message, body: pb.Step) -> Message:
         session, mode = self._session(connection)
         if body.number == session.number and session.answer is not None:
-            return self._stepped(session.answer)
+            return self._stepped(session.answer, body.context)
         if body.number != session.number + 1:
             raise BadRequest(f"Step {body.number} follows step {session.number}; expected {session.number + 1}.")
         wanted = check_mode(self._span, body.context)
@@ -279,10 +281,11 @@ class Service:
         with session.in_use():
             hidden = await self._compute(connection, Priority.STEP, work)
         session.number, session.answer = body.number, hidden
-        return self._stepped(hidden)
+        return self._stepped(hidden, body.context)
 
-    def _stepped(self, hidden: torch.Tensor) -> Message:
-        return Message(pb.Result(leaving=self.draining), {"hidden_states": hidden})
+    def _stepped(self, hidden: torch.Tensor, context: pb.Context) -> Message:
+        result = pb.Result(leaving=self.draining)
+        return Message(result, {"hidden_states": hidden}, {"hidden_states": context.answer})
 
     @torch.no_grad()
     def _run_step(
@@ -331,7 +334,7 @@ class Service:
         call = self._call(connection, message, body.context)
         work = partial(self._trainer.forward, call, connection.client, body.keep)
         hidden, call_id = await self._compute(connection, Priority.CALL, work)
-        return Message(pb.Result(call_id=call_id), {"hidden_states": hidden})
+        return Message(pb.Result(call_id=call_id), {"hidden_states": hidden}, {"hidden_states": body.context.answer})
 
     async def _backward(self, connection: _Connection, message: Message, body: pb.Backward) -> Message:
         grad = message.tensor("grad")
@@ -345,7 +348,8 @@ class Service:
             if call.inputs.hidden.shape != grad.shape:
                 raise BadRequest("grad and hidden_states differ in shape.")
             work = partial(self._trainer.backward, call, grad)
-        return Message(pb.Result(), await self._compute(connection, Priority.CALL, work))
+        gradients = await self._compute(connection, Priority.CALL, work)
+        return Message(pb.Result(), gradients, {"grad.hidden_states": body.context.answer})
 
     def _call(self, connection: _Connection, message: Message, context: pb.Context) -> Call:
         mode = check_mode(self._span, context)
