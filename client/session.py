@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from client.history import History
-from client.hops import recompute_forward
+from client.hops import as_received, recompute_forward
 from client.loop import LOOP
 from client.retries import Retries
 from client.routing import Hop
@@ -204,7 +204,8 @@ class Session:
         assert stage.channel
         number = stage.number + 1
         body = pb.Step(context=work.context(stage.hop), number=number, edits=edits, keep_past=keep_past)
-        message = Message(body, work.tensors(stage.hop, hidden, with_prefix=number == 1))
+        tensors = work.tensors(stage.hop, hidden, with_prefix=number == 1)
+        message = Message(body, tensors, work.codecs.of_request)
         with self._swarm.health.asking(stage.hop.peer.peer_id) as asking:
             answer, seconds = await call_with_adapter(self._swarm.puts, stage.channel, message, work.bundle(stage.hop))
         if asking.alone and hidden.shape[:2] == (1, 1):  # comparable with what peers announce
@@ -217,7 +218,9 @@ class Session:
     async def _verify(self, stage: _Stage, step: "_Step", output: torch.Tensor) -> None:
         """Have others compute a step's output from everything that led to it. Raises `Distrusted`."""
         everything = _with_past(stage, step.hidden)
-        answer = Answer(stage.hop, "step", {"hidden_states": output}, {"hidden_states": step.hidden})
+        codecs, (everything,) = as_received(self._swarm, step.work, stage.hop, everything)
+        base = everything[:, -step.hidden.shape[1] :]
+        answer = Answer(stage.hop, "step", {"hidden_states": output}, {"hidden_states": base}, codecs.back)
         whole = self._whole(step, everything)
         again = recompute_forward(self._swarm, whole, stage.hop, everything, tokens=step.hidden.shape[1])
         await self._swarm.verifier.check(answer, again)
