@@ -218,7 +218,8 @@ def _compare(model: PreTrainedModel, borders: Borders, rows: torch.Tensor) -> tu
 
 def _log_probabilities(model: PreTrainedModel, row: torch.Tensor) -> torch.Tensor:
     """(tokens, vocabulary), float32."""
-    return model(input_ids=row, use_cache=False).logits[0].float().log_softmax(-1)
+    logits: torch.Tensor = model(input_ids=row, use_cache=False).logits[0]
+    return logits.float().log_softmax(-1)
 
 
 def _surprise(log_probabilities: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
