@@ -1,11 +1,17 @@
 """Options of the network."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from protocol.errors import BadUsage
 from protocol.transport.base import Carrier
+
+Codec = Literal["none", "bf16", "f16", "int8", "lossless"]
+"""See `protocol.codecs`; `peer certify` measures what each does to a model."""
+GradientCodec = Literal["none", "bf16", "f16", "lossless"]
+"""Gradients stay at 16 bits or more."""
 
 
 class SwarmConfig(BaseModel):
@@ -27,6 +33,12 @@ class SwarmConfig(BaseModel):
     """Blocks that only certain peers may run: "START:END" -> their IDs. Others' spans are used without these blocks."""
     verify: float = Field(default=0.0, ge=0, le=1)
     """The share of answers that are computed again by other peers, and compared; costs that much more work."""
+    codec_out: Codec = "none"
+    """How hidden states travel to peers, where these know it: `none` is as they are, the same numbers as locally."""
+    codec_back: Codec = "none"
+    """How hidden states travel back."""
+    codec_gradients: GradientCodec = "none"
+    """How the gradients of hidden states travel, both ways."""
     silence_timeout: float = Field(default=10.0, gt=0)
     """Seconds without a sign of life after which a peer counts as lost. Peers at work give one every 2 s."""
     look_up_period: float = Field(default=10.0, gt=0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -9,9 +10,10 @@ from client.handover import Border, link
 from client.routing import Hop
 from client.swarm import Swarm
 from client.verify import Answer, Recompute
-from client.work import Work, answered_hidden, call_with_adapter
+from client.work import Codecs, Work, answered_hidden, call_with_adapter
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message
+from protocol.codecs import SUPPORTED, round_trip
 from protocol.errors import PeerFailed, SwarmError
 
 Gradients = dict[str, torch.Tensor]
@@ -23,8 +25,9 @@ async def forward_hop(swarm: Swarm, work: Work, hop: Hop, hidden: torch.Tensor, 
     """Hidden states after a hop, and the name of the activations that its peer kept (0: none). Raises `SwarmError`."""
     output, call_id = await ask_forward(swarm, work, hop, hidden, keep)
     if swarm.verifier.is_due(work):
-        answer = Answer(hop, "forward", {"hidden_states": output}, {"hidden_states": hidden})
-        await swarm.verifier.check(answer, recompute_forward(swarm, work, hop, hidden))
+        codecs, (got,) = as_received(swarm, work, hop, hidden)
+        answer = Answer(hop, "forward", {"hidden_states": output}, {"hidden_states": got}, codecs.back)
+        await swarm.verifier.check(answer, recompute_forward(swarm, work, hop, got))
     return output, call_id
 
 
@@ -37,13 +40,26 @@ async def backward_hop(
     """
     found, gradients = await ask_backward(swarm, work, hop, hidden, grad, call_id)
     if swarm.verifier.is_due(work):
-        answer = Answer(hop, "backward", {"hidden_states": found, **gradients}, {"hidden_states": grad})
-        await swarm.verifier.check(answer, _recompute_backward(swarm, work, hop, hidden, grad))
+        codecs, (got, grad) = as_received(swarm, work, hop, hidden, grad)
+        tensors = {"hidden_states": found, **gradients}
+        answer = Answer(hop, "backward", tensors, {"hidden_states": grad}, codecs.gradients)
+        await swarm.verifier.check(answer, _recompute_backward(swarm, work, hop, got, grad))
     return found, gradients
+
+
+def as_received(
+    swarm: Swarm, work: Work, hop: Hop, hidden: torch.Tensor, grad: torch.Tensor | None = None
+) -> tuple[Codecs, list[torch.Tensor]]:
+    """The codecs used with a hop's peer, and what it got of the hidden states and their gradient: what others are
+    given, uncoded, to compute its answer again."""
+    codecs = work.codecs.among(swarm.connections.codecs.get(hop.peer.peer_id, SUPPORTED))
+    got = [round_trip(hidden, codecs.out)]
+    return codecs, got if grad is None else [*got, round_trip(grad, codecs.gradients)]
 
 
 def recompute_forward(swarm: Swarm, work: Work, hop: Hop, hidden: torch.Tensor, tokens: int | None = None) -> Recompute:
     """Computes a hop's forward again, on other peers; of its result the last `tokens` tokens (None: all)."""
+    work = replace(work, codecs=Codecs())
 
     async def recompute(without: Collection[str]) -> tuple[Mapping[str, torch.Tensor], list[Hop]]:
         flow, route = hidden, await swarm.find_route(hop.start, hop.end, "forward", without)
@@ -56,6 +72,8 @@ def recompute_forward(swarm: Swarm, work: Work, hop: Hop, hidden: torch.Tensor, 
 
 
 def _recompute_backward(swarm: Swarm, work: Work, hop: Hop, hidden: torch.Tensor, grad: torch.Tensor) -> Recompute:
+    work = replace(work, codecs=Codecs())
+
     async def recompute(without: Collection[str]) -> tuple[Mapping[str, torch.Tensor], list[Hop]]:
         flow, inputs, route = hidden, [], await swarm.find_route(hop.start, hop.end, "forward", without)
         for other in route:
@@ -97,7 +115,7 @@ async def ask_forward(
     was pushed over the border `after`.
     """
     body = pb.Forward(context=work.context(hop), keep=keep, hand_over=link(before, after, copy=False))
-    message = Message(body, work.tensors(hop, None if before else hidden))
+    message = Message(body, work.tensors(hop, None if before else hidden), work.codecs.of_request)
     on_working = before.on_working if before else None
     async with swarm.connections.channel(hop.peer.peer_id) as channel:
         with swarm.health.asking(hop.peer.peer_id) as asking:
@@ -129,13 +147,14 @@ async def ask_backward(
     tensors = {} if before else {"grad": grad}
     if not call_id:
         tensors |= work.tensors(hop, hidden)
-    body = pb.Backward(context=work.context(hop), call_id=call_id, hand_over=link(before, after, copy=False))
+    body = pb.Backward(
+        context=work.context(hop, is_backward=True), call_id=call_id, hand_over=link(before, after, copy=False)
+    )
+    message = Message(body, tensors, work.codecs.of_request)
     on_working = before.on_working if before else None
     async with swarm.connections.channel(hop.peer.peer_id) as channel:
         with swarm.health.asking(hop.peer.peer_id):
-            answer, _ = await call_with_adapter(
-                swarm.puts, channel, Message(body, tensors), work.bundle(hop), on_working
-            )
+            answer, _ = await call_with_adapter(swarm.puts, channel, message, work.bundle(hop), on_working)
     swarm.health.succeed(hop.peer.peer_id)
     gradients = {name.removeprefix("grad."): tensor for name, tensor in answer.tensors.items()}
     found = gradients.pop("hidden_states", None)

@@ -16,7 +16,7 @@ from client.ghost import GhostBlocks
 from client.loop import LOOP
 from client.session import Session
 from client.swarm import Swarm
-from client.work import Work
+from client.work import Codecs, Work
 from protocol.errors import BadUsage
 
 _REFUSED = {
@@ -73,6 +73,7 @@ class RemoteBlocks:
             dropout_seed=int(torch.randint(2**31, ()).item()) if drops else None,
             autocast=_autocast_dtype(),
             adapters=adapters,
+            codecs=Codecs.of(self._swarm.config),
         )
 
     def apply(self, work: Work, blocks: range, hidden: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from client.handover import Border, borders, link, should_hand_over
 from client.history import History
-from client.hops import recompute_forward
+from client.hops import as_received, recompute_forward
 from client.loop import LOOP, settle
 from client.retries import Retries
 from client.routing import Hop
@@ -252,7 +252,7 @@ class Session:
         if before or after:
             body.hand_over.CopyFrom(link(before, after, copy=True))
         hidden = None if before else step.hidden
-        message = Message(body, work.tensors(hop, hidden, with_prefix=number == 1))
+        message = Message(body, work.tensors(hop, hidden, with_prefix=number == 1), work.codecs.of_request)
         on_working = before.on_working if before else None
         with self._swarm.health.asking(hop.peer.peer_id) as asking:
             answer, seconds = await call_with_adapter(
@@ -271,7 +271,9 @@ class Session:
     async def _verify(self, stage: _Stage, step: "_Step", output: torch.Tensor) -> None:
         """Have others compute a step's output from everything that led to it. Raises `Distrusted`."""
         everything = _with_past(stage, step.hidden)
-        answer = Answer(stage.hop, "step", {"hidden_states": output}, {"hidden_states": step.hidden})
+        codecs, (everything,) = as_received(self._swarm, step.work, stage.hop, everything)
+        base = everything[:, -step.hidden.shape[1] :]
+        answer = Answer(stage.hop, "step", {"hidden_states": output}, {"hidden_states": base}, codecs.back)
         whole = self._whole(step, everything)
         again = recompute_forward(self._swarm, whole, stage.hop, everything, tokens=step.hidden.shape[1])
         await self._swarm.verifier.check(answer, again)

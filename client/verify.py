@@ -16,6 +16,8 @@ import torch
 
 from client.routing import Hop
 from client.work import Work
+from protocol import swarm_pb2 as pb
+from protocol.codecs import round_trip
 from protocol.errors import NoRoute, PeerFailed, SwarmError
 from protocol.records import PeerRecord
 
@@ -37,6 +39,8 @@ _ACROSS = {"none": 0.0, "int8": 0.5, "nf4": 0.9}
 """The relative difference that quantization may make against other weights. A zero or an opposite answer has 1 or 2."""
 _SMALL = 0.1
 """A tensor smaller than this part of the usual one is compared with that part: it is mostly rounding."""
+_CODED = 1.5
+"""What a codec may take from an answer, over what it takes from one that rounding or quantization makes differ."""
 _ATTEMPTS = 3
 _BAN = 3600.0
 
@@ -63,6 +67,8 @@ class Answer:
     tensors: Tensors
     base: Tensors
     """What the blocks add to, by the same names; answers are compared without it, for it is most of them."""
+    codec: int = pb.RAW
+    """In which the hidden states, or their gradient, travelled; those that are computed again travel RAW."""
 
 
 class Verifier:
@@ -123,7 +129,7 @@ class Verifier:
     def _agree(self, answer: Answer, opinion: _Opinion) -> bool:
         tensors, hops = opinion
         tolerance = _tolerance([answer.hop.peer, *(hop.peer for hop in hops)])
-        return agree(answer.tensors, tensors, answer.base, tolerance)
+        return agree(answer.tensors, tensors, answer.base, tolerance, answer.codec)
 
     def _condemn(self, peer: PeerRecord, kind: str) -> None:
         error = self._verdict(peer, kind)
@@ -141,12 +147,12 @@ class Verifier:
             logger.warning("verify: %s.", message)
 
 
-def agree(ours: Tensors, theirs: Tensors, base: Tensors, tolerance: float) -> bool:
+def agree(ours: Tensors, theirs: Tensors, base: Tensors, tolerance: float, codec: int = pb.RAW) -> bool:
     """Whether two answers, without `base`, differ by no more than `tolerance`, relative.
 
     Hidden states (batch, tokens, size) and their gradients are compared token by token, for a few tokens are often a
     thousand times as large as the others; the other tensors as wholes. The mean difference counts, or a tenth of the
-    largest.
+    largest. Where ours came under a codec, what it takes from their hidden states is allowed to ours on top.
     """
     if ours.keys() != theirs.keys() or any(ours[name].shape != theirs[name].shape for name in ours):
         return False
@@ -155,7 +161,9 @@ def agree(ours: Tensors, theirs: Tensors, base: Tensors, tolerance: float) -> bo
         start = base[name].float() if name in base else torch.zeros(())
         mine, other = mine.float() - start, theirs[name].float() - start
         if name == "hidden_states":
-            if not _difference((mine - other).norm(dim=-1), other.norm(dim=-1)) <= tolerance:  # also when no number
+            lost = (round_trip(theirs[name], codec).float() - theirs[name].float()).norm(dim=-1)
+            difference = ((mine - other).norm(dim=-1) - _CODED * lost).clamp(min=0)
+            if not _difference(difference, other.norm(dim=-1)) <= tolerance:  # also when no number
                 return False
         else:
             wholes.append(((mine - other).norm(), other.norm()))

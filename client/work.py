@@ -3,15 +3,17 @@
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from client.adapters import Bundle, Snapshot
+from client.config import SwarmConfig
 from client.routing import Hop
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message, OnWorking
+from protocol.codecs import NAMES
 from protocol.connections import Connections
 from protocol.errors import PeerFailed, UnknownAdapter
 from protocol.tensors import wire_dtype
@@ -19,6 +21,30 @@ from protocol.tensors import wire_dtype
 _MAX_PUTS = 256
 
 Prefix = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Codecs:
+    """How hidden states and their gradients travel: numbers of `pb.Codec`."""
+
+    out: int = pb.RAW
+    back: int = pb.RAW
+    gradients: int = pb.RAW
+
+    @classmethod
+    def of(cls, config: SwarmConfig) -> "Codecs":
+        """As a configuration says."""
+        return cls(NAMES[config.codec_out], NAMES[config.codec_back], NAMES[config.codec_gradients])
+
+    @property
+    def of_request(self) -> dict[str, int]:
+        """Of a request's tensors, by name."""
+        return {"hidden_states": self.out, "grad": self.gradients}
+
+    def among(self, known: Collection[int]) -> "Codecs":
+        """These, RAW in the place of what is not `known`."""
+        used = (codec if codec in known else pb.RAW for codec in (self.out, self.back, self.gradients))
+        return Codecs(*used)
 
 
 @dataclass(frozen=True)
@@ -35,12 +61,13 @@ class Work:
     adapters: Snapshot | None = None
     prefix: Prefix = field(default_factory=dict)
     """Block -> (key, value)."""
+    codecs: Codecs = Codecs()
 
     def bundle(self, hop: Hop) -> Bundle | None:
         """The adapters on a hop's blocks."""
         return self.adapters.bundle(range(hop.start, hop.end)) if self.adapters else None
 
-    def context(self, hop: Hop) -> pb.Context:
+    def context(self, hop: Hop, is_backward: bool = False) -> pb.Context:
         """The wire's description of this work on a hop's blocks."""
         bundle = self.bundle(hop)
         return pb.Context(
@@ -50,6 +77,7 @@ class Work:
             training=self.training,
             dropout_seed=self.dropout_seed,
             autocast=wire_dtype(self.autocast),
+            answer=self.codecs.gradients if is_backward else self.codecs.back,  # type: ignore[arg-type]
         )
 
     def tensors(self, hop: Hop, hidden: torch.Tensor | None, with_prefix: bool = True) -> dict[str, torch.Tensor]:

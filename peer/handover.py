@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 
 from bootstrap.member import Member
-from protocol import swarm_pb2 as pb
 from protocol.channel import Message
 from protocol.connections import Connections, Wanted
 from protocol.errors import BadRequest, NotPushed, SwarmError
@@ -105,13 +104,13 @@ class Outbox:
         self._looked_up = float("-inf")
         self._look_up = asyncio.Lock()
 
-    async def push(self, peer_id: str, token: bytes, tensors: Tensors) -> bool:
-        """Send a tensor on its way; returns whether it was possible."""
+    async def push(self, peer_id: str, push: Message) -> bool:
+        """Send a `Push` on its way; returns whether it was possible."""
         try:
             if not await self._is_known(peer_id):
                 return False
             async with self._connections.channel(peer_id) as channel:
-                await channel.send(Message(pb.Push(token=token), tensors))
+                await channel.send(push)
         except SwarmError as error:
             logger.debug("nothing could be pushed to %s: %s", peer_id, error)
             self._connections.forget(peer_id)

@@ -122,7 +122,7 @@ def need_initial_peers(addresses: list[str] | None) -> tuple[str, ...]:
 class LazyGroup(typer.core.TyperGroup):
     """Also offers the client's commands, and imports the client only when one of them is asked for."""
 
-    lazy = ("generate", "tune", "merge")
+    lazy = ("generate", "tune", "merge", "certify")
 
     def list_commands(self, ctx: Any) -> list[str]:
         """All commands' names."""

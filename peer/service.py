@@ -23,6 +23,7 @@ from peer.steps import Step, StepRunner, Tally
 from peer.weights import read_norm
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
+from protocol.codecs import SUPPORTED
 from protocol.errors import (
     BadRequest,
     Draining,
@@ -170,6 +171,7 @@ class Service:
                     dtype=wire_dtype(self._span.dtype),
                     max_length=self.memory.max_length,
                     max_frame=self._limits.max_payload,
+                    codecs=sorted(SUPPORTED),
                 )
             )
         )
@@ -284,7 +286,7 @@ class Service:
     async def _step(self, connection: _Connection, message: Message, body: pb.Step) -> Message:
         session, mode = self._session(connection)
         if body.number == session.number and session.answer is not None:
-            return await self._stepped(body.hand_over, session.answer)
+            return await self._stepped(body, session.answer)
         if body.number != session.number + 1:
             raise BadRequest(f"Step {body.number} follows step {session.number}; expected {session.number + 1}.")
         wanted = check_mode(self._span, body.context)
@@ -296,15 +298,14 @@ class Service:
             step = Step(session, message, body, wanted, bundle)
             hidden = await self._answered(connection, self._submit_step(step, connection.client))
         session.number, session.answer = body.number, hidden
-        return await self._stepped(body.hand_over, hidden)
+        return await self._stepped(body, hidden)
 
     def _submit_step(self, step: Step, client: str) -> "asyncio.Future[torch.Tensor]":
         group = self._steps.group(step)
         return self._scheduler.submit_joint(Priority.STEP, self._steps.run, step, client, group, step.size)
 
-    async def _stepped(self, hand_over: pb.HandOver, hidden: torch.Tensor) -> Message:
-        result = pb.Result(leaving=self.draining)
-        return await self._handed_over(hand_over, result, {"hidden_states": hidden}, "hidden_states")
+    async def _stepped(self, body: pb.Step, hidden: torch.Tensor) -> Message:
+        return await self._handed_over(body, pb.Result(leaving=self.draining), {"hidden_states": hidden})
 
     def _session(self, connection: _Connection) -> tuple[Session, Mode]:
         if connection.session is None or connection.mode is None:
@@ -330,8 +331,7 @@ class Service:
         call = self._call(connection, message, body.context)
         work = partial(self._trainer.forward, call, connection.client, body.keep)
         hidden, call_id = await self._compute(connection, Priority.CALL, work)
-        result = pb.Result(call_id=call_id)
-        return await self._handed_over(body.hand_over, result, {"hidden_states": hidden}, "hidden_states")
+        return await self._handed_over(body, pb.Result(call_id=call_id), {"hidden_states": hidden})
 
     async def _backward(self, connection: _Connection, message: Message, body: pb.Backward) -> Message:
         message = await self._completed(connection, message, body.hand_over)
@@ -347,7 +347,7 @@ class Service:
                 raise BadRequest("grad and hidden_states differ in shape.")
             work = partial(self._trainer.backward, call, grad)
         gradients = await self._compute(connection, Priority.CALL, work)
-        return await self._handed_over(body.hand_over, pb.Result(), gradients, "grad.hidden_states")
+        return await self._handed_over(body, pb.Result(), gradients, "grad.hidden_states")
 
     def _call(self, connection: _Connection, message: Message, context: pb.Context) -> Call:
         mode = check_mode(self._span, context)
@@ -375,15 +375,21 @@ class Service:
         return Message(message.body, {**message.tensors, **pushed})
 
     async def _handed_over(
-        self, hand_over: pb.HandOver, result: pb.Result, tensors: dict[str, torch.Tensor], name: str
+        self,
+        body: pb.Step | pb.Forward | pb.Backward,
+        result: pb.Result,
+        tensors: dict[str, torch.Tensor],
+        name: str = "hidden_states",
     ) -> Message:
         """The answer to a request, when its result `name` has been pushed to where it is wanted."""
+        codec, hand_over = body.context.answer, body.hand_over
         if hand_over.to:
             wanted_as = name.removesuffix(".hidden_states")
-            result.pushed = await self._outbox.push(hand_over.to, hand_over.token, {wanted_as: tensors[name]})
+            push = Message(pb.Push(token=hand_over.token), {wanted_as: tensors[name]}, {wanted_as: codec})
+            result.pushed = await self._outbox.push(hand_over.to, push)
             if result.pushed and not hand_over.copy:
                 del tensors[name]
-        return Message(result, tensors)
+        return Message(result, tensors, {name: codec})
 
     # ---- adapters
 

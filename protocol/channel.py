@@ -1,5 +1,6 @@
 """Frames over a stream: a protobuf body with its tensors, one request and one answer at a time."""
 
+import asyncio
 import struct
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,12 +10,15 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as ProtoMessage
 
 from protocol import swarm_pb2 as pb
+from protocol.codecs import SUPPORTED
 from protocol.errors import BadRequest, from_failure, to_failure
-from protocol.tensors import Limits, check_entries, decode, encode
+from protocol.tensors import Limits, check_entries, decode, decoded_size, encode, nbytes
 from protocol.transport.base import Stream
 
 VERSION = 1
 _LENGTHS = struct.Struct("<IQ")
+_INLINE = 2**16
+"""Bytes of tensors to be coded or decoded that are not worth another thread: a step of a generation is not to wait."""
 _FIELD_OF_TYPE = {f.message_type.name: f.name for f in pb.Frame.DESCRIPTOR.oneofs_by_name["body"].fields}  # type: ignore[union-attr]
 
 
@@ -27,6 +31,8 @@ class Message:
 
     body: ProtoMessage
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    codecs: Mapping[str, int] = field(default_factory=dict)
+    """How tensors are to travel, by name; RAW unless said. Of a message that came: empty."""
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor `name`. Raises `BadRequest` when it is missing."""
@@ -46,6 +52,8 @@ class Channel:
         self.limits = limits
         self.remote_limit = limits.max_payload
         """Bytes of tensors that the other end takes in one message."""
+        self.remote_codecs = SUPPORTED
+        """Codecs that the other end reads. What is to travel in another goes RAW."""
         self.patience = patience
         self.key_id = b""
         """Of the swarm key that both ends have proved; see `protocol.handshake`."""
@@ -57,12 +65,12 @@ class Channel:
 
     async def send(self, message: Message) -> None:
         """Write one frame. Raises `BadRequest` when it is over the limits, `PeerUnreachable` when the stream broke."""
-        parts = [encode(name, tensor) for name, tensor in message.tensors.items()]
+        parts = await self._encode(message)
         frame = pb.Frame(tensors=[entry for entry, _ in parts])
         getattr(frame, _FIELD_OF_TYPE[type(message.body).__name__]).CopyFrom(message.body)
         header = frame.SerializeToString()
         payload = sum(data.nbytes for _, data in parts)
-        self._check_lengths(len(header), payload, self.remote_limit)
+        self._check_lengths(len(header), max(payload, nbytes(message.tensors)), self.remote_limit)
         prefix = _LENGTHS.pack(len(header), payload) + header
         await self.stream.send(prefix, *(data for _, data in parts), patience=self.patience)
 
@@ -109,7 +117,20 @@ class Channel:
         if kind is None:
             raise BadRequest("A frame came without a body.")
         payload = await self.stream.receive(payload_length, self.patience) if payload_length else bytearray()
-        return Message(getattr(frame, kind), decode(frame.tensors, payload))
+        if decoded_size(frame.tensors) <= _INLINE:
+            tensors = decode(frame.tensors, payload)
+        else:
+            tensors = await asyncio.to_thread(decode, frame.tensors, payload)
+        return Message(getattr(frame, kind), tensors)
+
+    async def _encode(self, message: Message) -> list[tuple[pb.Tensor, memoryview]]:
+        codecs = {name: codec for name, codec in message.codecs.items() if codec in self.remote_codecs}
+
+        def encode_all() -> list[tuple[pb.Tensor, memoryview]]:
+            return [encode(name, tensor, codecs.get(name, pb.RAW)) for name, tensor in message.tensors.items()]
+
+        coded = {name: message.tensors[name] for name, codec in codecs.items() if codec and name in message.tensors}
+        return encode_all() if nbytes(coded) <= _INLINE else await asyncio.to_thread(encode_all)
 
     def _check_lengths(self, header: int, payload: int, max_payload: int) -> None:
         if header > self.limits.max_header or payload > max_payload:

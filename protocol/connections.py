@@ -10,6 +10,7 @@ from typing import Protocol
 
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
+from protocol.codecs import SUPPORTED
 from protocol.errors import BadRequest, NoConnection, PeerUnreachable, WrongModel
 from protocol.handshake import Handshake
 from protocol.model.checkpoint import same_weights
@@ -58,6 +59,8 @@ class Connections:
         self._end, self._wanted, self._patience, self._met = end, wanted, patience, met
         self._carrier = carrier
         self._idle: dict[str, list[Channel]] = defaultdict(list)
+        self.codecs: dict[str, frozenset[int]] = {}
+        """Peer ID -> the codecs that it knows, as it said when it was greeted last."""
 
     @asynccontextmanager
     async def channel(self, peer_id: str) -> AsyncIterator[Channel]:
@@ -121,5 +124,6 @@ class Connections:
         if not isinstance(welcome, pb.Welcome):
             raise BadRequest(f"Peer {channel.remote} did not greet.")
         channel.remote_limit = min(channel.limits.max_payload, welcome.max_frame)
+        channel.remote_codecs = self.codecs[channel.remote] = SUPPORTED & {pb.RAW, *welcome.codecs}
         if not same_weights(self._wanted.digests, welcome.weights):
             raise WrongModel(f"Peer {channel.remote} serves other weights than ours.")

@@ -22,6 +22,10 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     RAW: _ClassVar[Codec]
+    BF16: _ClassVar[Codec]
+    F16: _ClassVar[Codec]
+    INT8: _ClassVar[Codec]
+    LOSSLESS: _ClassVar[Codec]
 
 class Factorization(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -39,6 +43,10 @@ INT32: DType
 BOOL: DType
 UINT8: DType
 RAW: Codec
+BF16: Codec
+F16: Codec
+INT8: Codec
+LOSSLESS: Codec
 NO_FACTORIZATION: Factorization
 SVD: Factorization
 LOW_RANK_SVD: Factorization
@@ -134,7 +142,7 @@ class Hello(_message.Message):
     def __init__(self, version: _Optional[int] = ..., config_hash: _Optional[str] = ..., weights: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("version", "weights", "start", "end", "dtype", "max_length", "max_frame")
+    __slots__ = ("version", "weights", "start", "end", "dtype", "max_length", "max_frame", "codecs")
     class WeightsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -149,6 +157,7 @@ class Welcome(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     MAX_FRAME_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
     version: int
     weights: _containers.ScalarMap[str, str]
     start: int
@@ -156,7 +165,8 @@ class Welcome(_message.Message):
     dtype: DType
     max_length: int
     max_frame: int
-    def __init__(self, version: _Optional[int] = ..., weights: _Optional[_Mapping[str, str]] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., max_length: _Optional[int] = ..., max_frame: _Optional[int] = ...) -> None: ...
+    codecs: _containers.RepeatedScalarFieldContainer[Codec]
+    def __init__(self, version: _Optional[int] = ..., weights: _Optional[_Mapping[str, str]] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., max_length: _Optional[int] = ..., max_frame: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("kind", "message", "retry_after")
@@ -191,20 +201,22 @@ class Working(_message.Message):
     def __init__(self, waiting: _Optional[bool] = ...) -> None: ...
 
 class Context(_message.Message):
-    __slots__ = ("start", "end", "adapter", "training", "dropout_seed", "autocast")
+    __slots__ = ("start", "end", "adapter", "training", "dropout_seed", "autocast", "answer")
     START_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FIELD_NUMBER: _ClassVar[int]
     DROPOUT_SEED_FIELD_NUMBER: _ClassVar[int]
     AUTOCAST_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
     start: int
     end: int
     adapter: bytes
     training: bool
     dropout_seed: int
     autocast: DType
-    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., adapter: _Optional[bytes] = ..., training: _Optional[bool] = ..., dropout_seed: _Optional[int] = ..., autocast: _Optional[_Union[DType, str]] = ...) -> None: ...
+    answer: Codec
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., adapter: _Optional[bytes] = ..., training: _Optional[bool] = ..., dropout_seed: _Optional[int] = ..., autocast: _Optional[_Union[DType, str]] = ..., answer: _Optional[_Union[Codec, str]] = ...) -> None: ...
 
 class HandOver(_message.Message):
     __slots__ = ("awaits", "to", "token", "copy")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from protocol import swarm_pb2 as pb
+from protocol.codecs import check_coded, compress, expand
 from protocol.errors import BadRequest
 
 MAX_DIMENSIONS = 8
@@ -34,7 +35,7 @@ class Limits:
     max_header: int = 4 * 2**20
     """Bytes of the protobuf part."""
     max_payload: int = 512 * 2**20
-    """Bytes of all tensors together."""
+    """Bytes of all tensors together, as they travel and as they come out of their codecs."""
     max_tensors: int = 50_000
 
 
@@ -57,9 +58,17 @@ def torch_dtype(number: int) -> torch.dtype | None:
     return dtype
 
 
-def encode(name: str, tensor: torch.Tensor) -> tuple[pb.Tensor, memoryview]:
-    """The header entry of `tensor` and its bytes: a view where it is contiguous and on the CPU, else one copy."""
+def encode(name: str, tensor: torch.Tensor, codec: int = pb.RAW) -> tuple[pb.Tensor, memoryview]:
+    """The header entry of `tensor` and its bytes: a view where it is contiguous and on the CPU, else one copy.
+
+    `codec` is used where it fits, see `protocol.codecs`; the entry says whether it was.
+    """
     tensor = tensor.detach().to("cpu").contiguous()
+    coded = compress(tensor, codec)
+    if coded is not None:
+        entry = pb.Tensor(name=name, dtype=wire_dtype(tensor.dtype), shape=tensor.shape, nbytes=len(coded))
+        entry.codec = codec  # type: ignore[assignment]
+        return entry, memoryview(coded)
     # A dimension of 1 may have any stride and is contiguous all the same.
     flat: Any = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy() if tensor.numel() else b""
     data = memoryview(flat)
@@ -70,32 +79,48 @@ def encode(name: str, tensor: torch.Tensor) -> tuple[pb.Tensor, memoryview]:
 def check_entries(entries: Iterable[pb.Tensor], payload: int, limits: Limits) -> None:
     """Refuse a header whose tensors cannot be what it says, before their bytes are read.
 
-    Raises `BadRequest` when there are too many, when a name repeats, or when shape, dtype and byte counts disagree.
+    Raises `BadRequest` when there are too many, when a name repeats, when shape, dtype, codec and byte counts disagree,
+    or when they would come out of their codecs larger than a payload may be.
     """
-    total, names = 0, set[str]()
+    total, decoded, names = 0, 0, set[str]()
     for entry in entries:
         dtype = torch_dtype(entry.dtype)
-        if dtype is None or entry.codec != pb.RAW:
-            raise BadRequest(f"Tensor {entry.name!r} has no dtype or an unknown codec.")
+        if dtype is None:
+            raise BadRequest(f"Tensor {entry.name!r} has no dtype.")
         if len(entry.shape) > MAX_DIMENSIONS:
             raise BadRequest(f"Tensor {entry.name!r} has {len(entry.shape)} dimensions; at most {MAX_DIMENSIONS}.")
         if prod(size or 1 for size in entry.shape) > MAX_ELEMENTS:
             raise BadRequest(f"Tensor {entry.name!r} of shape {list(entry.shape)} is over {MAX_ELEMENTS} elements.")
-        if prod(entry.shape) * dtype.itemsize != entry.nbytes:
+        size = prod(entry.shape) * dtype.itemsize
+        if entry.codec != pb.RAW:
+            check_coded(entry, dtype)
+        elif size != entry.nbytes:
             raise BadRequest(
                 f"Tensor {entry.name!r}: shape {list(entry.shape)} of {dtype} is not {entry.nbytes} bytes."
             )
         if entry.name in names or len(names) >= limits.max_tensors:
             raise BadRequest(f"Tensor name {entry.name!r} is repeated, or there are over {limits.max_tensors} tensors.")
         names.add(entry.name)
-        total += entry.nbytes
+        total, decoded = total + entry.nbytes, decoded + size
     if total != payload:
         raise BadRequest(f"The frame announces {payload} bytes, but its tensors have {total}.")
+    if decoded > limits.max_payload:
+        raise BadRequest(f"The frame's tensors take {decoded} bytes decoded, over the limit of {limits.max_payload}.")
+
+
+def decoded_size(entries: Iterable[pb.Tensor]) -> int:
+    """Bytes that coded tensors among those of a checked header take when they are decoded."""
+    coded = ((entry, torch_dtype(entry.dtype)) for entry in entries if entry.codec != pb.RAW)
+    return sum(prod(entry.shape) * dtype.itemsize for entry, dtype in coded if dtype is not None)
 
 
 def decode(entries: Iterable[pb.Tensor], payload: bytearray) -> dict[str, torch.Tensor]:
-    """The tensors of a checked header, as views of `payload` where alignment permits."""
-    tensors, offset = {}, 0
+    """The tensors of a checked header, as views of `payload` where alignment and codec permit.
+
+    Raises `BadRequest` for coded bytes that no encoder writes.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    offset = 0
     for entry in entries:
         dtype = torch_dtype(entry.dtype)
         assert dtype is not None
@@ -103,7 +128,9 @@ def decode(entries: Iterable[pb.Tensor], payload: bytearray) -> dict[str, torch.
         if not entry.nbytes:
             tensors[entry.name] = torch.empty(shape, dtype=dtype)
             continue
-        if offset % dtype.itemsize:
+        if entry.codec != pb.RAW:
+            tensors[entry.name] = expand(memoryview(payload)[offset : offset + entry.nbytes], entry, dtype)
+        elif offset % dtype.itemsize:
             data = payload[offset : offset + entry.nbytes]
             tensors[entry.name] = torch.frombuffer(data, dtype=dtype).reshape(shape)
         else:

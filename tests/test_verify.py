@@ -10,6 +10,8 @@ import torch
 import transformers
 
 from client.verify import Undecided, agree
+from protocol import swarm_pb2 as pb
+from protocol.codecs import round_trip
 from tests.arena import assert_close, batch, step, with_adapter
 from tests.command import Command
 from tests.swarm import ForkServer, Peer, Swarm, new_swarm
@@ -29,11 +31,10 @@ def local(models: Callable[[str], Path]) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(models("llama")).eval()
 
 
-def connect(path: Path, swarm: Swarm, first: Peer, verify: float, among: list[Peer]) -> Any:
+def connect(path: Path, swarm: Swarm, first: Peer, verify: float, among: list[Peer], **options: Any) -> Any:
     """A model that goes through `first` as long as it trusts it."""
-    model = swarm.connect(path, verify=verify, allowed_peers=[peer.peer_id for peer in among],
-        max_attempts=3,
-    )  # fmt: skip
+    allowed = [peer.peer_id for peer in among]
+    model = swarm.connect(path, verify=verify, allowed_peers=allowed, max_attempts=3, **options)
     for peer in among:
         if peer is not first:
             model.swarm.health.measured(peer.peer_id, 9.0)
@@ -50,6 +51,30 @@ def test_honest_peers_are_trusted(honest: tuple[Path, Swarm], local: Any, models
         step(with_adapter(model))
         assert not model.swarm.health._bans
         assert first is swarm.peers[2] or torch.equal(tokens, local.generate(**batch()))
+
+
+CODECS = {"codec_out": "int8", "codec_back": "int8", "codec_gradients": "bf16"}
+
+
+def test_honest_peers_are_trusted_under_codecs(honest: tuple[Path, Swarm]) -> None:
+    """Also where the answer is small beside what it is added to, and so beside what the codec takes from it."""
+    path, swarm = honest
+    for first in (swarm.peers[0], swarm.peers[2]):
+        model = connect(path, swarm, first, 1.0, swarm.peers, **CODECS)
+        model.generate(**batch())
+        step(with_adapter(model))
+        model.swarm.blocks(100 * torch.randn(1, 4, 32), 2, 3)
+        assert not model.swarm.health._bans
+
+
+def test_a_liar_is_found_under_codecs(honest: tuple[Path, Swarm]) -> None:
+    path, swarm = honest
+    for lie in ("outputs", "gradients"):
+        liar = swarm.serve(path, "0:5", lie=lie)[0]
+        model = with_adapter(connect(path, swarm, liar, 1.0, [liar, *swarm.peers[:2]], **CODECS))
+        step(model)
+        assert liar.peer_id in model.get_base_model().swarm.health._bans
+        liar.kill()
 
 
 @pytest.mark.parametrize("lie", ["outputs", "subtle", "replayed"])
@@ -142,3 +167,14 @@ def test_the_tolerance() -> None:
     assert not accepted(hidden_states=one_token)
     assert not accepted(**{"adapter.a": torch.zeros(3)})
     assert not agree({"hidden_states": base}, ours, {}, 0.9)
+
+
+def test_what_a_codec_takes_is_allowed_and_no_more() -> None:
+    torch.manual_seed(0)
+    base, update = 100 * torch.randn(1, 8, 64), torch.randn(1, 8, 64)
+    theirs = {"hidden_states": base + update}
+    mine = {"hidden_states": round_trip(base + update, pb.INT8)}
+    assert not agree(mine, theirs, {"hidden_states": base}, 0.01)
+    assert agree(mine, theirs, {"hidden_states": base}, 0.01, pb.INT8)
+    wrong = {"hidden_states": round_trip(base + 2 * update, pb.INT8)}
+    assert not agree(wrong, theirs, {"hidden_states": base}, 0.01, pb.INT8)

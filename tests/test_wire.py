@@ -48,6 +48,23 @@ FRAMES = {
     "no dtype": (described(entry(dtype=pb.DTYPE_NONE), payload=4), "no dtype"),
     "an unknown dtype": (described(entry(dtype=77), payload=4), "dtype number 77"),
     "an unknown codec": (described(entry(codec=5), payload=4), "unknown codec"),
+    "a codec of other dtypes": (described(entry(dtype=pb.INT64, codec=pb.INT8, nbytes=6), payload=6), "is not for"),
+    "a codec that gains nothing": (
+        described(entry(dtype=pb.FLOAT16, codec=pb.BF16, nbytes=2), payload=2),
+        "is not for",
+    ),
+    "bytes that are not its codec's": (described(entry(codec=pb.BF16), payload=4), "is not 4 bytes under BF16"),
+    "what is lossless and longer": (described(entry(codec=pb.LOSSLESS), payload=4), "under LOSSLESS"),
+    "a few bytes for many": (
+        described(entry(shape=[10**6], codec=pb.LOSSLESS, nbytes=99), payload=99),
+        "under LOSSLESS",
+    ),
+    "more than a payload when decoded": (
+        described(
+            *(entry(str(i), shape=[2**26], codec=pb.LOSSLESS, nbytes=2**24) for i in range(3)), payload=3 * 2**24
+        ),
+        "decoded, over the limit",
+    ),
     "a name twice": (described(entry(), entry(), payload=8), "repeated"),
     "too many tensors": (
         described(*(entry(str(i), shape=[0], nbytes=0) for i in range(Limits().max_tensors + 1))),

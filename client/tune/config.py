@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from client.config import Codec, GradientCodec
 from client.tune.adapters import METHODS, OPTIONS, PROMPT_METHODS, AdapterChoice
 from client.tune.errors import ConfigError
 from client.tune.formats import COLUMNS, FormatName
@@ -103,6 +104,9 @@ class NetworkConfig(Section):
     verify: float | None = Field(
         default=None, ge=0, le=1, description="share of answers that other peers compute again"
     )
+    codec_out: Codec | None = Field(default=None, description="how hidden states travel to peers")
+    codec_back: Codec | None = Field(default=None, description="how hidden states travel back")
+    codec_gradients: GradientCodec | None = Field(default=None, description="how gradients of hidden states travel")
     silence_timeout: float | None = Field(default=None, gt=0, description="seconds until a silent peer counts as lost")
     micro_batch_tokens: int | None = Field(default=None, gt=0, description="larger batches are split")
 

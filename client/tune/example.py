@@ -12,6 +12,7 @@ initial_peers: []                            # addresses of the swarm, as `peer 
 # swarm_key: swarm.key                       # key file of a private swarm
 # network:                                   # through which peers, and how
 #   verify: 0.05                             # share of answers that other peers compute again
+#   codec_out: bf16                          # fewer bytes; also: codec_back, codec_gradients (see `peer certify`)
 #   blocked_peers: []                        # also: allowed_peers, pins, carrier, silence_timeout, ...
 dtype: auto                                  # of what this machine holds: auto, float32, bfloat16, float16
 

@@ -6,7 +6,6 @@ import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -98,7 +97,7 @@ class _Nowhere(Outbox):
     def __init__(self) -> None:
         """Of what the other is made of nothing is here."""
 
-    async def push(self, peer_id: str, token: bytes, tensors: Any) -> bool:
+    async def push(self, peer_id: str, push: Message) -> bool:
         return False
 
 

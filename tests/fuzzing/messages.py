@@ -9,6 +9,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message as ProtoMessage
 
 from protocol import swarm_pb2 as pb
+from protocol.codecs import SUPPORTED
 from protocol.tensors import encode
 from tests.fuzzing.choices import FLOATS, INTEGERS, TEXTS, Choices, mutate_bytes, mutate_json
 
@@ -49,16 +50,16 @@ def mutated_frame(choices: Choices, body: ProtoMessage, tensors: Mapping[str, to
             in_frame = True
         else:
             in_bytes = True
-    header, payload = build_frame(body, given)
+    header, payload = build_frame(body, given, choices.pick((pb.RAW, pb.RAW, *sorted(SUPPORTED))))
     if in_frame:
         mutate_fields(choices, header)
     data = to_bytes(header.SerializeToString(), payload)
     return mutate_wire(choices, data) if in_bytes else data
 
 
-def build_frame(body: ProtoMessage, tensors: Mapping[str, torch.Tensor]) -> tuple[pb.Frame, bytes]:
-    """The header and the payload of a message."""
-    parts = [encode(name, tensor) for name, tensor in tensors.items()]
+def build_frame(body: ProtoMessage, tensors: Mapping[str, torch.Tensor], codec: int = pb.RAW) -> tuple[pb.Frame, bytes]:
+    """The header and the payload of a message, all of its tensors under one codec."""
+    parts = [encode(name, tensor, codec) for name, tensor in tensors.items()]
     header = pb.Frame(tensors=[entry for entry, _ in parts])
     getattr(header, _BODIES[type(body).__name__]).CopyFrom(body)
     return header, b"".join(data for _, data in parts)

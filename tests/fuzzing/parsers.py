@@ -28,6 +28,7 @@ from bootstrap.validator import MODELS_KEY, SignedRecords, complaints_key, model
 from protocol import swarm_pb2 as pb
 from protocol.adapters import Manifest
 from protocol.channel import Channel
+from protocol.codecs import SUPPORTED
 from protocol.errors import BadAdapter, BadRequest, BadUsage, PeerUnreachable, WrongKey
 from protocol.records import Accusation, Complaint, Door, ModelId, PeerRecord, Speed
 from protocol.swarm_key import SwarmKey
@@ -53,7 +54,8 @@ class Frames:
         self._limits = Limits(max_header=2**16, max_payload=2**18, max_tensors=300)
         hello, numbers = pb.Hello(version=1, config_hash=_HASH, weights={"a": "b"}), random.Random(0)
         seeds = [pick_request(Choices(numbers.randbytes(40)), Memory(hello, number=2)) for _ in range(_SEEDS)]
-        self._seeds = [build_frame(seed.body, seed.tensors) for seed in seeds]
+        codecs = sorted(SUPPORTED)
+        self._seeds = [build_frame(seed.body, seed.tensors, codecs[i % 5]) for i, seed in enumerate(seeds)]
 
     def play(self, data: bytes) -> None:
         """A few inputs. Raises for anything but a message within the limits or a refusal."""

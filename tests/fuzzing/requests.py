@@ -113,6 +113,8 @@ def _context(choices: Choices, memory: Memory) -> pb.Context:
         options["dropout_seed"] = 7
     if choices.one_in(8):
         options["autocast"] = pb.BFLOAT16
+    if choices.one_in(4):
+        options["answer"] = choices.pick((pb.BF16, pb.F16, pb.INT8, pb.LOSSLESS, 99))
     return context(**options)
 
 
