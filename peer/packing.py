@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -123,7 +123,7 @@ class _Masks:
 class _PackedCache(Cache):
     """Goes through the trunk in the place of a cache: keys and values pass, to be cached in the attention function."""
 
-    def __init__(self, call: Packed, kinds: SpanCache):
+    def __init__(self, call: Packed, kinds: Cache):
         super().__init__(layers=kinds.layers)
         self._call = call
 
@@ -154,7 +154,7 @@ class Packer:
         # From the trunk down: setting a configuration's attention sets that of its parts.
         configs = {id(module.config): module.config for module in span.model.modules() if hasattr(module, "config")}
         self._configs: list[Any] = list(configs.values())
-        self._kinds = SpanCache(span.model.config, span.blocks)
+        self._kinds = DynamicCache(config=span.model.config)
         """Always empty: it is asked of which kind the layers are."""
 
     def pack(self, parts: Sequence[Part]) -> Packed:

@@ -1,5 +1,6 @@
 """Several sessions' steps in one trunk call give what each gives alone; what is wrong with one is its own affair."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,9 @@ class Desk:
 
 @pytest.fixture(scope="module")
 def load(models: Callable[[str], Path]) -> Callable[..., Span]:
-    return lambda family, **options: load_span(open_checkpoint(str(models(family))), START, END, **options)
+    return functools.cache(
+        lambda family, **options: load_span(open_checkpoint(str(models(family))), START, END, **options)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +106,7 @@ def assert_same(ours: Sequence[Any], theirs: Sequence[Any]) -> None:
 def play(desk: Desk, run: Callable[..., list[Any]], keep_past: bool) -> Iterator[torch.Tensor]:
     """Four sessions: long, padded with two rows, late, and edited. All that they are answered, but for the padding."""
     long, padded, late, beams = desk.open(), desk.open(padding=3), desk.open(), desk.open()
-    options = {"keep_past": keep_past}
+    options: dict[str, Any] = {"keep_past": keep_past}
     outcome = run(
         desk.step(long, states(1, 11, 1), **options),
         desk.step(padded, states(2, 6, 2), **options),
@@ -153,12 +156,11 @@ def test_a_rough_span_can_too(load: Callable[..., Span], options: dict[str, Any]
     assert can_pack(load("llama", **options))
 
 
-def test_positions_that_look_at_the_longest_sequence(load: Callable[..., Span]) -> None:
+def test_positions_that_look_at_the_longest_sequence(llama: Span, monkeypatch: pytest.MonkeyPatch) -> None:
     """A short check would not show that they depend on who else is in the call."""
-    span = load("llama")
-    rotary: Any = next(module for module in span.model.modules() if hasattr(module, "rope_type"))
-    rotary.rope_type = "dynamic"
-    assert not can_pack(span)
+    rotary: Any = next(module for module in llama.model.modules() if hasattr(module, "rope_type"))
+    monkeypatch.setattr(rotary, "rope_type", "dynamic")
+    assert not can_pack(llama)
 
 
 def test_a_step_by_itself_is_what_the_trunk_computes(llama: Span) -> None:
@@ -176,7 +178,9 @@ def test_prefix_tuning(llama: Span) -> None:
     desk = Desk(llama)
     heads, size = llama.kv_shapes[START][0].sizes
     shape = (2, heads, 4, size)
-    prefix = {f"prefix.{block}.{kind}": torch.ones(shape) / 3 for block in llama.blocks for kind in ("key", "value")}
+    prefix: dict[str, Any] = {
+        f"prefix.{block}.{kind}": torch.ones(shape) / 3 for block in llama.blocks for kind in ("key", "value")
+    }
 
     def steps() -> tuple[Step, Step]:
         return desk.step(desk.open(), states(2, 5, 1), **prefix), desk.step(desk.open(), states(1, 3, 2))
@@ -195,7 +199,7 @@ def put(desk: Desk, targets: Mapping[str, tuple[int, int]], rank: int, seed: int
         "targets": sorted(targets),
         "parameters": [],
     }  # fmt: skip
-    names, tensors = {}, {}
+    names, tensors = dict[str, int](), dict[str, torch.Tensor]()
     for target, (rows, columns) in targets.items():
         for factor, shape in (("A", (rank, columns)), ("B", (rows, rank))):
             names[f"{target}.lora_{factor}.default.weight"] = len(tensors)
