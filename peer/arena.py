@@ -132,6 +132,7 @@ class ArenaLayer(DynamicLayer):
         self.is_initialized = True
         self.run, self.rows, self.length = run, 0, 0
         self._stores = (key_store, value_store)
+        self._shapes = (key_store.shape, value_store.shape)
 
     @property
     def capacity(self) -> int:
@@ -150,12 +151,12 @@ class ArenaLayer(DynamicLayer):
 
     def takes(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """Whether these can be kept here and come back exactly as from Transformers' own layer."""
-        for new, store in zip((keys, values), self._stores, strict=True):
-            if (new.shape[1], new.shape[3]) != (store.shape.heads, store.shape.size) or new.requires_grad:
-                return False
-            if new.dtype != store.shape.dtype and not (self.length and _holds(store.shape.dtype, new.dtype)):
-                return False
-        return True
+        mine, theirs = self._shapes
+        if keys.dtype == mine.dtype and values.dtype == theirs.dtype:
+            return self.length > 0 or [Shape.of(keys), Shape.of(values)] == [mine, theirs]
+        if not self.length:
+            return False
+        return _holds(mine.dtype, keys.dtype) and _holds(theirs.dtype, values.dtype)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Append (rows, heads, tokens, head size); returns views of all keys and values.

@@ -40,6 +40,7 @@ class SpanCache(DynamicCache):
         self.config, self.blocks = config, blocks
         self.seen = 0
         """Tokens so far: all that linear-attention layers know of the length."""
+        self._stand_ins = self._find_stand_ins()
 
     def own_layers(self) -> list[Any]:
         """The layers of this span's blocks."""
@@ -71,29 +72,33 @@ class SpanCache(DynamicCache):
         ]
         return twin
 
-    def _stand_in(self, index: int) -> int:
+    def _find_stand_ins(self) -> list[int]:
+        """Block -> the block of ours that answers questions about it; empty if all of ours are linear attention."""
         linear, sliding = self.is_linear, self.is_sliding
-        attention = [i for i in self.blocks if not linear[i]]
-        if index in attention:
-            return index
-        return next((i for i in attention if sliding[i] == sliding[index]), attention[0])
+        attention = [block for block in self.blocks if not linear[block]]
+        of_kind = {sliding[block]: block for block in reversed(attention)}
+        if not attention:
+            return []
+        return [
+            block if block in attention else of_kind.get(sliding[block], attention[0]) for block in range(len(linear))
+        ]
 
-    def _only_linear(self) -> bool:
-        return all(self.is_linear[i] for i in self.blocks)
+    def _asked(self, block: int) -> Any:
+        return self.layers[self._stand_ins[block]]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens in the cache."""
-        return self.seen if self._only_linear() else super().get_seq_length(self._stand_in(layer_idx))
+        return self._asked(layer_idx).get_seq_length() if self._stand_ins else self.seen  # type: ignore[no-any-return]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the keys for a mask."""
-        if self._only_linear():
+        if not self._stand_ins:
             return self.seen + query_length, 0
-        return super().get_mask_sizes(query_length, self._stand_in(layer_idx))
+        return self._asked(layer_idx).get_mask_sizes(query_length)  # type: ignore[no-any-return]
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Where the next query begins."""
-        return self.seen if self._only_linear() else super().get_query_offset(self._stand_in(layer_idx))
+        return self.get_seq_length(layer_idx)
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """Whether linear-attention layers have state already."""

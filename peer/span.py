@@ -28,8 +28,8 @@ class Skip(nn.Module):
         super().__init__()
         self.returns_tuple = False
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """`hidden_states`, in the form in which this architecture's blocks return them."""
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`hidden_states`, in the form in which this architecture's blocks return them. No hooks are run."""
         return (hidden_states, None) if self.returns_tuple else hidden_states
 
 
