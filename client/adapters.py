@@ -5,21 +5,23 @@ Values are another matter: fused optimizers and `.data` change a parameter witho
 training calls and the first step of a generation hash them anew; later steps of it trust the versions.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from peft import PeftConfig
-from peft.tuners.lora import ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from client.ghost import GhostTensor
 from client.shifts import shift_adapter
 from protocol.adapters import DROPOUTS, METHODS, PATTERNS, AdapterSpec, Manifest, bundle_hash
 from protocol.errors import BadAdapter, BadUsage
+
+if TYPE_CHECKING:  # it takes seconds to import
+    from peft import PeftConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 _REFUSED: dict[str, Any] = {
     "bias": "none", "layer_replication": None, "use_qalora": False,
@@ -107,7 +109,7 @@ class AdapterSource:
             self._snapshot = replace(self._snapshot, _bundles={})
         return self._snapshot
 
-    def _collect(self, layers: Mapping[str, BaseTunerLayer]) -> Snapshot | None:
+    def _collect(self, layers: "Mapping[str, BaseTunerLayer]") -> Snapshot | None:
         specs, shift = self._specs(layers), shift_adapter(self._blocks)
         active = {spec.name for spec in specs}
         scaling = {path: found for path, layer in layers.items() if (found := _scaling(layer, active))}
@@ -131,7 +133,7 @@ class AdapterSource:
             or any(spec.options.get(option) for spec in specs for option in DROPOUTS),
         )
 
-    def _specs(self, layers: Mapping[str, BaseTunerLayer]) -> list[AdapterSpec]:
+    def _specs(self, layers: "Mapping[str, BaseTunerLayer]") -> list[AdapterSpec]:
         first = next(iter(layers.values()), None)
         if first is None or first.disable_adapters:
             return []
@@ -144,7 +146,7 @@ class AdapterSource:
         return specs
 
     @staticmethod
-    def _tensors(layers: Mapping[str, BaseTunerLayer], active: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _tensors(layers: "Mapping[str, BaseTunerLayer]", active: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
         for path, layer in layers.items():
             members = (*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False))
             for name, tensor in members:
@@ -157,7 +159,7 @@ class _Watch:
     """Notices cheaply whether modules, adapters' state or tensors have changed since it was made."""
 
     def __init__(self, blocks: nn.ModuleList):
-        self.layers = {n: m for n, m in blocks.named_modules() if isinstance(m, BaseTunerLayer)}
+        self.layers = {n: m for n, m in blocks.named_modules() if _is_adapter(m)}
         self._dicts = [
             (members, len(members), list(members.items()))
             for module in blocks.modules()
@@ -202,29 +204,42 @@ class _Watch:
         return any(ghost.shift is not shift for (_, ghost), shift in zip(self._ghosts, self._shifts, strict=True))
 
 
-def _state(layer: BaseTunerLayer) -> tuple[list[str], bool, dict[str, float]]:
+def _is_adapter(module: nn.Module) -> "TypeGuard[BaseTunerLayer]":
+    """Whether it is a layer of PEFT's; where nobody has imported PEFT there is none."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
+
+
+def _is_on_parameter(layer: "BaseTunerLayer") -> bool:
+    """Whether a layer of PEFT's is on a parameter rather than on a module."""
+    from peft.tuners.lora import ParamWrapper
+
+    return isinstance(layer, ParamWrapper)
+
+
+def _state(layer: "BaseTunerLayer") -> tuple[list[str], bool, dict[str, float]]:
     return list(layer.active_adapters), layer.disable_adapters, dict(getattr(layer, "scaling", {}))
 
 
-def _target(path: str, layer: BaseTunerLayer) -> str:
+def _target(path: str, layer: "BaseTunerLayer") -> str:
     """The module or parameter that a layer of PEFT's is on. Layers on parameters of one module are nested in it."""
-    if not isinstance(layer, ParamWrapper):
+    if not _is_on_parameter(layer):
         return path
     while path.endswith(".base_layer"):
         path = path.removesuffix(".base_layer")
     return f"{path}.{layer.parameter_name}"
 
 
-def _adapters_of(layer: BaseTunerLayer) -> set[str]:
+def _adapters_of(layer: "BaseTunerLayer") -> set[str]:
     return {name for attribute in layer.adapter_layer_names for name in getattr(layer, attribute, {})}
 
 
-def _scaling(layer: BaseTunerLayer, active: set[str]) -> dict[str, float]:
+def _scaling(layer: "BaseTunerLayer", active: set[str]) -> dict[str, float]:
     factors = getattr(layer, "scaling", None)
     return {k: float(v) for k, v in factors.items() if k in active} if isinstance(factors, dict) else {}
 
 
-def _spec(name: str, config: PeftConfig, targets: Mapping[str, BaseTunerLayer]) -> AdapterSpec:
+def _spec(name: str, config: "PeftConfig", targets: "Mapping[str, BaseTunerLayer]") -> AdapterSpec:
     method = config.peft_type.value if hasattr(config.peft_type, "value") else str(config.peft_type)
     if method not in METHODS:
         raise BadAdapter(f"PEFT method {method} does not work through a swarm; expected one of {', '.join(METHODS)}.")
@@ -239,7 +254,7 @@ def _spec(name: str, config: PeftConfig, targets: Mapping[str, BaseTunerLayer]) 
             options[pattern] = _resolve(name, targets, attribute)
     if "feedforward_modules" in options:
         options["feedforward_modules"] = sorted(t for t, layer in targets.items() if layer.is_feedforward)
-    parameters = tuple(target for target, layer in targets.items() if isinstance(layer, ParamWrapper))
+    parameters = tuple(target for target, layer in targets.items() if _is_on_parameter(layer))
     modules = tuple(target for target in targets if target not in parameters)
     return AdapterSpec(name=name, method=method, options=options, targets=modules, parameters=parameters)
 
@@ -247,7 +262,7 @@ def _spec(name: str, config: PeftConfig, targets: Mapping[str, BaseTunerLayer]) 
 _ALPHA = {"LORA": "lora_alpha", "ADALORA": "lora_alpha"}
 
 
-def _resolve(adapter: str, targets: Mapping[str, BaseTunerLayer], attribute: str) -> dict[str, Any]:
+def _resolve(adapter: str, targets: "Mapping[str, BaseTunerLayer]", attribute: str) -> dict[str, Any]:
     """A pattern option as it came out, target by target: no pattern of a client's is ever run by a peer."""
     found = {target: getattr(layer, attribute, {}) for target, layer in targets.items()}
     return {target: values[adapter] for target, values in found.items() if adapter in values}

@@ -29,6 +29,7 @@ faster (0.3 to 0.6 GB/s on one core): there is nothing in them but a skewed dist
 _MAX_RATIO = 16
 """Memory taken for what is LOSSLESS, over its bytes on the wire: a few bytes shall not take much."""
 _WINDOW = 2**20
+"""Bytes of history that a compressed plane may always ask of its decompressor; level 1 asks for half of it."""
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 

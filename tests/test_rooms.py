@@ -4,6 +4,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 ROOMS = ("protocol", "bootstrap", "peer", "client")
 MAY_IMPORT = {
@@ -15,6 +17,7 @@ MAY_IMPORT = {
 COMMANDS = {"peer/cli.py", "peer/options.py", "peer/demo.py", "client/cli.py"}
 """What commands consist of: these may reach into the other room, from inside a function."""
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+SLOW = {"peft", "bitsandbytes", "accelerate", "datasets", "matplotlib"}
 GENERATED = {"protocol/swarm_pb2.py"}
 
 
@@ -58,6 +61,28 @@ def test_rooms_import_only_what_they_may() -> None:
 def test_the_check_sees_every_kind_of_import() -> None:
     code = "import a\nfrom b.c import d\nclass E:\n    import f\n    def g(self):\n        from h import i\n"
     assert list(_imports(ast.parse(code), False)) == [("a", False), ("b.c", False), ("f", False), ("h", True)]
+
+
+def eager_imports(path: str) -> set[str]:
+    """The modules that importing a file imports, those for type checkers left out."""
+    nodes: list[ast.AST] = list(ast.parse((ROOT / path).read_text()).body)
+    return {
+        name for node in nodes if not isinstance(node, ast.If) for name, is_lazy in _imports(node, False) if not is_lazy
+    }
+
+
+@pytest.mark.parametrize("start", ["client/auto.py", "peer/cli.py", "peer/server.py"])
+def test_what_starts_imports_nothing_slow(start: str) -> None:
+    """PEFT imports bitsandbytes, and that torch's compiler: seconds that a client without adapters need not wait."""
+    waiting, seen = {start}, set[str]()
+    while waiting:
+        path = waiting.pop()
+        seen.add(path)
+        modules = eager_imports(path)
+        assert not {module.partition(".")[0] for module in modules} & SLOW, path
+        own = {f"{module.replace('.', '/')}.py" for module in modules if module.partition(".")[0] in ROOMS}
+        waiting |= {path for path in own if (ROOT / path).exists()} - seen
+    assert len(seen) > 5
 
 
 def test_no_file_is_long() -> None:
