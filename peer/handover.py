@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bootstrap.member import Member
+from protocol import swarm_pb2 as pb
 from protocol.channel import Message
 from protocol.connections import Connections, Wanted
 from protocol.errors import BadRequest, NotPushed, SwarmError
@@ -103,6 +104,23 @@ class Outbox:
         self._known: Collection[str] = ()
         self._looked_up = float("-inf")
         self._look_up = asyncio.Lock()
+
+    async def answer(
+        self,
+        body: pb.Step | pb.Forward | pb.Backward,
+        result: pb.Result,
+        tensors: dict[str, torch.Tensor],
+        name: str = "hidden_states",
+    ) -> Message:
+        """The answer to a request, when its result `name` has been pushed to where it is wanted."""
+        codec, hand_over = body.context.answer, body.hand_over
+        if hand_over.to:
+            wanted_as = name.removesuffix(".hidden_states")
+            push = Message(pb.Push(token=hand_over.token), {wanted_as: tensors[name]}, {wanted_as: codec})
+            result.pushed = await self.push(hand_over.to, push)
+            if result.pushed and not hand_over.copy:
+                del tensors[name]
+        return Message(result, tensors, {name: codec})
 
     async def push(self, peer_id: str, push: Message) -> bool:
         """Send a `Push` on its way; returns whether it was possible."""

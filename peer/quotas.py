@@ -125,6 +125,11 @@ class Accounts:
         self.quota, self._memory = quota, memory
         self._open: dict[str, Account] = {}
 
+    @property
+    def max_length(self) -> int:
+        """Tokens that one session may hold."""
+        return self._memory.max_length
+
     def enter(self, client: str) -> Account:
         """A client opened a stream. Raises `OverQuota`."""
         account = self._open.setdefault(client, Account(self.quota, self._memory))

@@ -22,9 +22,10 @@ from peer.kv_cache import CacheMemory
 from peer.loading import block_bytes, load_span
 from peer.packing_check import can_pack
 from peer.placement import choose_blocks
-from peer.quotas import Quota
+from peer.quotas import Accounts, Quota
+from peer.reception import Reception, Served
 from peer.scheduler import Priority, Scheduler
-from peer.service import Served, Service
+from peer.service import Service
 from peer.span import Span
 from peer.steps import StepRunner
 from peer.throughput import measure
@@ -198,19 +199,19 @@ def _load(options: ServeOptions, blocks: range, scheduler: Scheduler, member: Me
     share = int(_free_memory(span.device) * _CACHE_SHARE)
     total = options.cache_tokens if options.cache_tokens is not None else max(options.max_length, share // token_bytes)
     adapters = AdapterStore(span, max_bytes=share, quota=options.quota)
+    memory = CacheMemory(total, min(options.max_length, total), options.idle_timeout, arena_for(span, total))
+    served = Served(options.checkpoint.model_id, options.checkpoint.digests)
+    limits = Limits(max_payload=options.max_message)
     service = Service(
-        Served(options.checkpoint.model_id, options.checkpoint.digests),
+        Reception(served, span, Accounts(options.quota, memory), limits, member.handshake),
         span,
-        CacheMemory(total, min(options.max_length, total), options.idle_timeout, arena_for(span, total)),
+        memory,
         adapters,
         Trainer(span, adapters, max_kept_bytes=share),
         StepRunner(span, adapters, joins=can_pack(span)),
         scheduler,
-        Limits(max_payload=options.max_message),
-        member.handshake,
-        options.quota,
         Mailbox(options.max_message),
-        Outbox(member, options.checkpoint.model_id, options.checkpoint.digests),
+        Outbox(member, served.model_id, served.digests),
     )
     return _Loaded(span, speed, service, scheduler)
 

@@ -16,28 +16,23 @@ from peer.checks import check_inputs, check_mode, check_prefix, prefix_length
 from peer.factors import check_factorize, factorize
 from peer.handover import Mailbox, Outbox
 from peer.kv_cache import CacheMemory, Session, SpanCache
-from peer.quotas import Account, Accounts, Quota
+from peer.quotas import Account
+from peer.reception import Reception
 from peer.scheduler import Priority, Scheduler
 from peer.span import Mode, Span
 from peer.steps import Step, StepRunner, Tally
 from peer.weights import read_norm
 from protocol import swarm_pb2 as pb
-from protocol.channel import VERSION, Channel, Message
-from protocol.codecs import SUPPORTED
+from protocol.channel import Channel, Message
 from protocol.errors import (
     BadRequest,
     Draining,
     OutOfMemory,
-    OverQuota,
     PeerFailed,
     SessionLost,
     SwarmError,
-    WrongModel,
 )
-from protocol.handshake import Handshake
-from protocol.model.checkpoint import same_weights
-from protocol.records import ModelId
-from protocol.tensors import Limits, nbytes, torch_dtype, wire_dtype
+from protocol.tensors import nbytes, torch_dtype
 from protocol.transport.base import Stream
 
 logger = logging.getLogger(__name__)
@@ -45,18 +40,9 @@ T = TypeVar("T")
 
 HEARTBEAT = 2.0
 """Seconds between the signs of life that a client gets while its answer is computed."""
-_PATIENCE = 60.0
 _LIVELY = 3.0
 """Seconds after its last step in which a session's next one is likely to come."""
 _MAX_NAMES = 4096
-
-
-@dataclass(frozen=True)
-class Served:
-    """The model that a service serves blocks of."""
-
-    model_id: ModelId
-    digests: dict[str, str]
 
 
 @dataclass
@@ -89,25 +75,19 @@ class Service:
 
     def __init__(
         self,
-        served: Served,
+        reception: Reception,
         span: Span,
         memory: CacheMemory,
         adapters: AdapterStore,
         trainer: Trainer,
         steps: StepRunner,
         scheduler: Scheduler,
-        limits: Limits,
-        handshake: Handshake,
-        quota: Quota,
         mailbox: Mailbox,
         outbox: Outbox,
     ):
-        self._served, self._span, self.memory = served, span, memory
-        self._accounts = Accounts(quota, memory)
+        self._reception, self._span, self.memory = reception, span, memory
         self._adapters, self._trainer, self._scheduler = adapters, trainer, scheduler
         self._steps = steps
-        self._limits = limits
-        self._handshake = handshake
         self._mailbox, self._outbox = mailbox, outbox
         self._forks: dict[bytes, tuple[str, Session, Mode]] = {}
         """Token -> client, session, mode."""
@@ -126,14 +106,12 @@ class Service:
 
     async def handle(self, stream: Stream) -> None:
         """Serve one stream until its client closes it."""
-        channel, client = Channel(stream, self._limits, _PATIENCE), stream.remote
+        channel, client = self._reception.open(stream), stream.remote
         try:
-            await self._greet(channel)
-            account = await self._enter(channel)
+            connection = _Connection(channel, await self._reception.admit(channel))
         except SwarmError as error:
             logger.debug("stream of %s refused: %s", client, error)
             return
-        connection = _Connection(channel, account)
         try:
             while True:
                 await self._serve_one(connection)
@@ -141,59 +119,16 @@ class Service:
             logger.debug("stream of %s ended: %s", client, error)
         finally:
             self._end_session(connection)
-            if self._accounts.leave(client):
+            if self._reception.accounts.leave(client):
                 self._trainer.forget(client)
                 asyncio.get_running_loop().call_later(self.memory.idle_timeout, self._forget_adapters, client)
-
-    async def _enter(self, channel: Channel) -> Account:
-        try:
-            return self._accounts.enter(channel.remote)
-        except OverQuota as error:
-            await channel.fail(error)
-            raise
-
-    async def _greet(self, channel: Channel) -> None:
-        try:
-            hello = (await self._handshake.respond(channel)).body
-            if not isinstance(hello, pb.Hello):
-                raise BadRequest("A stream must begin with a Hello.")
-            self._check_hello(hello)
-        except SwarmError as error:
-            await channel.fail(error)
-            raise
-        await channel.send(
-            Message(
-                pb.Welcome(
-                    version=VERSION,
-                    weights=self._served.digests,
-                    start=self._span.start,
-                    end=self._span.end,
-                    dtype=wire_dtype(self._span.dtype),
-                    max_length=self.memory.max_length,
-                    max_frame=self._limits.max_payload,
-                    codecs=sorted(SUPPORTED),
-                )
-            )
-        )
-
-    def _check_hello(self, hello: pb.Hello) -> None:
-        name = self._served.model_id.name
-        if hello.version != VERSION:
-            raise BadRequest(f"The client speaks protocol version {hello.version}, this peer {VERSION}; update one.")
-        if hello.config_hash != self._served.model_id.config_hash:
-            raise WrongModel(f"This peer serves {name}; the client asks for a model of another configuration.")
-        if not same_weights(self._served.digests, hello.weights):
-            raise WrongModel(
-                f"This peer serves {name} with other weights than the client's; "
-                "load the same revision of the model on both ends."
-            )
 
     async def _serve_one(self, connection: _Connection) -> None:
         """Answer one request. What is wrong with it is the answer; what breaks the stream is raised."""
         channel = connection.channel
         try:
             message = await channel.receive_request()
-            self._handshake.check_current(channel)
+            self._reception.check_current(channel)
         except (BadRequest, PeerFailed) as error:  # no frame, or a stream that is not to go on
             await channel.fail(error)
             raise
@@ -305,7 +240,7 @@ class Service:
         return self._scheduler.submit_joint(Priority.STEP, self._steps.run, step, client, group, step.size)
 
     async def _stepped(self, body: pb.Step, hidden: torch.Tensor) -> Message:
-        return await self._handed_over(body, pb.Result(leaving=self.draining), {"hidden_states": hidden})
+        return await self._outbox.answer(body, pb.Result(leaving=self.draining), {"hidden_states": hidden})
 
     def _session(self, connection: _Connection) -> tuple[Session, Mode]:
         if connection.session is None or connection.mode is None:
@@ -331,7 +266,7 @@ class Service:
         call = self._call(connection, message, body.context)
         work = partial(self._trainer.forward, call, connection.client, body.keep)
         hidden, call_id = await self._compute(connection, Priority.CALL, work)
-        return await self._handed_over(body, pb.Result(call_id=call_id), {"hidden_states": hidden})
+        return await self._outbox.answer(body, pb.Result(call_id=call_id), {"hidden_states": hidden})
 
     async def _backward(self, connection: _Connection, message: Message, body: pb.Backward) -> Message:
         message = await self._completed(connection, message, body.hand_over)
@@ -347,7 +282,7 @@ class Service:
                 raise BadRequest("grad and hidden_states differ in shape.")
             work = partial(self._trainer.backward, call, grad)
         gradients = await self._compute(connection, Priority.CALL, work)
-        return await self._handed_over(body, pb.Result(), gradients, "grad.hidden_states")
+        return await self._outbox.answer(body, pb.Result(), gradients, "grad.hidden_states")
 
     def _call(self, connection: _Connection, message: Message, context: pb.Context) -> Call:
         mode = check_mode(self._span, context)
@@ -374,23 +309,6 @@ class Service:
         pushed = await self._answered(connection, waiting, pb.Working(waiting=True))
         return Message(message.body, {**message.tensors, **pushed})
 
-    async def _handed_over(
-        self,
-        body: pb.Step | pb.Forward | pb.Backward,
-        result: pb.Result,
-        tensors: dict[str, torch.Tensor],
-        name: str = "hidden_states",
-    ) -> Message:
-        """The answer to a request, when its result `name` has been pushed to where it is wanted."""
-        codec, hand_over = body.context.answer, body.hand_over
-        if hand_over.to:
-            wanted_as = name.removesuffix(".hidden_states")
-            push = Message(pb.Push(token=hand_over.token), {wanted_as: tensors[name]}, {wanted_as: codec})
-            result.pushed = await self._outbox.push(hand_over.to, push)
-            if result.pushed and not hand_over.copy:
-                del tensors[name]
-        return Message(result, tensors, {name: codec})
-
     # ---- adapters
 
     async def _put_adapter(self, connection: _Connection, message: Message, body: pb.PutAdapter) -> Message:
@@ -399,7 +317,7 @@ class Service:
 
     def _forget_adapters(self, client: str) -> None:
         """Unless the client has come back. On its own queue: before anything that it may put after this."""
-        if client not in self._accounts:
+        if client not in self._reception.accounts:
             self._scheduler.submit(Priority.CALL, partial(self._adapters.forget, client), client)
 
     def _bundle(self, connection: _Connection, context: pb.Context) -> Bundle | None:

@@ -14,9 +14,10 @@ from peer.calls import Trainer
 from peer.handover import Mailbox, Outbox
 from peer.kv_cache import CacheMemory
 from peer.loading import load_span
-from peer.quotas import Quota
+from peer.quotas import Accounts, Quota
+from peer.reception import Reception, Served
 from peer.scheduler import Scheduler
-from peer.service import Served, Service
+from peer.service import Service
 from peer.steps import StepRunner
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
@@ -116,10 +117,10 @@ class Handlers:
         for keyring in (None, _Keys()):
             self._trainers.append(Trainer(self._span, self._adapters, max_kept_bytes=4 * MIB))
             memory = CacheMemory(_CACHE_TOKENS, _MAX_LENGTH, idle_timeout=0.0)
-            handshake = Handshake("peer", keyring)
             self._services.append(
-                Service(served, self._span, memory, self._adapters, self._trainers[-1],
-                        StepRunner(self._span, self._adapters, joins=True), self._scheduler, _LIMITS, handshake, _QUOTA,
+                Service(Reception(served, self._span, Accounts(_QUOTA, memory), _LIMITS, Handshake("peer", keyring)),
+                        self._span, memory, self._adapters, self._trainers[-1],
+                        StepRunner(self._span, self._adapters, joins=True), self._scheduler,
                         Mailbox(_LIMITS.max_payload, patience=0.01), _Nowhere())
             )  # fmt: skip
         self._bundles = build_bundles(model)
@@ -221,7 +222,7 @@ class Handlers:
         for service, trainer in zip(self._services, self._trainers, strict=True):
             assert (service.load.sessions, service.load.calls) == (0, 0)
             assert service.memory.free_tokens == _CACHE_TOKENS, "KV memory is still taken"
-            left = (service._forks, service._accounts._open, service.memory._sessions, trainer._kept)
+            left = (service._forks, service._reception.accounts._open, service.memory._sessions, trainer._kept)
             assert not any(left), f"left behind: {left}"
 
 
