@@ -1,1 +1,1 @@
-"""One small interface (`base`), and its carriers: libp2p streams (`libp2p`)."""
+"""One small interface (`base`), its two carriers (`libp2p`, `direct`), and the choice between them (`carriers`)."""
