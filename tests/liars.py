@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from peer.calls import Trainer
-from peer.service import Service
+from peer.steps import StepRunner
 
 
 def begin_to_lie(kind: str) -> None:
     """Make this process's peer lie: `outputs`, `subtle` ones, `gradients`, answers `replayed`; or be `slow`."""
     if kind == "slow":
-        for owner, name in ((Service, "_run_step"), (Trainer, "forward")):
+        for owner, name in ((StepRunner, "run"), (Trainer, "forward")):
             _change(owner, name, lambda found: (time.sleep(0.2), found)[1])
         return
     if kind == "gradients":
@@ -21,7 +21,9 @@ def begin_to_lie(kind: str) -> None:
             _change(Trainer, name, lambda found: {key: -tensor for key, tensor in found.items()})
         return
     twist = _Replay() if kind == "replayed" else _Noise({"outputs": 1.0, "subtle": 0.05}[kind])
-    _change(Service, "_run_step", twist)
+    _change(
+        StepRunner, "run", lambda found: [twist(each) if isinstance(each, torch.Tensor) else each for each in found]
+    )
     _change(Trainer, "forward", lambda found: (twist(found[0]), found[1]))
 
 
