@@ -179,7 +179,7 @@ def prefix_cache(
 
 
 def fill(cache: SpanCache, prefix: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> SpanCache:
-    """Put a prefix into an empty cache, which is returned: block -> (key, value), each (batch, heads, tokens, head size)."""
+    """Put a prefix into an empty cache: block -> (key, value), as for `prefix_cache`. Returns the cache."""
     for block, (key, value) in prefix.items():
         cache.update(key, value, block)
     cache.seen = next(iter(prefix.values()))[0].shape[2] if prefix else 0
