@@ -40,7 +40,20 @@ class SpanCache(DynamicCache):
         self.config, self.blocks = config, blocks
         self.seen = 0
         """Tokens so far: all that linear-attention layers know of the length."""
+        self._is_linear, self._is_sliding = super().is_linear, super().is_sliding
         self._stand_ins = self._find_stand_ins()
+
+    # Asked at every step, of all layers of the model; a layer's kind never changes.
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Block -> whether it is linear attention only."""
+        return self._is_linear
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Block -> whether it has a sliding window."""
+        return self._is_sliding
 
     def own_layers(self) -> list[Any]:
         """The layers of this span's blocks."""
@@ -95,10 +108,6 @@ class SpanCache(DynamicCache):
         if not self._stand_ins:
             return self.seen + query_length, 0
         return self._asked(layer_idx).get_mask_sizes(query_length)  # type: ignore[no-any-return]
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Where the next query begins."""
-        return self.get_seq_length(layer_idx)
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """Whether linear-attention layers have state already."""
@@ -166,16 +175,15 @@ def prefix_cache(
     config: PreTrainedConfig, blocks: range, prefix: dict[int, tuple[torch.Tensor, torch.Tensor]]
 ) -> SpanCache:
     """A cache that begins with a trainable prefix: block -> (key, value), each (batch, heads, tokens, head size)."""
-    cache = SpanCache(config, blocks)
-    fill(cache, prefix)
-    return cache
+    return fill(SpanCache(config, blocks), prefix)
 
 
-def fill(cache: SpanCache, prefix: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Put a prefix into an empty cache: block -> (key, value), each (batch, heads, tokens, head size)."""
+def fill(cache: SpanCache, prefix: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> SpanCache:
+    """Put a prefix into an empty cache: block -> (key, value), as for `prefix_cache`. Returns the cache."""
     for block, (key, value) in prefix.items():
         cache.update(key, value, block)
     cache.seen = next(iter(prefix.values()))[0].shape[2] if prefix else 0
+    return cache
 
 
 class CacheMemory:
@@ -389,13 +397,3 @@ class Session:
 
 def _pages(tokens: int, max_length: int) -> int:
     return min(-(-tokens // _PAGE) * _PAGE, max_length)
-
-
-def bytes_per_token(caches: Sequence[SpanCache], tokens: int) -> int:
-    """Bytes that one token of one row takes in caches of one row and `tokens` tokens."""
-    total = 0
-    for cache in caches:
-        for layer in cache.own_layers():
-            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-                total += tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
-    return max(1, -(-total // tokens))

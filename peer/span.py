@@ -46,13 +46,16 @@ class SpanBlocks(nn.ModuleList):
     active: range
     skip: tuple[Skip]  # in a tuple: not a submodule
 
+    def _listed(self) -> list[Any]:
+        blocks, (start, end) = list(self._modules.values()), (self.active.start, self.active.stop)
+        return [*self.skip * start, *blocks[start:end], *self.skip * (len(blocks) - end)]
+
     def __iter__(self) -> Iterator[nn.Module]:
-        for index, block in enumerate(self._modules.values()):
-            yield block if index in self.active else self.skip[0]  # type: ignore[misc]
+        return iter(self._listed())
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return list(self)[index]
+            return self._listed()[index]
         index = index % len(self)
         return self._modules[str(index)] if index in self.active else self.skip[0]
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from peer.kv_cache import SpanCache, bytes_per_token
+from peer.kv_cache import SpanCache
 from peer.span import Inputs, Mode, Span
 from protocol.records import Speed
 
@@ -27,7 +27,7 @@ def measure(span: Span) -> tuple[Speed, int]:
             torch.cuda.synchronize(span.device)
 
     step(_PROMPT, cache)
-    token_bytes = bytes_per_token([cache], _PROMPT)
+    token_bytes = _bytes_per_token(cache, _PROMPT)
     count = len(span.blocks)
     decode = count / _fastest(lambda: step(1, cache))
     forward = count * _FORWARD / _fastest(lambda: step(_FORWARD, None))
@@ -44,3 +44,12 @@ def _fastest(work: Callable[[], None]) -> float:
         if time.perf_counter() - begin > _BUDGET:
             break
     return best
+
+
+def _bytes_per_token(cache: SpanCache, tokens: int) -> int:
+    """Bytes that one token of one row takes in a cache of one row and `tokens` tokens."""
+    total = 0
+    for layer in cache.own_layers():
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            total += tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
+    return max(1, -(-total // tokens))

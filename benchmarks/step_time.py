@@ -1,0 +1,158 @@
+"""Where one decode step goes, in microseconds, part by part of our own code:
+
+python -m benchmarks.step_time --hidden 1024 --layers 16 --span 0:8
+
+Every part is run by itself, in this process, over and over; the fastest run counts, as the others were disturbed. The
+carrier is a stream in memory here: what libp2p adds is not in the table. A random Llama is made at first use.
+"""
+
+import argparse
+import asyncio
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from client.history import History
+from client.loop import LOOP
+from peer.arena_trial import arena_for
+from peer.checks import check_inputs, check_mode
+from peer.kv_cache import CacheMemory, Session, SpanCache
+from peer.loading import load_span
+from peer.scheduler import Priority, Scheduler
+from peer.span import Inputs, Mode
+from protocol import swarm_pb2 as pb
+from protocol.channel import Channel, Message
+from protocol.model.checkpoint import open_checkpoint
+from protocol.tensors import Limits
+from tests.families import build_llama
+from tests.fuzzing.carrier import connect
+
+_RUNS = 200
+
+
+def fastest(work: Callable[[], Any], runs: int = _RUNS) -> float:
+    """Microseconds of the fastest run."""
+    best = float("inf")
+    for _ in range(runs):
+        begin = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - begin)
+    return best * 1e6
+
+
+async def fastest_of(work: Callable[[], Awaitable[Any]]) -> float:
+    """Microseconds of the fastest run of something awaited."""
+    best = float("inf")
+    for _ in range(_RUNS):
+        begin = time.perf_counter()
+        await work()
+        best = min(best, time.perf_counter() - begin)
+    return best * 1e6
+
+
+async def nothing() -> None:
+    """A hop to the client's loop and back, and no work."""
+
+
+async def time_wire(hidden: torch.Tensor, context: pb.Context) -> dict[str, float]:
+    """Encoding, sending and decoding a step and its answer, over a stream in memory."""
+    near, far = connect("client", "peer")
+    client, peer = Channel(near, Limits(), 10), Channel(far, Limits(), 10)
+    tensors = {"hidden_states": hidden, "position_ids": torch.zeros(1, 1, dtype=torch.long)}
+
+    async def request() -> Message:
+        await client.send(Message(pb.Step(context=context, number=1), tensors))
+        return await peer.receive_request()
+
+    async def send_request() -> None:
+        await client.send(Message(pb.Step(context=context, number=1), tensors))
+        far.pending.clear()
+
+    async def answer() -> Message:
+        await peer.send(Message(pb.Result(), {"hidden_states": hidden}))
+        return await client.receive_answer()
+
+    async def send_answer() -> None:
+        await peer.send(Message(pb.Result(), {"hidden_states": hidden}))
+        near.pending.clear()
+
+    encoded, asked = await fastest_of(send_request), await fastest_of(request)
+    answered, received = await fastest_of(send_answer), await fastest_of(answer)
+    scheduler = Scheduler()
+    queue = await fastest_of(lambda: scheduler.submit(Priority.STEP, lambda: None, "client"))
+    scheduler.close()
+    return {
+        "client: message, encode, send": encoded,
+        "peer: receive, check, decode": asked - encoded,
+        "peer: queue, compute thread and back": queue,
+        "peer: answer, encode, send": answered,
+        "client: receive, check, decode": received - answered,
+    }
+
+
+@torch.no_grad()
+def time_span(path: Path, blocks: range, context: int, dtype: torch.dtype) -> dict[str, float]:
+    """What the compute thread does for a step at `context` cached tokens."""
+    span = load_span(open_checkpoint(str(path)), blocks.start, blocks.stop, dtype=dtype)
+    memory = CacheMemory(context + 1000, context + 1000, 1e9, arena_for(span, context + 1000))
+    mode, hidden = Mode(blocks), torch.randn(1, 1, span.hidden_size, dtype=dtype)
+    message = Message(pb.Step(), {"hidden_states": hidden})
+
+    def whole(cache: SpanCache, run: Mode) -> Callable[[], Any]:
+        def step() -> None:
+            span.run(Inputs(hidden), run, cache)
+            for layer in cache.own_layers():
+                layer.crop(-1 if run.blocks else 0)
+
+        return step
+
+    prompt = torch.randn(1, context, span.hidden_size, dtype=dtype)
+    plain = SpanCache(span.model.config, blocks)
+    session = Session(memory, SpanCache(span.model.config, blocks))
+    session.reserve(1, context + 1)
+    for cache in (plain, session.cache):
+        span.run(Inputs(prompt), mode, cache)
+    skipped = fastest(whole(session.cache, Mode(range(blocks.start, blocks.start))))
+    asked = pb.Context(start=blocks.start, end=blocks.stop)
+    in_arena, in_plain = (fastest(whole(cache, mode), 50) for cache in (session.cache, plain))
+    return {
+        "peer: checks": fastest(lambda: (check_mode(span, asked), check_inputs(span, message, 0, 100))),
+        "peer: memory reserved": fastest(lambda: session.reserve(1, context + 1)),
+        "peer: trunk without a block, others skipped": skipped,
+        f"peer: its {len(blocks)} blocks": in_arena - skipped,
+        "(its blocks with Transformers' own cache)": in_plain - skipped,
+    }
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--span", default="0:8")
+    parser.add_argument("--context", type=int, default=100)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    start, _, end = options.span.partition(":")
+    dtype, blocks = getattr(torch, options.dtype), range(int(start), int(end))
+    with tempfile.TemporaryDirectory() as root:
+        path = build_llama(
+            Path(root), name="llama", hidden=options.hidden, layers=options.layers, heads=max(1, options.hidden // 64),
+            intermediate=options.hidden * 11 // 4, vocab=1000, dtype=dtype,
+        )  # fmt: skip
+        hidden, history = torch.randn(1, 1, options.hidden, dtype=dtype), History()
+        table = {"client: to its loop and back": fastest(lambda: LOOP.run(nothing()))}
+        table |= asyncio.run(time_wire(hidden, pb.Context(start=blocks.start, end=blocks.stop)))
+        table |= time_span(path, blocks, options.context, dtype)
+        table["client: history"] = fastest(lambda: history.append(hidden))
+    for part, microseconds in table.items():
+        print(f"{part:<46}{microseconds:>10.1f}")
+
+
+if __name__ == "__main__":
+    main()
