@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
@@ -14,6 +14,7 @@ from client.hops import as_received, recompute_forward
 from client.loop import LOOP, settle
 from client.retries import Retries
 from client.routing import Hop
+from client.stages import Part, Stage, Step
 from client.swarm import Swarm
 from client.verify import Answer
 from client.work import Prefix, Work, answered_hidden, call_with_adapter
@@ -27,70 +28,12 @@ _SLOWER, _WORTH_IT = 2.0, 0.05
 """How many times as slow a peer must be, and by how many seconds a step, for a session to leave it."""
 
 
-@dataclass
-class _Stage:
-    """One hop's session on its peer."""
-
-    hop: Hop
-    channel: Channel | None
-    """None: there is no such session, it is to be made from the history."""
-    number: int = 0
-    """Of the last step done."""
-    history: History = field(default_factory=History)
-    """Hidden states that went in."""
-    leaving: bool = False
-    """Its peer has said that it is about to leave."""
-    error: SwarmError | None = None
-    """With which its peer failed, if that has not been taken note of yet."""
-
-
-@dataclass(frozen=True)
-class _Step:
-    """New tokens for the caches, or a part of them."""
-
-    work: Work
-    hidden: torch.Tensor
-    edits: list[pb.CacheEdit]
-    """Before the tokens."""
-    keep_past: bool
-    all_positions: torch.Tensor | None = None
-    """Of the whole step that this is a part of."""
-
-    @property
-    def positions(self) -> torch.Tensor | None:
-        """Of all the step's tokens."""
-        return self.work.positions if self.all_positions is None else self.all_positions
-
-    def part(self, start: int, hidden: torch.Tensor) -> "_Step":
-        """What is to be done for `hidden`, which stands for the tokens from `start` on, as a stage is given them."""
-        end, positions, mask = start + hidden.shape[1], self.work.positions, self.work.mask
-        work = replace(
-            self.work,
-            positions=positions[:, start:end] if positions is not None else None,
-            mask=mask[:, : mask.shape[1] - self.hidden.shape[1] + end] if mask is not None else None,
-        )
-        return _Step(work, hidden, self.edits if not start else [], self.keep_past, self.positions)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A chunk of a step on one stage."""
-
-    step: _Step
-    """`hidden` is as what goes in in shape and dtype only."""
-    input: "asyncio.Future[torch.Tensor]"
-    output: "asyncio.Future[torch.Tensor]"
-    before: Border | None
-    """That the input is pushed over; None: the request takes it along."""
-    after: Border | None
-
-
 class Session:
     """The KV caches of one generation. Used from the user's thread; its work is done on the loop."""
 
     def __init__(self, swarm: Swarm, blocks: range):
         self._swarm, self._blocks = swarm, blocks
-        self._stages: list[_Stage] = []
+        self._stages: list[Stage] = []
         self._positions = History()
         self._prefix: Prefix = {}
         weakref.finalize(self, LOOP.call, _close_stages, self._stages)
@@ -114,19 +57,19 @@ class Session:
             stage.history.edit(edits)
         self._positions.edit(edits)
         before = [(stage.hop, stage.history.fork()) for stage in self._stages]
-        step = _Step(replace(work, prefix=self._prefix), hidden, edits, keep_past)
+        step = Step(replace(work, prefix=self._prefix), hidden, edits, keep_past)
         try:
             output = await self._run_stages(step)
         except BaseException:
             # Some peers did the step and some did not: all are made again from what was before, if it goes on at all.
             _close_stages(self._stages)
-            self._stages += [_Stage(hop, None, history=history) for hop, history in before]
+            self._stages += [Stage(hop, None, history=history) for hop, history in before]
             raise
         if work.positions is not None:
             self._positions.append(work.positions.expand(hidden.shape[0], -1))
         return output
 
-    async def _run_stages(self, step: "_Step") -> torch.Tensor:
+    async def _run_stages(self, step: Step) -> torch.Tensor:
         retries = Retries(self._swarm)
         if not self._stages:
             self._stages += await self._open_stages(retries, self._blocks.start, self._blocks.stop)
@@ -144,7 +87,7 @@ class Session:
             flow = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         return flow
 
-    async def _run_chunks(self, step: "_Step") -> dict[int, list[torch.Tensor]]:
+    async def _run_chunks(self, step: Step) -> dict[int, list[torch.Tensor]]:
         """Take a step through the stages with several requests in flight, as far as that goes without a failure.
 
         A long prompt goes in chunks; and where peers hand their results to each other, all are asked at once. Returns
@@ -167,7 +110,7 @@ class Session:
             outputs = _futures(count)
             done[id(stage)] = []
             parts = [
-                _Part(step.part(start, chunk), source, output, *pair)
+                Part(step.part(start, chunk), source, output, *pair)
                 for start, chunk, source, output, pair in zip(
                     _starts(chunks), chunks, inputs, outputs, around, strict=True
                 )
@@ -185,7 +128,7 @@ class Session:
             return False
         return not any([await self._should_move(stage) for stage in self._stages])
 
-    async def _feed(self, stage: _Stage, parts: list["_Part"], done: list[torch.Tensor]) -> None:
+    async def _feed(self, stage: Stage, parts: list[Part], done: list[torch.Tensor]) -> None:
         """One stage's chunks, in order. After a failure those that follow are cancelled, down to the last stage."""
         try:
             if stage.channel is None:
@@ -204,7 +147,7 @@ class Session:
             for part in parts:
                 part.output.cancel()
 
-    async def _run_part(self, stage: _Stage, part: "_Part") -> torch.Tensor:
+    async def _run_part(self, stage: Stage, part: Part) -> torch.Tensor:
         """A chunk's output. What another peer pushes is asked for before it is known here."""
         if part.before is None:
             hidden = await asyncio.shield(part.input)
@@ -222,7 +165,7 @@ class Session:
         stage.history.append(hidden)
         return output
 
-    async def _run_or_replace(self, retries: Retries, index: int, step: "_Step") -> tuple[int, torch.Tensor]:
+    async def _run_or_replace(self, retries: Retries, index: int, step: Step) -> tuple[int, torch.Tensor]:
         """Run a stage, or others in its place. Returns the index of the next stage, and the output."""
         stage = self._stages[index]
         if stage.error is not None:
@@ -235,7 +178,7 @@ class Session:
             retries.failed(stage.hop.peer, error)
             return await self._replace(retries, index, step)
 
-    async def _run_checked(self, stage: _Stage, step: "_Step", after: Border | None = None) -> torch.Tensor:
+    async def _run_checked(self, stage: Stage, step: Step, after: Border | None = None) -> torch.Tensor:
         output = await self._run(stage, step, None, after)
         if self._swarm.verifier.is_due(step.work):
             await self._verify(stage, step, output)
@@ -243,7 +186,7 @@ class Session:
         return output
 
     async def _run(
-        self, stage: _Stage, step: "_Step", before: Border | None = None, after: Border | None = None
+        self, stage: Stage, step: Step, before: Border | None = None, after: Border | None = None
     ) -> torch.Tensor:
         """A stage's output; its input comes by way of the border `before`, if there is one, or else in the request."""
         assert stage.channel
@@ -268,7 +211,7 @@ class Session:
             await after.passed(output, result.pushed)
         return output
 
-    async def _verify(self, stage: _Stage, step: "_Step", output: torch.Tensor) -> None:
+    async def _verify(self, stage: Stage, step: Step, output: torch.Tensor) -> None:
         """Have others compute a step's output from everything that led to it. Raises `Distrusted`."""
         everything = _with_past(stage, step.hidden)
         codecs, (everything,) = as_received(self._swarm, step.work, stage.hop, everything)
@@ -278,7 +221,7 @@ class Session:
         again = recompute_forward(self._swarm, whole, stage.hop, everything, tokens=step.hidden.shape[1])
         await self._swarm.verifier.check(answer, again)
 
-    async def _should_move(self, stage: _Stage) -> bool:
+    async def _should_move(self, stage: Stage) -> bool:
         """Whether other peers had better take over from one that is about to leave, or has become slow."""
         if not stage.leaving and (not stage.number or stage.number % _LOOK_ROUND):
             return False
@@ -292,7 +235,7 @@ class Session:
         best = sum(health.decode_cost(other.peer, other.end - other.start) for other in route)
         return stage.leaving or health.decode_cost(hop.peer, hop.end - hop.start) > _SLOWER * best + _WORTH_IT
 
-    async def _replace(self, retries: Retries, index: int, step: "_Step") -> tuple[int, torch.Tensor]:
+    async def _replace(self, retries: Retries, index: int, step: Step) -> tuple[int, torch.Tensor]:
         """Put other peers in the place of a stage and give them all that it had seen, in one prefill.
 
         Returns the index of the next stage to run and the hidden states that go into it.
@@ -306,7 +249,7 @@ class Session:
             flow = everything
             try:
                 for stage in stages:
-                    output = await self._run(stage, _Step(replay, flow, [], step.keep_past))
+                    output = await self._run(stage, Step(replay, flow, [], step.keep_past))
                     stage.history.append(flow)
                     flow = output
             except SwarmError as error:
@@ -319,7 +262,7 @@ class Session:
             self._stages[index : index + 1] = stages
             return index + len(stages), flow[:, -step.hidden.shape[1] :]
 
-    def _whole(self, step: "_Step", everything: torch.Tensor) -> Work:
+    def _whole(self, step: Step, everything: torch.Tensor) -> Work:
         """A step's work for all tokens so far instead of the new ones."""
         positions, past = step.positions, self._positions.replay()
         if positions is not None:
@@ -329,12 +272,12 @@ class Session:
         prefix = {b: _expanded(pair, everything.shape[0]) for b, pair in step.work.prefix.items()}
         return replace(step.work, positions=positions, prefix=prefix)
 
-    async def _open_stages(self, retries: Retries, start: int, end: int) -> list[_Stage]:
+    async def _open_stages(self, retries: Retries, start: int, end: int) -> list[Stage]:
         """Sessions on the peers of a route over blocks [start, end)."""
-        stages: list[_Stage] = []
+        stages: list[Stage] = []
 
         async def open_stage(hop: Hop) -> None:
-            stages.append(_Stage(hop, await self._open(hop)))
+            stages.append(Stage(hop, await self._open(hop)))
 
         try:
             await retries.hop_by_hop(start, end, "decode", open_stage)
@@ -357,10 +300,10 @@ class Session:
         twin._positions, twin._prefix = self._positions.fork(), self._prefix
         for stage in self._stages:
             channel = await self._copy(stage)
-            twin._stages.append(_Stage(stage.hop, channel, stage.number, stage.history.fork()))
+            twin._stages.append(Stage(stage.hop, channel, stage.number, stage.history.fork()))
         return twin
 
-    async def _copy(self, stage: _Stage) -> Channel | None:
+    async def _copy(self, stage: Stage) -> Channel | None:
         """A copy of a stage's session; `None` when its peer cannot make one: the first step will, elsewhere."""
         if stage.channel is None:
             return None
@@ -374,7 +317,7 @@ class Session:
             return None
 
 
-def _with_past(stage: _Stage, hidden: torch.Tensor) -> torch.Tensor:
+def _with_past(stage: Stage, hidden: torch.Tensor) -> torch.Tensor:
     past = stage.history.replay()
     return hidden if past is None else torch.cat([past, hidden], 1)
 
@@ -399,7 +342,7 @@ def _expanded(pair: tuple[torch.Tensor, torch.Tensor], batch: int) -> tuple[torc
     )
 
 
-def _close_stages(stages: list[_Stage]) -> None:
+def _close_stages(stages: list[Stage]) -> None:
     for stage in stages:
         if stage.channel is not None:
             stage.channel.close()
