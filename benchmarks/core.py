@@ -1,7 +1,8 @@
-"""Start-up, memory, decode and LoRA step of a swarm on loopback, against plain local Transformers + PEFT, in one run:
+"""One stream through a swarm on loopback, against plain local Transformers in turn: decode, first token; start, memory.
 
 python -m benchmarks.core --model llama --peers 2 --threads 2     (random llama, hidden 1024, 16 blocks, float32)
-python -m benchmarks.core --model smollm2 --peers 2 --threads 2   (SmolLM2-135M-Instruct, float32)
+
+Also: llama-bf16, bloom (random, hidden 1024, 24 blocks, float32), smollm2 (SmolLM2-135M-Instruct, float32).
 """
 
 import argparse
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,21 +24,25 @@ import transformers
 
 from client import AutoDistributedModelForCausalLM
 from peer.sample_model import fetch_sample_model
-from tests.families import build_llama
+from tests.families import build_bloom, build_llama
 
 _CACHE = Path.home() / ".cache" / "swarmtune" / "benchmarks"
-_BATCHES = ((8, 128), (4, 512))
+_ROUNDS = 5
+_PROMPT, _TOKENS, _LONG = 32, 40, (512, 2048)
 
 
-MODELS = ("llama", "smollm2")
+MODELS = ("llama", "llama-bf16", "bloom", "smollm2")
 
 
 def fetch_model(name: str) -> Path:
     """The folder of one of `MODELS`, made or downloaded unless it is there."""
     if name == "smollm2":
         return fetch_sample_model()
+    if name == "bloom":
+        return build_bloom(_CACHE, name="bloom-1024x24", hidden=1024, layers=24, heads=16, vocab=32000)
+    dtype, suffix = (torch.bfloat16, "-bf16") if name == "llama-bf16" else (torch.float32, "")
     sizes = {"hidden": 1024, "layers": 16, "heads": 16, "intermediate": 2816, "vocab": 32000}
-    return build_llama(_CACHE, name="llama-1024x16", **sizes)
+    return build_llama(_CACHE, name=f"llama-1024x16{suffix}", dtype=dtype, **sizes)
 
 
 @dataclass
@@ -83,92 +88,75 @@ def running_swarm(model: Path, peers: int, threads: int) -> Iterator[list[Starte
                 peer.process.wait(10)
 
 
-def decode_rate(model: Any, vocabulary: int, prompt: int = 32, tokens: int = 40) -> tuple[float, float]:
-    """Tokens per second of greedy decode, and seconds to the first token of a prompt of 512."""
-    ids = torch.randint(3, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
-    long = torch.randint(3, vocabulary, (1, 512), generator=torch.Generator().manual_seed(1))
-
-    def run(inputs: torch.Tensor, count: int) -> float:
-        begin = time.perf_counter()
-        with torch.no_grad():
-            model.generate(
-                input_ids=inputs, attention_mask=torch.ones_like(inputs), do_sample=False,
-                min_new_tokens=count, max_new_tokens=count,
-            )  # fmt: skip
-        return time.perf_counter() - begin
-
-    run(ids, 4)
-    rates = [tokens / (run(ids, tokens + 1) - run(ids, 1)) for _ in range(3)]
-    return statistics.median(rates), statistics.median(run(long, 1) for _ in range(3))
-
-
-def train_rate(model: Any, vocabulary: int, batch: int, length: int) -> float:
-    """Tokens per second of whole LoRA steps: forward, backward, optimizer."""
-    ids = torch.randint(3, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    model.train()
-
-    def step() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    times = [_timed(step) for _ in range(2)]
-    model.eval()
-    return batch * length / statistics.median(times)
-
-
-def _timed(work: Callable[[], None]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
 def with_lora(model: Any) -> Any:
     """LoRA r=8 on q and v, as in the tables of the field."""
     torch.manual_seed(0)
     return peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
 
 
-def measure(model: Any, vocabulary: int) -> dict[str, float]:
-    """Every figure that is compared."""
-    rate, first = decode_rate(model, vocabulary)
-    figures = {"decode tok/s": rate, "first token of 512, s": first}
-    tuned = with_lora(model)
-    for batch, length in _BATCHES:
-        figures[f"LoRA step {batch}x{length} tok/s"] = train_rate(tuned, vocabulary, batch, length)
-    return figures
+def prompt(vocabulary: int, tokens: int) -> torch.Tensor:
+    """(1, tokens)."""
+    return torch.randint(3, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def generate(model: Any, ids: torch.Tensor, count: int) -> float:
+    """Seconds of `count` greedy tokens."""
+    begin = time.perf_counter()
+    with torch.no_grad():
+        model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+            min_new_tokens=count, max_new_tokens=count,
+        )  # fmt: skip
+    return time.perf_counter() - begin
+
+
+def decode_step(model: Any, vocabulary: int) -> float:
+    """Seconds of a decode step."""
+    ids = prompt(vocabulary, _PROMPT)
+    return (generate(model, ids, _TOKENS + 1) - generate(model, ids, 1)) / _TOKENS
+
+
+def measure(models: Sequence[Any], vocabulary: int) -> dict[str, list[float]]:
+    """Each figure, seconds, of each of `models`: the median of some rounds in which they take turns."""
+    figures: dict[str, Callable[[Any], float]] = {"decode step": lambda model: decode_step(model, vocabulary)}
+    for tokens in _LONG:
+        ids = prompt(vocabulary, tokens)
+        figures[f"first token of {tokens}"] = lambda model, ids=ids: generate(model, ids, 1)  # type: ignore[misc]
+    found = {}
+    for name, take in figures.items():
+        rounds = [[take(model) for model in models] for _ in range(_ROUNDS + 1)][1:]
+        found[name] = [statistics.median(times) for times in zip(*rounds, strict=True)]
+    return found
 
 
 def main() -> None:
     """Measure and print a Markdown table."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="llama")
     parser.add_argument("--peers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each process")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = fetch_model(options.model)
-    vocabulary = transformers.AutoConfig.from_pretrained(model).vocab_size
-    with running_swarm(model, options.peers, options.threads) as peers:
+    transformers.utils.logging.disable_progress_bar()
+    path = fetch_model(options.model)
+    vocabulary = transformers.AutoConfig.from_pretrained(path).vocab_size
+    with running_swarm(path, options.peers, options.threads) as peers:
         before = psutil.Process().memory_info().rss
         begin = time.perf_counter()
-        remote = AutoDistributedModelForCausalLM.from_pretrained(str(model), initial_peers=[peers[0].address])
+        remote = AutoDistributedModelForCausalLM.from_pretrained(str(path), initial_peers=[peers[0].address])
         start = time.perf_counter() - begin
-        client_memory = psutil.Process().memory_info().rss - before
-        swarm = measure(remote, vocabulary)
+        grown = psutil.Process().memory_info().rss - before
+        local = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+        found = measure([remote, local], vocabulary)
         memory = [peer.memory() for peer in peers]
-        starts = [peer.seconds for peer in peers]
-    local = measure(transformers.AutoModelForCausalLM.from_pretrained(model).eval(), vocabulary)
     print(f"### {options.model}, {options.peers} peers, {options.threads} threads each\n")
-    print("| figure | swarm | local | ratio |\n|---|---|---|---|")
-    for name, ours in swarm.items():
-        ratio = local[name] / ours if name.endswith(", s") else ours / local[name]
-        print(f"| {name} | {ours:.2f} | {local[name]:.2f} | {ratio:.2f} |")
-    print(f"\nPeer start: {', '.join(f'{s:.1f} s' for s in starts)} (imports included). Client start: {start:.1f} s.")
+    print("| figure | swarm, ms | local, ms | local / swarm |\n|---|---|---|---|")
+    for name, (ours, theirs) in found.items():
+        print(f"| {name} | {1000 * ours:.1f} | {1000 * theirs:.1f} | {theirs / ours:.2f} |")
+    starts = ", ".join(f"{peer.seconds:.1f} s" for peer in peers)
+    print(f"\nPeer start: {starts} (imports included). Client start: {start:.1f} s (imports done).")
     resident = ", ".join(f"{m / 2**20:.0f} MiB" for m in memory)
-    print(f"RSS: peers {resident}; client grew by {client_memory / 2**20:.0f} MiB.")
+    print(f"RSS: peers {resident}; client grew by {grown / 2**20:.0f} MiB.")
 
 
 if __name__ == "__main__":

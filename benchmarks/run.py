@@ -11,12 +11,16 @@ from itertools import product
 
 _MODELS = ("llama", "smollm2")
 _RUNS: list[list[str]] = [
-    *(["core", "--model", model, "--peers", "2"] for model in _MODELS),
+    *(["core", "--model", model, "--peers", "2"] for model in ("llama", "llama-bf16", "bloom", "smollm2")),
+    ["step_time"],
     *(["training", "--model", model, "--peers", str(peers)] for model, peers in product(_MODELS, (1, 2, 3))),
     *(["many", "--model", model] for model in _MODELS),
     ["methods"],
     ["stall"],
     ["carriers"],
+    ["codecs"],
+    ["latency"],
+    ["capacity"],
 ]
 
 

@@ -137,6 +137,12 @@ def build_llama(
     return folder
 
 
+def build_bloom(root: Path, *, name: str, hidden: int, layers: int, heads: int, vocab: int) -> Path:
+    """The checkpoint `root/name` of a random Bloom of these sizes, float32, as initialised; made on first use."""
+    config = tf.BloomConfig(**_TOKENS, vocab_size=vocab, hidden_size=hidden, n_layer=layers, n_head=heads)
+    return _build(root / name, config, perturbation=0.0, dtype=torch.float32, max_shard_size="200MB")
+
+
 def _build(
     folder: Path, config: tf.PretrainedConfig, *, perturbation: float, dtype: torch.dtype, max_shard_size: str
 ) -> Path:
