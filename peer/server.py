@@ -213,6 +213,7 @@ def _load(options: ServeOptions, blocks: range, scheduler: Scheduler, member: Me
         Mailbox(options.max_message),
         Outbox(member, served.model_id, served.digests),
     )
+    _return_freed_memory()  # what was tried out took some, too
     return _Loaded(span, speed, service, scheduler)
 
 
