@@ -27,7 +27,7 @@ from peer.sample_model import fetch_sample_model
 from tests.families import build_bloom, build_llama
 
 _CACHE = Path.home() / ".cache" / "swarmtune" / "benchmarks"
-_ROUNDS = 5
+_ROUNDS = 3
 _PROMPT, _TOKENS, _LONG = 32, 40, (512, 2048)
 
 

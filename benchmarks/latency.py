@@ -53,13 +53,15 @@ class _Clock(LogitsProcessor):
 def far_swarm(server: ForkServer, path: Path, spans: int, delay: float) -> Iterator[Swarm]:
     """Even spans of a model on peers with slow links."""
     blocks = transformers.AutoConfig.from_pretrained(path).num_hidden_layers
-    ports = free_ports(2 * spans)
-    doors = dict(zip(ports[:spans], ports[spans:], strict=True))
-    with delayed(delay, doors), new_swarm(server) as swarm:
-        for index, (door, port) in enumerate(doors.items()):
+    ports = free_ports(4 * spans)
+    ways, targets = ports[: 2 * spans], ports[2 * spans :]
+    with delayed(delay, dict(zip(ways, targets, strict=True))), new_swarm(server) as swarm:
+        for index in range(spans):
             span = f"{blocks * index // spans}:{blocks * (index + 1) // spans}"
-            address = f"/ip4/127.0.0.1/tcp/{door}"
-            swarm.serve(path, span, options=("--port", str(port), "--announce", address))
+            one, other = (f"/ip4/127.0.0.1/tcp/{way}" for way in ways[2 * index : 2 * index + 2])
+            port, direct_port = map(str, targets[2 * index : 2 * index + 2])
+            announced = ("--announce", one, "--announce-direct", other)
+            swarm.serve(path, span, options=("--port", port, "--direct-port", direct_port, *announced))
         yield swarm
 
 
