@@ -14,12 +14,11 @@ import torch
 from client.routing import Hop
 from client.swarm import Swarm
 from protocol import swarm_pb2 as pb
-from protocol.channel import Message
+from protocol.channel import PUSH_TOKEN_BYTES, Message
 from protocol.errors import NotPushed, SwarmError
 
 _GRACE = 1.0
 """Seconds after the answer of the peer before it in which a push to a peer must have arrived."""
-_TOKEN_BYTES = 16
 logger = logging.getLogger(__name__)
 
 
@@ -41,7 +40,7 @@ class Border:
     """
 
     def __init__(self, swarm: Swarm, before: Hop, after: Hop, name: str):
-        self.token = secrets.token_bytes(_TOKEN_BYTES)
+        self.token = secrets.token_bytes(PUSH_TOKEN_BYTES)
         self.before, self.after = before, after
         self._swarm, self._name = swarm, name
         self._passed: torch.Tensor | None = None

@@ -15,13 +15,12 @@ import torch
 
 from bootstrap.member import Member
 from protocol import swarm_pb2 as pb
-from protocol.channel import Message
+from protocol.channel import PUSH_TOKEN_BYTES, Message
 from protocol.connections import Connections, Wanted
 from protocol.errors import BadRequest, NotPushed, SwarmError
 from protocol.records import ModelId
 from protocol.tensors import nbytes
 
-TOKEN_BYTES = 16
 _KEPT = 30.0
 """Seconds for which a push waits for its request."""
 _MAX_KEPT = 1024
@@ -58,8 +57,8 @@ class Mailbox:
 
         Raises `BadRequest` for a token that is none or in use, `NotPushed` when nothing comes.
         """
-        if len(token) != TOKEN_BYTES or token in self._awaited:
-            raise BadRequest(f"A token has {TOKEN_BYTES} bytes, and one request waits for it.")
+        if len(token) != PUSH_TOKEN_BYTES or token in self._awaited:
+            raise BadRequest(f"A token has {PUSH_TOKEN_BYTES} bytes, and one request waits for it.")
         parcel = self._parcels.pop(token, None)
         if parcel is not None:
             return parcel.tensors
@@ -75,8 +74,8 @@ class Mailbox:
 
     def put(self, token: bytes, tensors: Tensors) -> None:
         """Something came. Raises `BadRequest` for a token that is none, or more than one tensor."""
-        if len(token) != TOKEN_BYTES or len(tensors) != 1:
-            raise BadRequest(f"A Push has a token of {TOKEN_BYTES} bytes and one tensor.")
+        if len(token) != PUSH_TOKEN_BYTES or len(tensors) != 1:
+            raise BadRequest(f"A Push has a token of {PUSH_TOKEN_BYTES} bytes and one tensor.")
         awaited = self._awaited.get(token)
         if awaited is not None and not awaited.done():
             awaited.set_result(tensors)

@@ -16,6 +16,8 @@ from protocol.tensors import Limits, check_entries, decode, decoded_size, encode
 from protocol.transport.base import Stream
 
 VERSION = 1
+PUSH_TOKEN_BYTES = 16
+"""Of the token of a `Push`: random, the client's."""
 _LENGTHS = struct.Struct("<IQ")
 _INLINE = 2**16
 """Bytes of tensors to be coded or decoded that are not worth another thread: a step of a generation is not to wait."""

@@ -12,9 +12,9 @@ import transformers
 from transformers import LogitsProcessorList
 
 from client.handover import Border
-from peer.handover import TOKEN_BYTES, Mailbox
+from peer.handover import Mailbox
 from protocol import swarm_pb2 as pb
-from protocol.channel import Message
+from protocol.channel import PUSH_TOKEN_BYTES, Message
 from protocol.errors import BadRequest, NotPushed
 from tests.arena import AtToken, assert_close, batch, step, with_adapter
 from tests.swarm import ForkServer, Peer, Swarm, new_swarm
@@ -167,7 +167,7 @@ def parcel(size: int = 1) -> dict[str, torch.Tensor]:
 
 def test_a_push_before_and_after_its_request() -> None:
     async def main() -> None:
-        box, first, second = Mailbox(100), b"1" * TOKEN_BYTES, b"2" * TOKEN_BYTES
+        box, first, second = Mailbox(100), b"1" * PUSH_TOKEN_BYTES, b"2" * PUSH_TOKEN_BYTES
         box.put(first, parcel())
         assert (await box.take(first)).keys() == {"hidden_states"}
         waiting = asyncio.create_task(box.take(second))
@@ -184,15 +184,15 @@ def test_what_nobody_asks_for_is_forgotten() -> None:
     async def main() -> None:
         box = Mailbox(100, patience=0.05)
         for number in range(50):
-            box.put(bytes([number]) * TOKEN_BYTES, parcel(10))
+            box.put(bytes([number]) * PUSH_TOKEN_BYTES, parcel(10))
         assert len(box._parcels) == 2
         with pytest.raises(NotPushed, match="No other peer pushed"):
-            await box.take(bytes([0]) * TOKEN_BYTES)
+            await box.take(bytes([0]) * PUSH_TOKEN_BYTES)
 
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("token", [b"", b"short", b"3" * TOKEN_BYTES])
+@pytest.mark.parametrize("token", [b"", b"short", b"3" * PUSH_TOKEN_BYTES])
 def test_what_is_no_push(token: bytes) -> None:
     with pytest.raises(BadRequest, match="A Push has"):
         Mailbox(100).put(token, parcel() | {"another": torch.ones(1)})
