@@ -76,9 +76,9 @@ def blocks_per_gpu(sizes: Sizes, memory: float, form: str, tokens: int = CONTEXT
 
 
 def decode_seconds(sizes: Sizes, spans: int, form: str, read: float, bandwidth: float, round_trip: float) -> float:
-    """A lower bound of one decode step: every weight read once, one round trip and the hidden state twice per span."""
+    """A lower bound of one decode step: each weight read once, hidden states handed from span to span."""
     reading = sizes.blocks * sizes.block_weights * BYTES_PER_WEIGHT[form] / read
-    return reading + spans * (round_trip + 2 * sizes.hidden * 2 / bandwidth)
+    return reading + (spans + 1) * (round_trip / 2 + sizes.hidden * 2 / bandwidth)
 
 
 def model_table() -> str:
@@ -130,8 +130,10 @@ Made by `python -m benchmarks.capacity` from skeletons of the real shapes on tor
 - Block: its weights x 2, 1.05 or 0.57 bytes (quantization's scales included).
 - Client: embeddings, LM head and norms in bf16 (tied ones once); adapters and their optimizer come on top.
 - KV: 2 x KV heads x head size x 2 bytes. A peer with `n` blocks and `t` tokens of cache holds `n t` times as much.
-- Per token and span, one way: hidden size x 2 bytes. A decode step or a forward sends it to each span and back; a
-  backward the same again for gradients. So a training token costs 4 x that per span, whatever the number of blocks.
+- Per token and span, one way: hidden size x 2 bytes. Where peers hand their results to each other, a training token
+  crosses the client's link 4 x (out and back, forward and backward), whatever the number of spans; a decoded token
+  goes out once and comes back once per span, for failover. Through the client (near peers, or `verify`) it is out and
+  back for every span. Wire codecs divide all of it.
 - LoRA: rank x (inputs + outputs) per linear layer. On the wire x 4 bytes (float32, as PEFT keeps it; half in bf16),
   once per optimizer step to the peers, and as much in gradients back per micro-batch; so on slow links use large
   micro-batches, a low rank, or fewer layers. On the client x 16 bytes with AdamW (weight, gradient, two moments, all
@@ -142,11 +144,12 @@ Made by `python -m benchmarks.capacity` from skeletons of the real shapes on tor
 {speeds}
 
 Blocks each: what fits 80 % of the memory with a KV cache of {context:,} tokens in bf16. Seconds of a step: the bytes
-of all weights / the memory's bytes per second + per span (round trip + 2 x hidden size x 2 bytes / link's bytes per
-second). It leaves out kernels' launch times, which are of the same order for int8 and nf4 at batch 1. For comparison,
-the Petals paper (arXiv 2209.01188) measured 1.71, 1.66 and 1.23 steps per second for BLOOM-176B in int8 on three A100
-over these three links, a fifth to a half of what stands here: the more the links' share is, the nearer. Batches and
-forwards read the weights once for many tokens: their time is the links' and the arithmetic's.
+of all weights / the memory's bytes per second + (spans + 1) x (half a round trip + hidden size x 2 bytes / link's bytes
+per second), as peers hand hidden states to each other. It leaves out kernels' launch times, which are of the same
+order for int8 and nf4 at batch 1. For comparison, the Petals paper (arXiv 2209.01188) measured 1.71, 1.66 and 1.23
+steps per second for BLOOM-176B in int8 on three A100 over these three links, each span's result going back to the
+client; that is a sixth to a third of what stands here. Batches and forwards read the weights once for many tokens:
+their time is the links' and the arithmetic's.
 """
 
 

@@ -24,7 +24,9 @@ def test_what_fits_a_gpu() -> None:
 def test_links_dominate_where_they_are_slow() -> None:
     sizes = measure(MODELS["BLOOM-176B"])
     fast = decode_seconds(sizes, 3, "int8", 2e12, 125e6, 0.0)
-    assert decode_seconds(sizes, 3, "int8", 2e12, 125e6, 0.1) == pytest.approx(fast + 0.3)
+    assert decode_seconds(sizes, 3, "int8", 2e12, 125e6, 0.1) == pytest.approx(
+        fast + 0.2
+    )  # (spans + 1) x half a round trip
 
 
 def test_the_page_is_the_generated_one() -> None:
