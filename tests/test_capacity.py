@@ -24,9 +24,8 @@ def test_what_fits_a_gpu() -> None:
 def test_links_dominate_where_they_are_slow() -> None:
     sizes = measure(MODELS["BLOOM-176B"])
     fast = decode_seconds(sizes, 3, "int8", 2e12, 125e6, 0.0)
-    assert decode_seconds(sizes, 3, "int8", 2e12, 125e6, 0.1) == pytest.approx(
-        fast + 0.2
-    )  # (spans + 1) x half a round trip
+    handed_over = fast + (3 + 1) * 0.1 / 2
+    assert decode_seconds(sizes, 3, "int8", 2e12, 125e6, 0.1) == pytest.approx(handed_over)
 
 
 def test_the_page_is_the_generated_one() -> None:
