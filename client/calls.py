@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -80,13 +80,15 @@ async def _forward_part(
             output, relayed = await relay_forward(swarm, work, route, hidden, keep)
         except HopFailed as failure:
             retries.failed(failure.hop.peer, failure.error)
+            retries = Retries(swarm)
+            route = await retries.find_route(blocks.start, blocks.stop, "forward")
         else:
             return output, Trace(work, rows, (), relayed)
-    return await _forward_hop_by_hop(swarm, work, rows, blocks, hidden, keep)
+    return await _forward_hop_by_hop(swarm, retries, route, work, rows, hidden, keep)
 
 
 async def _forward_hop_by_hop(
-    swarm: Swarm, work: Work, rows: slice, blocks: range, hidden: torch.Tensor, keep: bool
+    swarm: Swarm, retries: Retries, route: Sequence[Hop], work: Work, rows: slice, hidden: torch.Tensor, keep: bool
 ) -> tuple[torch.Tensor, Trace]:
     passed = list[_Passed]()
 
@@ -96,7 +98,7 @@ async def _forward_hop_by_hop(
         passed.append(_Passed(hop, hidden, call_id))
         hidden = output
 
-    await Retries(swarm).hop_by_hop(blocks.start, blocks.stop, "forward", go)
+    await retries.hop_by_hop(route, "forward", go)
     return hidden, Trace(work, rows, tuple(passed) if keep else ())
 
 
@@ -149,7 +151,9 @@ async def _backward_over(
     swarm: Swarm, work: Work, blocks: range, hidden: torch.Tensor, grad: torch.Tensor
 ) -> tuple[torch.Tensor, Gradients]:
     """The blocks that were lost are now on several peers: go forward over them again, then back."""
-    _, trace = await _forward_hop_by_hop(swarm, work, slice(None), blocks, hidden, keep=True)
+    retries = Retries(swarm)
+    route = await retries.find_route(blocks.start, blocks.stop, "forward")
+    _, trace = await _forward_hop_by_hop(swarm, retries, route, work, slice(None), hidden, keep=True)
     return await _backward_part(swarm, trace, grad)
 
 

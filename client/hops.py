@@ -116,14 +116,9 @@ async def ask_forward(
     """
     body = pb.Forward(context=work.context(hop), keep=keep, hand_over=link(before, after, copy=False))
     message = Message(body, work.tensors(hop, None if before else hidden), work.codecs.of_request)
-    on_working = before.on_working if before else None
-    async with swarm.connections.channel(hop.peer.peer_id) as channel:
-        with swarm.health.asking(hop.peer.peer_id) as asking:
-            answer, seconds = await call_with_adapter(swarm.puts, channel, message, work.bundle(hop), on_working)
-    if asking.alone and not before and (tokens := hidden.shape[0] * hidden.shape[1]) > _FEW:
+    answer, result, seconds = await _ask(swarm, work, hop, message, before)
+    if seconds is not None and not before and (tokens := hidden.shape[0] * hidden.shape[1]) > _FEW:
         swarm.health.took(hop, tokens, seconds)
-    swarm.health.succeed(hop.peer.peer_id)
-    result = answer.body if isinstance(answer.body, pb.Result) else pb.Result()
     if after and result.pushed:
         await after.passed(None, pushed=True)
         return hidden, result.call_id
@@ -151,15 +146,11 @@ async def ask_backward(
         context=work.context(hop, is_backward=True), call_id=call_id, hand_over=link(before, after, copy=False)
     )
     message = Message(body, tensors, work.codecs.of_request)
-    on_working = before.on_working if before else None
-    async with swarm.connections.channel(hop.peer.peer_id) as channel:
-        with swarm.health.asking(hop.peer.peer_id):
-            answer, _ = await call_with_adapter(swarm.puts, channel, message, work.bundle(hop), on_working)
-    swarm.health.succeed(hop.peer.peer_id)
+    answer, result, _ = await _ask(swarm, work, hop, message, before)
     gradients = {name.removeprefix("grad."): tensor for name, tensor in answer.tensors.items()}
     found = gradients.pop("hidden_states", None)
     _check_gradients(work, hop, gradients)
-    if after and isinstance(answer.body, pb.Result) and answer.body.pushed:
+    if after and result.pushed:
         await after.passed(None, pushed=True)
         return grad, gradients
     if found is None or found.shape != grad.shape:
@@ -168,6 +159,19 @@ async def ask_backward(
     if after:
         await after.passed(found, pushed=False)
     return found, gradients
+
+
+async def _ask(
+    swarm: Swarm, work: Work, hop: Hop, message: Message, before: Border | None
+) -> tuple[Message, pb.Result, float | None]:
+    """The answer to a request, its body, and the seconds it took: None when other requests of ours overlapped it."""
+    on_working = before.on_working if before else None
+    async with swarm.connections.channel(hop.peer.peer_id) as channel:
+        with swarm.health.asking(hop.peer.peer_id) as asking:
+            answer, seconds = await call_with_adapter(swarm.puts, channel, message, work.bundle(hop), on_working)
+    swarm.health.succeed(hop.peer.peer_id)
+    result = answer.body if isinstance(answer.body, pb.Result) else pb.Result()
+    return answer, result, seconds if asking.alone else None
 
 
 def _check_gradients(work: Work, hop: Hop, gradients: Gradients) -> None:

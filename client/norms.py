@@ -38,4 +38,6 @@ class NormCache:
             found = await read_norms(self._swarm.connections, hop, names, transposed, dims, dtype) if names else {}
             self._known |= {(name, transposed, dims, dtype): norm for name, norm in found.items()}
 
-        await Retries(self._swarm).hop_by_hop(0, self._swarm.model_id.num_blocks, "forward", read)
+        retries = Retries(self._swarm)
+        route = await retries.find_route(0, self._swarm.model_id.num_blocks, "forward")
+        await retries.hop_by_hop(route, "forward", read)

@@ -1,7 +1,7 @@
 """What to do when a peer fails: go round it, wait when there is nobody left to ask, give up in the end."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from client.routing import Hop, describe_holes
 from client.swarm import Purpose, Swarm
@@ -73,16 +73,13 @@ class Retries:
             raise self._last
         raise (missing or NoRoute(describe_holes([], start, end))) from self._last
 
-    async def hop_by_hop(self, start: int, end: int, purpose: Purpose, do: Callable[[Hop], Awaitable[None]]) -> None:
-        """Do something on one hop after the other of a route over blocks [start, end); elsewhere where a peer fails.
-
-        Raises as `find_route`.
-        """
-        route = await self.find_route(start, end, purpose)
-        while route:
-            hop = route.pop(0)
+    async def hop_by_hop(self, route: Sequence[Hop], purpose: Purpose, do: Callable[[Hop], Awaitable[None]]) -> None:
+        """Do something on one hop of a route after the other; elsewhere where a peer fails. Raises as `find_route`."""
+        left = list(route)
+        while left:
+            hop = left.pop(0)
             try:
                 await do(hop)
             except SwarmError as error:
                 self.failed(hop.peer, error)
-                route = [*await self.find_route(hop.start, hop.end, purpose), *route]
+                left = [*await self.find_route(hop.start, hop.end, purpose), *left]

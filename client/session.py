@@ -280,7 +280,7 @@ class Session:
             stages.append(Stage(hop, await self._open(hop)))
 
         try:
-            await retries.hop_by_hop(start, end, "decode", open_stage)
+            await retries.hop_by_hop(await retries.find_route(start, end, "decode"), "decode", open_stage)
         except BaseException:
             _close_stages(stages)
             raise
