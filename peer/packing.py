@@ -69,11 +69,16 @@ class Packed:
     has_begun: bool = False
     """Whether any session's cache may have taken tokens."""
 
-    def make_masks(self, arguments: dict[str, Any]) -> "_Masks":
+    @property
+    def size(self) -> int:
+        """Tokens of all parts."""
+        return sum(part.size for part in self.parts)
+
+    def make_masks(self, arguments: dict[str, Any]) -> "Masks":
         """What the model's own mask function makes for each part alone; `arguments`: the trunk's, for the whole row."""
         make = ALL_MASK_ATTENTION_FUNCTIONS[self.implementation]
         masks = [part.attempt(lambda: make(**self._of_part(part, arguments))) for part in self.parts]  # noqa: B023
-        return _Masks(self, masks)
+        return Masks(self, masks)
 
     def _of_part(self, part: Part, arguments: dict[str, Any]) -> dict[str, Any]:
         kv_length, kv_offset = part.cache.get_mask_sizes(part.tokens, self.layer)
@@ -113,7 +118,7 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class _Masks:
+class Masks:
     """Goes through the trunk in the place of a mask."""
 
     call: Packed
@@ -149,6 +154,9 @@ _call: ContextVar[Packed] = ContextVar("packed call")
 class Packer:
     """Runs packed calls on a span."""
 
+    implementation = _NAME
+    """The attention that a model is made to call meanwhile."""
+
     def __init__(self, span: Span):
         self._span = span
         # From the trunk down: setting a configuration's attention sets that of its parts.
@@ -173,7 +181,7 @@ class Packer:
         before = [config._attn_implementation for config in self._configs]
         try:
             for config in self._configs:
-                config._attn_implementation = _NAME
+                config._attn_implementation = self.implementation
             result = self._span.run(inputs, mode, cache, adapted)[0].to("cpu")
         finally:
             for config, name in zip(self._configs, before, strict=True):
@@ -194,17 +202,17 @@ def _packed_attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: _Masks,
+    attention_mask: Masks,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """What a model calls as its attention function during a packed call."""
     return attention_mask.call.attend(attention_mask.masks, module, (query, key, value), options), None
 
 
-def _packed_mask(**arguments: Any) -> _Masks:
+def packed_mask(**arguments: Any) -> Masks:
     """What a trunk calls to make a mask during a packed call."""
     return _call.get().make_masks(arguments)
 
 
 AttentionInterface.register(_NAME, _packed_attention_forward)
-AttentionMaskInterface.register(_NAME, _packed_mask)  # type: ignore[arg-type]
+AttentionMaskInterface.register(_NAME, packed_mask)  # type: ignore[arg-type]

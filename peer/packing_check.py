@@ -34,7 +34,7 @@ def can_pack(span: Span) -> bool:
         except Exception as failure:  # any failure at all: this architecture does something else with masks or caches
             logger.info("sessions are not joined: %s", first_line(failure))
             return False
-        if not error <= _tolerance(span):
+        if not error <= tolerance(span):
             logger.info("sessions are not joined: together block %d differs by %.1e", block, error)
             return False
     return True
@@ -60,7 +60,8 @@ def _blocks_of_each_kind(span: Span) -> list[int]:
     return sorted(kinds.values())
 
 
-def _tolerance(span: Span) -> float:
+def tolerance(span: Span) -> float:
+    """By how much, relative to the largest value, results may differ that are computed in another order."""
     is_quantized = getattr(span.model, "is_quantized", False)
     return _ROUGH if is_quantized else _TOLERANCE.get(span.dtype, _ROUGH)
 

@@ -82,6 +82,9 @@ def serve(
         float, typer.Option(min=0, help="Seconds that clients get to go elsewhere when this peer is told to stop.")
     ] = 30.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads to compute with.")] = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile decode steps (torch.compile): starts later, steps sooner.")
+    ] = False,
     config: Config = None,
 ) -> None:
     """Serve a span of a model's blocks: found a swarm, or join one with --initial-peers."""
@@ -137,6 +140,7 @@ def serve(
         quota=quota,
         max_message=max_message,
         drain_timeout=drain_timeout,
+        compile=compile_,
     )
     run(_serve(options))
 

@@ -72,6 +72,8 @@ class ServeOptions:
     """Bytes of the tensors of one message."""
     drain_timeout: float
     """Seconds that clients get to take their sessions elsewhere when the peer leaves."""
+    compile: bool
+    """Whether decode steps are to be run by `torch.compile`, where that pays."""
 
 
 def own_version() -> str:
@@ -208,13 +210,24 @@ def _load(options: ServeOptions, blocks: range, scheduler: Scheduler, member: Me
         memory,
         adapters,
         Trainer(span, adapters, max_kept_bytes=share),
-        StepRunner(span, adapters, joins=can_pack(span)),
+        _step_runner(span, adapters, options.compile),
         scheduler,
         Mailbox(options.max_message),
         Outbox(member, served.model_id, served.digests),
     )
     _return_freed_memory()  # what was tried out took some, too
     return _Loaded(span, speed, service, scheduler)
+
+
+def _step_runner(span: Span, adapters: AdapterStore, compiles: bool) -> StepRunner:
+    joins = can_pack(span)
+    if compiles and not joins:
+        logger.warning("steps are not compiled: those of this architecture cannot be joined either")
+    if not compiles or not joins:
+        return StepRunner(span, adapters, joins)
+    from peer.compiled import compile_steps  # brings the compiler with it
+
+    return StepRunner(span, adapters, joins, compile_steps(span))
 
 
 def _return_freed_memory() -> None:

@@ -6,8 +6,9 @@ per architecture: masks, rotary embeddings, sliding windows and caches are Trans
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -45,10 +46,13 @@ class SpanBlocks(nn.ModuleList):
 
     active: range
     skip: tuple[Skip]  # in a tuple: not a submodule
+    stand_ins: Mapping[int, Any] = MappingProxyType({})
+    """What is run in the place of blocks."""
 
     def _listed(self) -> list[Any]:
         blocks, (start, end) = list(self._modules.values()), (self.active.start, self.active.stop)
-        return [*self.skip * start, *blocks[start:end], *self.skip * (len(blocks) - end)]
+        run = [self.stand_ins[i] for i in self.active] if self.stand_ins else blocks[start:end]
+        return [*self.skip * start, *run, *self.skip * (len(blocks) - end)]
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(self._listed())
@@ -57,7 +61,9 @@ class SpanBlocks(nn.ModuleList):
         if isinstance(index, slice):
             return self._listed()[index]
         index = index % len(self)
-        return self._modules[str(index)] if index in self.active else self.skip[0]
+        if index not in self.active:
+            return self.skip[0]
+        return self.stand_ins[index] if self.stand_ins else self._modules[str(index)]
 
 
 def cut_to_span(model: PreTrainedModel, start: int, end: int) -> BlockList:
@@ -134,6 +140,16 @@ class Span:
     def blocks(self) -> range:
         """The blocks' indices."""
         return range(self.start, self.end)
+
+    @contextmanager
+    def standing_in(self, stand_ins: Mapping[int, Any]) -> Iterator[None]:
+        """Within the block these are run in the place of blocks: of all that are run, or none."""
+        blocks: Any = self.where.of(self.model)
+        blocks.stand_ins = stand_ins
+        try:
+            yield
+        finally:
+            blocks.stand_ins = {}
 
     def run(
         self, inputs: Inputs, mode: Mode, cache: Cache | None = None, adapted: Adapted | None = None

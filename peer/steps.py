@@ -89,11 +89,12 @@ class Tally:
 class StepRunner:
     """Runs steps on a span. What runs them belongs on the compute thread.
 
-    `joins`: whether steps of several sessions may go through the trunk in one call.
+    `joins`: whether steps of several sessions may go through the trunk in one call. `compiled`: by which those without
+    an adapter go, each one even alone.
     """
 
-    def __init__(self, span: Span, adapters: AdapterStore, joins: bool):
-        self._span, self._adapters, self._joins = span, adapters, joins
+    def __init__(self, span: Span, adapters: AdapterStore, joins: bool, compiled: Packer | None = None):
+        self._span, self._adapters, self._joins, self._compiled = span, adapters, joins, compiled
         self._packer, self._lora = Packer(span), LoraApplier(span)
         self.tally = Tally()
 
@@ -118,7 +119,7 @@ class StepRunner:
                     ready.append(step)
                 except Exception as error:
                     outcomes[step] = error
-            if len(ready) > 1:
+            if len(ready) > 1 or (ready and self._is_compiled(ready[0])):
                 outcomes |= self._run_together(ready)
             elif ready:
                 outcomes[ready[0]] = self._run_alone(ready[0])
@@ -150,9 +151,14 @@ class StepRunner:
     def _call_trunk(self, steps: Sequence[Step], call: Packed) -> list[torch.Tensor]:
         mode, bundle = steps[0].mode, steps[0].bundle
         if all(step.bundle is bundle for step in steps):
+            if bundle is None and self._compiled:
+                return self._compiled.run(call, mode)
             return self._packer.run(call, mode, self._adapted(bundle))
         with self._lora.applied(_segments(steps, call)):
             return self._packer.run(call, mode)
+
+    def _is_compiled(self, step: Step) -> bool:
+        return self._compiled is not None and step.bundle is None and self.group(step) is not None
 
     def _adapted(self, bundle: Bundle | None) -> Adapted | None:
         return self._adapters.adapt(bundle, bundle.tensors) if bundle else None

@@ -14,6 +14,7 @@ from peer.adapters import AdapterStore, Bundle
 from peer.arena_trial import arena_for
 from peer.kv_cache import CacheMemory, Session, SpanCache
 from peer.loading import load_span
+from peer.packing import Packer
 from peer.packing_check import can_pack
 from peer.quotas import Quota
 from peer.span import Mode, Span
@@ -40,10 +41,10 @@ class Talk:
 class Desk:
     """A span, and sessions on it whose steps are run as the scheduler would have them run."""
 
-    def __init__(self, span: Span):
+    def __init__(self, span: Span, compiled: Packer | None = None):
         self.span = span
         self.store = AdapterStore(span, 10**8, Quota())
-        self.runner = StepRunner(span, self.store, joins=True)
+        self.runner = StepRunner(span, self.store, joins=True, compiled=compiled)
         self._memory = CacheMemory(100_000, 256, 30.0, arena_for(span, 100_000))
 
     def open(self, padding: int = 0) -> Talk:
