@@ -20,7 +20,7 @@ from peer.calls import Trainer
 from peer.handover import Mailbox, Outbox
 from peer.kv_cache import CacheMemory
 from peer.loading import block_bytes, load_span
-from peer.packing_check import can_pack
+from peer.packing_check import find_joiner
 from peer.placement import choose_blocks
 from peer.quotas import Accounts, Quota
 from peer.reception import Reception, Served
@@ -208,7 +208,7 @@ def _load(options: ServeOptions, blocks: range, scheduler: Scheduler, member: Me
         memory,
         adapters,
         Trainer(span, adapters, max_kept_bytes=share),
-        StepRunner(span, adapters, joins=can_pack(span)),
+        StepRunner(span, adapters, find_joiner(span)),
         scheduler,
         Mailbox(options.max_message),
         Outbox(member, served.model_id, served.digests),
