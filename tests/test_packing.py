@@ -157,8 +157,9 @@ def test_a_span_finds_out_whether_it_can(load: Callable[..., Span], family: str)
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"quantization": "nf4"}, {"quantization": "int8"}])
-def test_a_rough_span_can_too(load: Callable[..., Span], options: dict[str, Any]) -> None:
-    assert type(find_joiner(load("llama", **options))) is Packer
+@pytest.mark.parametrize(("family", "way"), [("llama", Packer), ("bloom", Lockstep)])
+def test_a_rough_span_can_too(load: Callable[..., Span], options: dict[str, Any], family: str, way: type) -> None:
+    assert type(find_joiner(load(family, **options))) is way
 
 
 def test_positions_that_look_at_the_longest_sequence(llama: Span, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,16 +280,17 @@ def test_lora_in_lockstep(load: Callable[..., Span], family: str) -> None:
     compare_adapters(load(family), [(q, 4), (both, 2), (q, 2)], (4, 1, 3, 1))
 
 
-def test_other_adapters_join_only_their_own_kind(llama: Span) -> None:
-    desk = Desk(llama)
-    dora, lora = put(desk, Q, 4, 1, use_dora=True), put(desk, Q, 4, 2)
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_other_adapters_join_only_their_own_kind(load: Callable[..., Span], family: str) -> None:
+    desk, q = Desk(load(family)), renamed(family, Q)
+    dora, lora = put(desk, q, 4, 1, use_dora=True), put(desk, q, 4, 2)
 
     def group(bundle: Bundle | None, **mode: Any) -> Any:
         step = desk.step(desk.open(), states(1, 1, 0), bundle=bundle)
-        step.mode = Mode(llama.blocks, **mode)
+        step.mode = Mode(desk.span.blocks, **mode)
         return desk.runner.group(step)
 
-    assert group(None) == group(lora) != group(dora) != group(put(desk, Q, 4, 3, use_dora=True))
+    assert group(None) == group(lora) != group(dora) != group(put(desk, q, 4, 3, use_dora=True))
     assert group(None, training=True) is group(None, autocast=torch.bfloat16) is group(None, dropout_seed=1) is None
 
     def steps() -> list[Step]:
