@@ -206,7 +206,7 @@ def _merge(parts: Sequence[Part], values: Sequence[Any]) -> Any:
         type(value) is type(like) and value == like for _, value in pairs
     ):
         return like
-    if not all(_is_tokens(part, value) for part, value in pairs):
+    if not all(_is_tokens(part, value) and value.shape[2] == like.shape[2] for part, value in pairs):
         return _Each(parts, values)
     rows = [
         like.new_zeros(1, part.size, like.shape[2]) if value is _NOTHING else value.reshape(1, part.size, -1)
