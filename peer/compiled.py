@@ -18,8 +18,9 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from peer.joint import JointCall, Part
 from peer.kv_cache import SpanCache
-from peer.packing import Masks, Packed, Packer, Part, packed_mask
+from peer.packing import Masks, Packer, packed_mask
 from peer.packing_check import tolerance
 from peer.span import Adapted, Inputs, Mode, Span
 from protocol.errors import first_line
@@ -48,7 +49,7 @@ class _Table:
         """See `Packed.attend`; of the block that is running."""
         module, options = self.seen[self.block]
         assert self.masks is not None
-        return self.masks.call.attend(self.masks.masks, module, (query, key, value), options)
+        return self.masks.packed.attend(self.masks.masks, module, (query, key, value), options)
 
 
 _table: ContextVar[_Table] = ContextVar("compiled call")
@@ -119,8 +120,8 @@ class CompiledPacker(Packer):
         self._backend, self._table = backend, _Table()
         self._compiled = dict[int, Any]()
 
-    def run(self, call: Packed, mode: Mode, adapted: Adapted | None = None) -> list[torch.Tensor]:
-        """See `Packer.run`."""
+    def run(self, call: JointCall, mode: Mode, adapted: Adapted | None = None) -> list[torch.Tensor]:
+        """See `Joiner.run`."""
         if adapted is not None:
             raise ValueError("Compiled blocks run without adapters.")
         stand_ins = self._compiled if call.size <= _MOST else {}
@@ -171,7 +172,7 @@ def _try_out(span: Span, plain: Packer, compiled: CompiledPacker) -> tuple[float
     caches = {packer: SpanCache(span.model.config, span.blocks) for packer in (plain, compiled)}
 
     def step(packer: Packer, hidden: torch.Tensor) -> torch.Tensor:
-        (found,) = packer.run(packer.pack([Part(Inputs(hidden), caches[packer])]), mode)
+        (found,) = packer.run(JointCall([Part(Inputs(hidden), caches[packer])]), mode)
         caches[packer].seen += hidden.shape[1]
         return found
 

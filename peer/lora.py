@@ -6,7 +6,7 @@ and S-LoRA, Sheng et al. 2023), else two small products per client.
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from peer.lockstep import Forward, place_apart, replaced_forwards
 from peer.span import Span, find_module
 from protocol.adapters import Manifest
 
@@ -120,8 +121,9 @@ class LoraApplier:
             for name in {name: None for segment in segments for name in segment.lora.deltas}:
                 own = [segment for segment in segments if name in segment.lora.deltas]
                 stacked = stacks.get(name) if is_even and len(own) == len(segments) else None
-                hook = partial(_add_stack, stacked, own) if stacked else partial(_add_each, name, own)
-                stack.callback(blocks.get_submodule(name).register_forward_hook(hook).remove)
+                add = partial(_add_stack, stacked) if stacked else partial(_add_each, name)
+                make = partial(_adding, own, add, partial(_add_each, name))
+                stack.enter_context(replaced_forwards([blocks.get_submodule(name)], make))
             yield
 
     def _stacks_of(self, loras: tuple[Lora, ...]) -> dict[str, _Stack | None]:
@@ -148,17 +150,33 @@ def _stack(deltas: Sequence[Sequence[Delta]]) -> _Stack | None:
     return _Stack(a, b, scaling[:, None, None])
 
 
-def _rows(segments: Sequence[Segment], given: tuple[torch.Tensor], output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+_Add = Callable[[Sequence[Segment], torch.Tensor, torch.Tensor], torch.Tensor]
+"""Adds segments' deltas to a module's output, given its inputs too."""
+
+
+def _adding(segments: Sequence[Segment], add: _Add, add_each: _Add, _: nn.Module, forward: Forward) -> Forward:
+    """A module's forward with the deltas of the row's segments, or of the one part for which it is run apart."""
+
+    def run(inputs: torch.Tensor) -> torch.Tensor:
+        output = forward(inputs)
+        if (place := place_apart()) is None:
+            return add(segments, inputs, output)
+        tokens = inputs.shape[:-1].numel()
+        own = [Segment(0, tokens, segment.lora) for segment in segments if segment.start <= place < segment.end]
+        return add_each(own, inputs, output) if own else output
+
+    return run
+
+
+def _rows(segments: Sequence[Segment], given: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and outputs of a module, a token a row."""
-    inputs, outputs = given[0].flatten(0, -2), output.flatten(0, -2)
+    inputs, outputs = given.flatten(0, -2), output.flatten(0, -2)
     if len(inputs) < segments[-1].end:
         raise RuntimeError(f"A module with an adapter got {len(inputs)} tokens of {segments[-1].end}")
     return inputs, outputs
 
 
-def _add_each(
-    name: str, segments: Sequence[Segment], module: nn.Module, given: tuple[torch.Tensor], output: torch.Tensor
-) -> torch.Tensor:
+def _add_each(name: str, segments: Sequence[Segment], given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     inputs, outputs = _rows(segments, given, output)
     for segment in segments:
         own = slice(segment.start, segment.end)
@@ -167,9 +185,7 @@ def _add_each(
     return outputs.view_as(output)
 
 
-def _add_stack(
-    stack: _Stack, segments: Sequence[Segment], module: nn.Module, given: tuple[torch.Tensor], output: torch.Tensor
-) -> torch.Tensor:
+def _add_stack(stack: _Stack, segments: Sequence[Segment], given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     inputs, outputs = _rows(segments, given, output)
     own = slice(segments[0].start, segments[-1].end)
     outputs[own] += stack.of(inputs[own])

@@ -6,10 +6,10 @@ mask that Transformers would make for it alone, by the attention function that t
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,66 +18,26 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from peer.kv_cache import SpanCache
+from peer.joint import JointCall, Part
 from peer.span import Adapted, Inputs, Mode, Span
-
-T = TypeVar("T")
 
 _NAME = "swarmtune_packed"
 
 
-class Part:
-    """One session's tokens in a packed call. What fails for one part alone is noted in it; the others go on."""
-
-    def __init__(self, inputs: Inputs, cache: SpanCache):
-        self.inputs, self.cache = inputs, cache
-        self.rows, self.tokens = inputs.hidden.shape[:2]
-        self.size = self.rows * self.tokens
-        """Tokens of all rows: what it takes of the packed row."""
-        self.error: Exception | None = None
-
-    def positions(self) -> torch.Tensor:
-        """(1, rows x tokens): as the user gave them, else counted on from the cache, as a trunk does."""
-        given = self.inputs.positions
-        if given is None:
-            past = self.cache.get_seq_length()
-            given = torch.arange(past, past + self.tokens)[None]
-        return given.expand(self.rows, -1).reshape(1, -1)
-
-    def unpack(self, states: torch.Tensor) -> torch.Tensor:
-        """(rows, heads, tokens, head size) of its place (1, heads, size, head size) in packed states."""
-        return states if self.rows == 1 else states[0].unflatten(1, (self.rows, self.tokens)).transpose(0, 1)
-
-    def attempt(self, work: Callable[[], T]) -> T | None:
-        """The result of `work`; `None` when that failed, or anything before it."""
-        try:
-            return None if self.error else work()
-        except Exception as error:
-            self.error = error
-            return None
-
-
 @dataclass
-class Packed:
+class _Packed:
     """A packed call under way."""
 
-    parts: Sequence[Part]
+    call: JointCall
     implementation: str
     """The model's own attention."""
     layer: int = 0
     """For which the trunk makes a mask at present."""
-    has_begun: bool = False
-    """Whether any session's cache may have taken tokens."""
-
-    @property
-    def size(self) -> int:
-        """Tokens of all parts."""
-        return sum(part.size for part in self.parts)
 
     def make_masks(self, arguments: dict[str, Any]) -> "Masks":
         """What the model's own mask function makes for each part alone; `arguments`: the trunk's, for the whole row."""
         make = ALL_MASK_ATTENTION_FUNCTIONS[self.implementation]
-        masks = [part.attempt(lambda: make(**self._of_part(part, arguments))) for part in self.parts]  # noqa: B023
+        masks = [part.attempt(lambda: make(**self._of_part(part, arguments))) for part in self.call.parts]  # noqa: B023
         return Masks(self, masks)
 
     def _of_part(self, part: Part, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -98,17 +58,18 @@ class Packed:
         """(1, all tokens, heads, head size) from queries, keys and values (1, heads, all tokens, head size)."""
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, _eager_attention(module))
         layer: Any = module.layer_idx
-        self.has_begun = True
-        sizes = [part.size for part in self.parts]
+        self.call.has_begun = True
+        parts = self.call.parts
+        sizes = [part.size for part in parts]
 
         def attend(part: Part, mask: torch.Tensor | None, packed: Sequence[torch.Tensor]) -> torch.Tensor:
-            query, key, value = map(part.unpack, packed)
+            query, key, value = (_unpack(part, states) for states in packed)
             key, value = part.cache.update(key, value, layer)
             output: torch.Tensor = function(module, query, key, value, mask, **options)[0]
             return output.reshape(1, -1, *output.shape[2:])
 
         outputs = []
-        for part, mask, *packed in zip(self.parts, masks, *(states.split(sizes, 2) for states in qkv), strict=True):
+        for part, mask, *packed in zip(parts, masks, *(states.split(sizes, 2) for states in qkv), strict=True):
             output = part.attempt(lambda: attend(part, mask, packed))  # noqa: B023
             if output is None:  # its tokens mean nothing any more, but keep their place
                 query, _, value = packed
@@ -121,16 +82,16 @@ class Packed:
 class Masks:
     """Goes through the trunk in the place of a mask."""
 
-    call: Packed
+    packed: _Packed
     masks: Sequence[torch.Tensor | None]
 
 
 class _PackedCache(Cache):
     """Goes through the trunk in the place of a cache: keys and values pass, to be cached in the attention function."""
 
-    def __init__(self, call: Packed, kinds: Cache):
+    def __init__(self, packed: _Packed, kinds: Cache):
         super().__init__(layers=kinds.layers)
-        self._call = call
+        self._packed = packed
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -144,11 +105,11 @@ class _PackedCache(Cache):
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        self._call.layer = layer_idx
+        self._packed.layer = layer_idx
         return query_length, 0
 
 
-_call: ContextVar[Packed] = ContextVar("packed call")
+_current: ContextVar[_Packed] = ContextVar("packed call")
 
 
 class Packer:
@@ -165,31 +126,35 @@ class Packer:
         self._kinds = DynamicCache(config=span.model.config)
         """Always empty: it is asked of which kind the layers are."""
 
-    def pack(self, parts: Sequence[Part]) -> Packed:
-        """A call for `parts`, which has not begun."""
-        return Packed(parts, self._span.model.config._attn_implementation)
-
-    def run(self, call: Packed, mode: Mode, adapted: Adapted | None = None) -> list[torch.Tensor]:
-        """Each part's hidden states (rows, tokens, hidden size) after `mode.blocks`, on the CPU.
-
-        The caches have taken the tokens. A part that failed alone says so, and its hidden states mean nothing.
-        """
-        hidden = torch.cat([part.inputs.hidden.reshape(1, -1, self._span.hidden_size) for part in call.parts], 1)
-        positions = torch.cat([part.positions() for part in call.parts], 1)
-        inputs, cache = Inputs(hidden, None, positions), _PackedCache(call, self._kinds)
-        token = _call.set(call)
+    def run(self, call: JointCall, mode: Mode, adapted: Adapted | None = None) -> list[torch.Tensor]:
+        """See `Joiner.run`."""
+        packed = _Packed(call, self._span.model.config._attn_implementation)
+        positions = torch.cat([_positions(part) for part in call.parts], 1)
+        inputs, cache = Inputs(call.row(), None, positions), _PackedCache(packed, self._kinds)
+        token = _current.set(packed)
         before = [config._attn_implementation for config in self._configs]
         try:
             for config in self._configs:
                 config._attn_implementation = self.implementation
-            result = self._span.run(inputs, mode, cache, adapted)[0].to("cpu")
+            return call.split(self._span.run(inputs, mode, cache, adapted).to("cpu"))
         finally:
             for config, name in zip(self._configs, before, strict=True):
                 config._attn_implementation = name
-            _call.reset(token)
-        # Copies: an answer is kept as long as its session.
-        each = result.split([part.size for part in call.parts])
-        return [own.clone().reshape(part.inputs.hidden.shape) for own, part in zip(each, call.parts, strict=True)]
+            _current.reset(token)
+
+
+def _positions(part: Part) -> torch.Tensor:
+    """(1, rows x tokens): as the user gave them, else counted on from the cache, as a trunk does."""
+    given = part.inputs.positions
+    if given is None:
+        past = part.cache.get_seq_length()
+        given = torch.arange(past, past + part.tokens)[None]
+    return given.expand(part.rows, -1).reshape(1, -1)
+
+
+def _unpack(part: Part, states: torch.Tensor) -> torch.Tensor:
+    """(rows, heads, tokens, head size) of a part's place (1, heads, size, head size) in packed states."""
+    return states if part.rows == 1 else states[0].unflatten(1, (part.rows, part.tokens)).transpose(0, 1)
 
 
 def _eager_attention(module: nn.Module) -> Any:
@@ -206,12 +171,12 @@ def _packed_attention_forward(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """What a model calls as its attention function during a packed call."""
-    return attention_mask.call.attend(attention_mask.masks, module, (query, key, value), options), None
+    return attention_mask.packed.attend(attention_mask.masks, module, (query, key, value), options), None
 
 
 def packed_mask(**arguments: Any) -> Masks:
     """What a trunk calls to make a mask during a packed call."""
-    return _call.get().make_masks(arguments)
+    return _current.get().make_masks(arguments)
 
 
 AttentionInterface.register(_NAME, _packed_attention_forward)

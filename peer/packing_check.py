@@ -1,4 +1,4 @@
-"""Whether packed calls give what a span gives session by session: tried out when a span is loaded."""
+"""Which joint calls give what a span gives session by session: tried out when a span is loaded."""
 
 import logging
 from collections.abc import Sequence
@@ -7,8 +7,10 @@ from math import inf, isnan
 
 import torch
 
+from peer.joint import Joiner, JointCall, Part
 from peer.kv_cache import SpanCache
-from peer.packing import Packer, Part
+from peer.lockstep import Lockstep
+from peer.packing import Packer
 from peer.span import Inputs, Mode, Span
 from protocol.errors import first_line
 
@@ -22,26 +24,32 @@ _ROUGH = 5e-2
 
 
 @torch.no_grad()
-def can_pack(span: Span) -> bool:
-    """Run three short steps of two sequences packed and alone, on one block of each kind, and compare."""
+def find_joiner(span: Span) -> Joiner | None:
+    """The quickest way to run joint calls on a span that is right; `None`: its sessions have to step alone."""
     if reason := _known_obstacle(span):
-        logger.info("sessions are not joined: %s", reason)
-        return False
-    packer = Packer(span)
+        logger.info("sessions are not packed: %s", reason)
+    elif _is_right(span, packer := Packer(span)):
+        return packer
+    return lockstep if _is_right(span, lockstep := Lockstep(span)) else None
+
+
+def _is_right(span: Span, joiner: Joiner) -> bool:
+    """Run three short steps of two sequences together and alone, on one block of each kind, and compare."""
+    way = type(joiner).__name__
     for block in _blocks_of_each_kind(span):
         try:
-            error = _difference(span, packer, Mode(range(block, block + 1)))
-        except Exception as failure:  # any failure at all: this architecture does something else with masks or caches
-            logger.info("sessions are not joined: %s", first_line(failure))
+            error = _difference(span, joiner, Mode(range(block, block + 1)))
+        except Exception as failure:  # any failure at all: this architecture does something else than was thought of
+            logger.info("sessions are not joined by %s: %s", way, first_line(failure))
             return False
         if not error <= tolerance(span):
-            logger.info("sessions are not joined: together block %d differs by %.1e", block, error)
+            logger.info("sessions are not joined by %s: together block %d differs by %.1e", way, block, error)
             return False
     return True
 
 
 def _known_obstacle(span: Span) -> str:
-    """What so short sequences would not show."""
+    """To packing; what so short sequences would not show."""
     others = set(getattr(span.model.config, "layer_types", None) or ()) - _LAYERS
     if others:
         return f"layers of {min(others)}"
@@ -92,13 +100,13 @@ class _Sequence:
         return float(difference.abs().max() / expected.abs().max())
 
 
-def _difference(span: Span, packer: Packer, mode: Mode) -> float:
-    """The worst relative error of a prefill and a decode packed, and of a decode alone on top of these."""
+def _difference(span: Span, joiner: Joiner, mode: Mode) -> float:
+    """The worst relative error of a prefill and a decode together, and of a decode alone on top of these."""
     sequences = [_Sequence(span, mode, 2, (3, 1, 1), padding=1), _Sequence(span, mode, 1, (2, 2, 1), padding=0)]
     errors = []
     for step in range(2):
         parts = [Part(sequence.inputs[step], sequence.cache) for sequence in sequences]
-        outputs = packer.run(packer.pack(parts), mode)
+        outputs = joiner.run(JointCall(parts), mode)
         for sequence, part, output in zip(sequences, parts, outputs, strict=True):
             if part.error:
                 raise part.error

@@ -20,7 +20,8 @@ from peer.calls import Trainer
 from peer.handover import Mailbox, Outbox
 from peer.kv_cache import CacheMemory
 from peer.loading import block_bytes, load_span
-from peer.packing_check import can_pack
+from peer.packing import Packer
+from peer.packing_check import find_joiner
 from peer.placement import choose_blocks
 from peer.quotas import Accounts, Quota
 from peer.reception import Reception, Served
@@ -220,14 +221,12 @@ def _load(options: ServeOptions, blocks: range, scheduler: Scheduler, member: Me
 
 
 def _step_runner(span: Span, adapters: AdapterStore, compiles: bool) -> StepRunner:
-    joins = can_pack(span)
-    if compiles and not joins:
-        logger.warning("steps are not compiled: those of this architecture cannot be joined either")
-    if not compiles or not joins:
-        return StepRunner(span, adapters, joins)
+    joiner = find_joiner(span)
+    if not compiles:
+        return StepRunner(span, adapters, joiner)
     from peer.compiled import compile_steps  # brings the compiler with it
 
-    return StepRunner(span, adapters, joins, compile_steps(span))
+    return StepRunner(span, adapters, joiner, compile_steps(span) if isinstance(joiner, Packer) else None)
 
 
 def _return_freed_memory() -> None:

@@ -162,6 +162,17 @@ class Span:
         self.where.of(model).active = mode.blocks  # type: ignore[assignment]
         if model.training != mode.training:
             model.train(mode.training)
+        with ExitStack() as stack:
+            if mode.autocast is not None:
+                stack.enter_context(torch.autocast(self.device.type, mode.autocast))
+            if mode.dropout_seed is not None:
+                devices = [self.device] if self.device.type == "cuda" else []
+                stack.enter_context(torch.random.fork_rng(devices=devices))
+                torch.manual_seed(mode.dropout_seed)
+            return self._call_trunk(model, self.arguments(inputs, cache), adapted.tensors if adapted else {})
+
+    def arguments(self, inputs: Inputs, cache: Cache | None) -> dict[str, Any]:
+        """What the trunk is called with."""
         arguments: dict[str, Any] = {
             "inputs_embeds": inputs.hidden.to(self.device, self.dtype),
             "attention_mask": _to(inputs.mask, self.device),
@@ -170,14 +181,7 @@ class Span:
         }
         if self.takes_positions:
             arguments["position_ids"] = _to(inputs.positions, self.device)
-        with ExitStack() as stack:
-            if mode.autocast is not None:
-                stack.enter_context(torch.autocast(self.device.type, mode.autocast))
-            if mode.dropout_seed is not None:
-                devices = [self.device] if self.device.type == "cuda" else []
-                stack.enter_context(torch.random.fork_rng(devices=devices))
-                torch.manual_seed(mode.dropout_seed)
-            return self._call_trunk(model, arguments, adapted.tensors if adapted else {})
+        return arguments
 
     def _call_trunk(
         self, model: PreTrainedModel, arguments: dict[str, Any], tensors: Mapping[str, torch.Tensor]

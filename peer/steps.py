@@ -9,9 +9,9 @@ import torch
 from peer.adapters import AdapterStore, Bundle
 from peer.calls import Prefix
 from peer.checks import check_inputs, check_prefix, prefix_length
+from peer.joint import Joiner, JointCall, Part
 from peer.kv_cache import Session, apply_edit, check_edits, fill
 from peer.lora import LoraApplier, Segment
-from peer.packing import Packed, Packer, Part
 from peer.span import Adapted, Inputs, Mode, Span
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message
@@ -89,19 +89,19 @@ class Tally:
 class StepRunner:
     """Runs steps on a span. What runs them belongs on the compute thread.
 
-    `joins`: whether steps of several sessions may go through the trunk in one call. `compiled`: by which those without
-    an adapter go, each one even alone.
+    `joiner`: how steps of several sessions go through the trunk in one call; `None`: not at all. `compiled`: how those
+    without an adapter do, each one even alone.
     """
 
-    def __init__(self, span: Span, adapters: AdapterStore, joins: bool, compiled: Packer | None = None):
-        self._span, self._adapters, self._joins, self._compiled = span, adapters, joins, compiled
-        self._packer, self._lora = Packer(span), LoraApplier(span)
+    def __init__(self, span: Span, adapters: AdapterStore, joiner: Joiner | None, compiled: Joiner | None = None):
+        self._span, self._adapters, self._joiner, self._compiled = span, adapters, joiner, compiled
+        self._lora = LoraApplier(span)
         self.tally = Tally()
 
     def group(self, step: Step) -> Hashable | None:
         """Steps of one group may be run together; `None`: on its own."""
         mode, bundle = step.mode, step.bundle
-        if not self._joins or mode.training or mode.dropout_seed is not None or mode.autocast is not None:
+        if not self._joiner or mode.training or mode.dropout_seed is not None or mode.autocast is not None:
             return None
         return mode.blocks, id(bundle) if bundle and not bundle.lora else None
 
@@ -137,7 +137,7 @@ class StepRunner:
         return result.to("cpu")
 
     def _run_together(self, steps: Sequence[Step]) -> dict[Step, Outcome]:
-        call = self._packer.pack([Part(step.inputs, step.session.cache) for step in steps])
+        call = JointCall([Part(step.inputs, step.session.cache) for step in steps])
         try:
             results = self._call_trunk(steps, call)
         except Exception as error:
@@ -148,14 +148,15 @@ class StepRunner:
         outcomes = map(_outcome, steps, call.parts, results)
         return dict(zip(steps, outcomes, strict=True))
 
-    def _call_trunk(self, steps: Sequence[Step], call: Packed) -> list[torch.Tensor]:
+    def _call_trunk(self, steps: Sequence[Step], call: JointCall) -> list[torch.Tensor]:
+        assert self._joiner is not None, "group() is None without one"
         mode, bundle = steps[0].mode, steps[0].bundle
         if all(step.bundle is bundle for step in steps):
             if bundle is None and self._compiled:
                 return self._compiled.run(call, mode)
-            return self._packer.run(call, mode, self._adapted(bundle))
+            return self._joiner.run(call, mode, self._adapted(bundle))
         with self._lora.applied(_segments(steps, call)):
-            return self._packer.run(call, mode)
+            return self._joiner.run(call, mode)
 
     def _is_compiled(self, step: Step) -> bool:
         return self._compiled is not None and step.bundle is None and self.group(step) is not None
@@ -164,7 +165,7 @@ class StepRunner:
         return self._adapters.adapt(bundle, bundle.tensors) if bundle else None
 
 
-def _segments(steps: Sequence[Step], call: Packed) -> list[Segment]:
+def _segments(steps: Sequence[Step], call: JointCall) -> list[Segment]:
     """The tokens that run with each LoRA; steps with the same one lie side by side."""
     segments: list[Segment] = []
     end = 0

@@ -139,8 +139,8 @@ def build_llama(
 
 def build_bloom(root: Path, *, name: str, hidden: int, layers: int, heads: int, vocab: int) -> Path:
     """The checkpoint `root/name` of a random Bloom of these sizes, float32, as initialised; made on first use."""
-    config = tf.BloomConfig(**_TOKENS, vocab_size=vocab, hidden_size=hidden, n_layer=layers, n_head=heads)
-    return _build(root / name, config, perturbation=0.0, dtype=torch.float32, max_shard_size="200MB")
+    sizes = _TOKENS | {"vocab_size": vocab, "hidden_size": hidden, "n_layer": layers, "n_head": heads}
+    return _build(root / name, tf.BloomConfig(**sizes), perturbation=0.0, dtype=torch.float32, max_shard_size="200MB")
 
 
 def _build(

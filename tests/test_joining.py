@@ -57,7 +57,8 @@ def with_lora(model: Any, seed: int) -> Any:
     if seed % 3 == 2:
         return model
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    targets = ["query_key_value"] if model.config.model_type == "bloom" else ["q_proj", "v_proj"]
+    options: dict[str, Any] = {"r": 4, "target_modules": targets, "init_lora_weights": False}
     return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options)).eval()
 
 
@@ -72,7 +73,7 @@ def steps_per_call(swarm: Swarm) -> float:
     return steps / calls
 
 
-@pytest.mark.parametrize(("family", "adapters"), [("llama", True), ("gemma2", False), ("bloom", False)])
+@pytest.mark.parametrize(("family", "adapters"), [("llama", True), ("gemma2", False), ("bloom", True)])
 def test_each_gets_what_it_would_get_alone(
     models: Callable[[str], Path], swarm: Swarm, family: str, adapters: bool
 ) -> None:
@@ -87,8 +88,7 @@ def test_each_gets_what_it_would_get_alone(
     ours = [make(lambda: swarm.connect(path), i) for i, _ in enumerate(prompts())]
     said = at_once([lambda i=i, inputs=inputs: ours[i].generate(**inputs) for i, inputs in enumerate(prompts())])  # type: ignore[misc]
     assert all(map(torch.equal, said, expected))
-    joined = steps_per_call(swarm)
-    assert joined > 1.3 if family != "bloom" else joined == 1.0
+    assert steps_per_call(swarm) > 1.3
 
 
 def test_a_bad_request_and_one_that_goes_away(wire: Wire) -> None:

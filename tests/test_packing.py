@@ -12,10 +12,12 @@ import torch
 
 from peer.adapters import AdapterStore, Bundle
 from peer.arena_trial import arena_for
+from peer.joint import Joiner
 from peer.kv_cache import CacheMemory, Session, SpanCache
 from peer.loading import load_span
+from peer.lockstep import Lockstep
 from peer.packing import Packer
-from peer.packing_check import can_pack
+from peer.packing_check import find_joiner
 from peer.quotas import Quota
 from peer.span import Mode, Span
 from peer.steps import Step, StepRunner
@@ -26,8 +28,8 @@ from protocol.model.checkpoint import open_checkpoint
 from tests.families import EXTRA_FAMILIES, FAMILIES
 
 START, END, WIDTH = 1, 4, 32
-APART = {"bloom", "falcon", "falcon_alibi", "deepseek_v3", "llama4", "qwen3_next"}
-"""Families whose sessions are not joined."""
+IN_LOCKSTEP = {"bloom", "falcon", "falcon_alibi", "deepseek_v3", "llama4", "qwen3_next"}
+"""Families that cannot be packed."""
 
 
 @dataclass
@@ -41,10 +43,10 @@ class Talk:
 class Desk:
     """A span, and sessions on it whose steps are run as the scheduler would have them run."""
 
-    def __init__(self, span: Span, compiled: Packer | None = None):
+    def __init__(self, span: Span, compiled: Joiner | None = None):
         self.span = span
         self.store = AdapterStore(span, 10**8, Quota())
-        self.runner = StepRunner(span, self.store, joins=True, compiled=compiled)
+        self.runner = StepRunner(span, self.store, find_joiner(span), compiled)
         self._memory = CacheMemory(100_000, 256, 30.0, arena_for(span, 100_000))
 
     def open(self, padding: int = 0) -> Talk:
@@ -107,18 +109,21 @@ def assert_same(ours: Sequence[Any], theirs: Sequence[Any]) -> None:
 def play(desk: Desk, run: Callable[..., list[Any]], keep_past: bool) -> Iterator[torch.Tensor]:
     """Four sessions: long, padded with two rows, late, and edited. All that they are answered, but for the padding."""
     long, padded, late, beams = desk.open(), desk.open(padding=3), desk.open(), desk.open()
+    # Transformers' linear attention can only put rows in another order.
+    takes_rows = all(hasattr(layer, "batch_select_indices") for layer in beams.session.cache.own_layers())
+    repeat = [pb.CacheEdit(repeat_interleave=3)] if takes_rows else []
     options: dict[str, Any] = {"keep_past": keep_past}
     outcome = run(
         desk.step(long, states(1, 11, 1), **options),
         desk.step(padded, states(2, 6, 2), **options),
-        desk.step(beams, states(1, 5, 3), **options),
+        desk.step(beams, states(1 if takes_rows else 3, 5, 3), **options),
     )
     yield from (outcome[0], outcome[1][:, 3:], outcome[2])
     yield from run(
         desk.step(long, states(1, 1, 4), **options),
         desk.step(late, states(1, 10, 5), position_ids=torch.arange(3, 13)[None], **options),
         desk.step(padded, states(2, 3, 6), **options),
-        desk.step(beams, states(3, 1, 7), pb.CacheEdit(repeat_interleave=3), **options),
+        desk.step(beams, states(3, 1, 7), *repeat, **options),
     )
     crop = [pb.CacheEdit(crop=2)] if keep_past else []
     for seed in (8, 9):
@@ -129,13 +134,13 @@ def play(desk: Desk, run: Callable[..., list[Any]], keep_past: bool) -> Iterator
             desk.step(padded, states(2, 1, 11 * seed), **options),
             desk.step(late, states(1, 2, 12 * seed), *crop, **options),
         )
-    padded.padding = 0
-    select = pb.CacheEdit(select=pb.IndexList(index=[1]))
-    yield from run(desk.step(late, states(1, 1, 13)), desk.step(padded, states(1, 1, 14), select))
+    select = [pb.CacheEdit(select=pb.IndexList(index=[1]))] if takes_rows else []
+    padded.padding = 0 if takes_rows else 3
+    yield from run(desk.step(late, states(1, 1, 13)), desk.step(padded, states(1 if takes_rows else 2, 1, 14), *select))
 
 
 @pytest.mark.parametrize("keep_past", [False, True])
-@pytest.mark.parametrize("family", [family for family in FAMILIES + EXTRA_FAMILIES if family not in APART])
+@pytest.mark.parametrize("family", FAMILIES + EXTRA_FAMILIES)
 def test_together_as_alone(load: Callable[..., Span], family: str, keep_past: bool) -> None:
     desk = Desk(load(family))
     alone = list(play(desk, desk.each, keep_past))
@@ -148,20 +153,21 @@ def test_together_as_alone(load: Callable[..., Span], family: str, keep_past: bo
 @pytest.mark.parametrize("family", FAMILIES + EXTRA_FAMILIES)
 def test_a_span_finds_out_whether_it_can(load: Callable[..., Span], family: str) -> None:
     span = load(family)
-    assert can_pack(span) == (family not in APART)
+    assert type(find_joiner(span)) is (Lockstep if family in IN_LOCKSTEP else Packer)
     assert span.model.config._attn_implementation in ("sdpa", "eager")
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"quantization": "nf4"}, {"quantization": "int8"}])
-def test_a_rough_span_can_too(load: Callable[..., Span], options: dict[str, Any]) -> None:
-    assert can_pack(load("llama", **options))
+@pytest.mark.parametrize(("family", "way"), [("llama", Packer), ("bloom", Lockstep)])
+def test_a_rough_span_can_too(load: Callable[..., Span], options: dict[str, Any], family: str, way: type) -> None:
+    assert type(find_joiner(load(family, **options))) is way
 
 
 def test_positions_that_look_at_the_longest_sequence(llama: Span, monkeypatch: pytest.MonkeyPatch) -> None:
     """A short check would not show that they depend on who else is in the call."""
     rotary: Any = next(module for module in llama.model.modules() if hasattr(module, "rope_type"))
     monkeypatch.setattr(rotary, "rope_type", "dynamic")
-    assert not can_pack(llama)
+    assert type(find_joiner(llama)) is Lockstep
 
 
 def test_a_step_by_itself_is_what_the_trunk_computes(llama: Span) -> None:
@@ -213,25 +219,36 @@ def put(desk: Desk, targets: Mapping[str, tuple[int, int]], rank: int, seed: int
     return desk.store.get(desk.store.put(json.dumps(whole), tensors, "me"), "me")
 
 
+NAMES: dict[str, dict[str, tuple[str, tuple[int, int]]]] = {
+    "llama": {},
+    "gpt2": {"self_attn.q_proj": ("attn.c_attn", (96, 32)), "mlp.down_proj": ("mlp.c_fc", (128, 32))},
+    "bloom": {
+        "self_attn.q_proj": ("self_attention.query_key_value", (96, 32)),
+        "mlp.down_proj": ("mlp.dense_4h_to_h", (32, 128)),
+    },
+    # The first runs on the whole context of each session, not on the new tokens.
+    "deepseek_v3": {
+        "self_attn.q_proj": ("self_attn.kv_b_proj", (64, 16)),
+        "mlp.down_proj": ("self_attn.o_proj", (32, 32)),
+    },
+}
+"""What they are called in other families than Llama, and their shapes."""
+
 Q, DOWN = {"1.self_attn.q_proj": (32, 32), "3.self_attn.q_proj": (32, 32)}, {"2.mlp.down_proj": (32, 64)}
 
 
-@pytest.mark.parametrize("tokens", [(1, 1, 1, 1), (4, 1, 3, 1)])
-@pytest.mark.parametrize("kinds", [[(Q, 4)] * 3, [(Q, 4), (Q, 2), (DOWN, 4)], [(Q | DOWN, 2), (Q, 2), (Q, 2)]])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_lora_of_different_clients(
-    load: Callable[..., Span], family: str, kinds: list[tuple[Any, int]], tokens: Sequence[int]
-) -> None:
+def renamed(family: str, targets: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    found = {}
+    for name, shape in targets.items():
+        block, _, path = name.partition(".")
+        path, shape = NAMES[family].get(path, (path, shape))
+        found[f"{block}.{path}"] = shape
+    return found
+
+
+def compare_adapters(span: Span, kinds: list[tuple[Any, int]], tokens: Sequence[int]) -> None:
     """Over and over, as the copies for grouped products are made when a set of adapters comes back."""
-    desk = Desk(load(family))
-    if family == "gpt2":
-        names = {
-            "1.self_attn.q_proj": "1.attn.c_attn",
-            "3.self_attn.q_proj": "3.attn.c_attn",
-            "2.mlp.down_proj": "2.mlp.c_fc",
-        }
-        shapes = {"c_attn": (96, 32), "c_fc": (128, 32)}
-        kinds = [({names[n]: shapes[names[n].rpartition(".")[2]] for n in targets}, rank) for targets, rank in kinds]
+    desk = Desk(span)
     bundles = [None, *(put(desk, targets, rank, seed) for seed, (targets, rank) in enumerate(kinds))]
     results = []
     for run in (desk.run, desk.each):
@@ -248,16 +265,33 @@ def test_lora_of_different_clients(
     assert desk.runner.tally.calls == 4 + 4 * 4
 
 
-def test_other_adapters_join_only_their_own_kind(llama: Span) -> None:
-    desk = Desk(llama)
-    dora, lora = put(desk, Q, 4, 1, use_dora=True), put(desk, Q, 4, 2)
+@pytest.mark.parametrize("tokens", [(1, 1, 1, 1), (4, 1, 3, 1)])
+@pytest.mark.parametrize("kinds", [[(Q, 4)] * 3, [(Q, 4), (Q, 2), (DOWN, 4)], [(Q | DOWN, 2), (Q, 2), (Q, 2)]])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_lora_of_different_clients(
+    load: Callable[..., Span], family: str, kinds: list[tuple[Any, int]], tokens: Sequence[int]
+) -> None:
+    compare_adapters(load(family), [(renamed(family, targets), rank) for targets, rank in kinds], tokens)
+
+
+@pytest.mark.parametrize("family", ["bloom", "deepseek_v3"])
+def test_lora_in_lockstep(load: Callable[..., Span], family: str) -> None:
+    q, both = renamed(family, Q), renamed(family, Q | DOWN)
+    compare_adapters(load(family), [(q, 4), (q, 4), (q, 4)], (1, 1, 1, 1))
+    compare_adapters(load(family), [(q, 4), (both, 2), (q, 2)], (4, 1, 3, 1))
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_other_adapters_join_only_their_own_kind(load: Callable[..., Span], family: str) -> None:
+    desk, q = Desk(load(family)), renamed(family, Q)
+    dora, lora = put(desk, q, 4, 1, use_dora=True), put(desk, q, 4, 2)
 
     def group(bundle: Bundle | None, **mode: Any) -> Any:
         step = desk.step(desk.open(), states(1, 1, 0), bundle=bundle)
-        step.mode = Mode(llama.blocks, **mode)
+        step.mode = Mode(desk.span.blocks, **mode)
         return desk.runner.group(step)
 
-    assert group(None) == group(lora) != group(dora) != group(put(desk, Q, 4, 3, use_dora=True))
+    assert group(None) == group(lora) != group(dora) != group(put(desk, q, 4, 3, use_dora=True))
     assert group(None, training=True) is group(None, autocast=torch.bfloat16) is group(None, dropout_seed=1) is None
 
     def steps() -> list[Step]:
@@ -290,9 +324,12 @@ def test_a_bad_step_among_good_ones(llama: Span) -> None:
 
 
 @pytest.mark.parametrize("block", [START, END - 1])
-def test_a_session_that_fails_or_ends_in_the_middle(llama: Span, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_a_session_that_fails_or_ends_in_the_middle(
+    load: Callable[..., Span], monkeypatch: pytest.MonkeyPatch, family: str, block: int
+) -> None:
     """Its client has gone, or its memory is not to be had: the others' numbers are as ever."""
-    desk = Desk(llama)
+    desk = Desk(load(family))
     talks = [desk.open() for _ in range(4)]
     update = SpanCache.update
 
@@ -341,3 +378,20 @@ def test_the_call_itself_fails(llama: Span, monkeypatch: pytest.MonkeyPatch, has
         assert isinstance(outcome, torch.Tensor)
     else:
         assert_same(outcomes, desk.each(*(desk.step(desk.open(), states(1, 3, i)) for i in range(2))))
+
+
+def test_a_module_fails_for_all_in_lockstep(load: Callable[..., Span], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left of the call: neither in the model nor of the sessions' ways through it."""
+    span = load("bloom")
+    desk, block = Desk(span), span.where.of(span.model)._modules[str(END - 1)]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(block.mlp), "forward", fail)
+        outcomes = desk.run(*(desk.step(desk.open(), states(1, 3, i)) for i in range(3)))
+    assert all(isinstance(outcome, SessionLost) for outcome in outcomes)
+    assert not any("forward" in vars(module) for module in span.model.modules())
+    steps = [[desk.step(desk.open(), states(1, 3, i)) for i in range(3)] for _ in range(2)]
+    assert_same(desk.run(*steps[0]), desk.each(*steps[1]))
+
+
+def fail(*_: Any) -> torch.Tensor:
+    raise torch.OutOfMemoryError("for all of them")

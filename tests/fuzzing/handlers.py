@@ -14,6 +14,7 @@ from peer.calls import Trainer
 from peer.handover import Mailbox, Outbox
 from peer.kv_cache import CacheMemory
 from peer.loading import load_span
+from peer.packing import Packer
 from peer.quotas import Accounts, Quota
 from peer.reception import Reception, Served
 from peer.scheduler import Scheduler
@@ -120,7 +121,7 @@ class Handlers:
             self._services.append(
                 Service(Reception(served, self._span, Accounts(_QUOTA, memory), _LIMITS, Handshake("peer", keyring)),
                         self._span, memory, self._adapters, self._trainers[-1],
-                        StepRunner(self._span, self._adapters, joins=True), self._scheduler,
+                        StepRunner(self._span, self._adapters, Packer(self._span)), self._scheduler,
                         Mailbox(_LIMITS.max_payload, patience=0.01), _Nowhere())
             )  # fmt: skip
         self._bundles = build_bundles(model)
