@@ -1,6 +1,6 @@
 """Training calls of several clients at once, run together and one by one, in seconds of CPU time:
 
-python -m benchmarks.joined_calls --clients 4 --threads 1
+python -m benchmarks.joined_calls --weights float32 --tokens 4 16 32 64 128 --rounds 9
 
 Random llama, 4 blocks of hidden size 1,024; each client has a LoRA of its own (r=8 on q and v). The two ways take
 turns, and the fastest of some rounds counts: whatever else runs on the machine only ever adds.
@@ -25,8 +25,12 @@ from protocol.model.checkpoint import open_checkpoint
 from tests.families import build_llama
 
 _CACHE = Path.home() / ".cache" / "swarmtune" / "benchmarks"
-_HIDDEN, _BLOCKS, _ROUNDS = 1024, 4, 9
-_LENGTHS = (4, 16, 32, 64, 128)
+_HIDDEN, _BLOCKS = 1024, 4
+_WEIGHTS: dict[str, tuple[torch.dtype, str]] = {
+    "float32": (torch.float32, "none"),
+    "bfloat16": (torch.bfloat16, "none"),
+    "nf4": (torch.float32, "nf4"),
+}
 
 
 def put_lora(store: AdapterStore, span: Span, seed: int) -> Bundle:
@@ -74,20 +78,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4, 16, 32, 64, 128], help="of each call")
+    parser.add_argument("--weights", choices=list(_WEIGHTS), nargs="+", default=["float32"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     sizes = {"hidden": _HIDDEN, "layers": _BLOCKS, "heads": 16, "intermediate": 2816, "vocab": 1000}
     checkpoint = open_checkpoint(str(build_llama(_CACHE, name="llama-1024x4", **sizes)))
     print("| weights | tokens of a call | forward, ms: one by one, joined | with backward: one by one, joined |")
     print("|---|---|---|---|")
-    for dtype, quantization in ((torch.float32, "none"), (torch.bfloat16, "none"), (torch.float32, "nf4")):
+    for weights in options.weights:
+        dtype, quantization = _WEIGHTS[weights]
         bench = Bench(load_span(checkpoint, 0, _BLOCKS, dtype=dtype, quantization=quantization), options.clients)
-        for tokens in _LENGTHS:
-            rounds = [bench.times(tokens, joined) for _ in range(_ROUNDS) for joined in (False, True)]
+        for tokens in options.tokens:
+            rounds = [bench.times(tokens, joined) for _ in range(options.rounds) for joined in (False, True)]
             alone, joined = ([1000 * min(times) for times in zip(*rounds[i::2], strict=True)] for i in (0, 1))
-            kind = quantization if quantization != "none" else str(dtype).removeprefix("torch.")
-            cells = (f"{a:.0f}, {j:.0f} ({a / j:.2f})" for a, j in zip(alone, joined, strict=True))
-            print(f"| {kind} | {tokens} | {' | '.join(cells)} |", flush=True)
+            cells = (f"{a:.0f}, {j:.0f} ({a / j:.2f} times)" for a, j in zip(alone, joined, strict=True))
+            print(f"| {weights} | {tokens} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

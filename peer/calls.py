@@ -153,5 +153,6 @@ class _SavedBytes:
 def _backward(graph: _Graph, grad: torch.Tensor) -> dict[str, torch.Tensor]:
     leaves = graph.leaves
     grad = grad.to(graph.result.device, graph.result.dtype)
-    gradients = torch.autograd.grad(graph.result, list(leaves.values()), grad, allow_unused=True)
+    with torch.autograd.set_multithreading_enabled(False):  # a GPU's part also on this thread, which meets others
+        gradients = torch.autograd.grad(graph.result, list(leaves.values()), grad, allow_unused=True)
     return {f"grad.{name}": gradient for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None}

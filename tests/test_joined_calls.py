@@ -161,7 +161,7 @@ def test_together_as_alone(load: Callable[..., Span], family: str, quantization:
     assert (runner.tally.steps, runner.tally.calls) == (8, 2)
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom", "falcon"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
 def test_a_call_by_itself_is_what_it_always_was(load: Callable[..., Span], family: str) -> None:
     """Bit by bit, though its graph is made so that its backward can meet others'."""
     desk = Desk(load(family))
