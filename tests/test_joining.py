@@ -217,8 +217,20 @@ def test_training_has_its_share_among_many_steps() -> None:
     assert had["training"] > 0.6 * had["steps"]
 
 
-def test_a_call_waits_a_moment_for_those_who_come_just_after() -> None:
-    """Else the first to come back would ride alone, and the others in its wake, for ever: (1 + 5) / 2 to a call."""
+@pytest.mark.parametrize(
+    ("priority", "groups", "pauses", "least"),
+    [
+        (Priority.STEP, ["steps"], [0.0005 * number for number in range(1, 7)], 4.0),
+        (Priority.CALL, ["forward", "backward"], [0.001, 0.003], 1.4),
+    ],
+)
+def test_a_call_waits_a_moment_for_those_who_come_just_after(
+    priority: Priority, groups: list[str], pauses: list[float], least: float
+) -> None:
+    """Else the first to come back would ride alone, and the others in its wake, for ever: (1 + 5) / 2 to a call.
+
+    And two who train would miss each other: one would be at its backward when the other comes with its forward.
+    """
 
     async def use() -> float:
         scheduler, riders = Scheduler(), list[int]()
@@ -231,14 +243,15 @@ def test_a_call_waits_a_moment_for_those_who_come_just_after() -> None:
 
         async def talk(number: int) -> None:
             while time.monotonic() < end:
-                await scheduler.submit_joint(Priority.STEP, run, number, f"client {number}", "steps")
-                await asyncio.sleep(0.0005 * (number + 1))
+                for group in groups:
+                    await scheduler.submit_joint(priority, run, number, f"client {number}", group)
+                    await asyncio.sleep(pauses[number])
 
-        await asyncio.gather(*(talk(number) for number in range(6)))
+        await asyncio.gather(*(talk(number) for number in range(len(pauses))))
         scheduler.close()
         return sum(riders) / len(riders)
 
-    assert asyncio.run(use()) > 4
+    assert asyncio.run(use()) > least
 
 
 def learn(streams: int, think: float) -> Gathering:
