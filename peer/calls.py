@@ -9,6 +9,9 @@ import torch
 
 from peer.adapters import AdapterStore, Bundle
 from peer.kv_cache import prefix_cache
+from peer.lora import find_lora
+from peer.products import Products, adding
+from peer.rendezvous import may_meet
 from peer.span import Inputs, Mode, Span
 from protocol.errors import BadRequest, UnknownCall
 
@@ -34,6 +37,8 @@ class _Graph:
     size: int
     """Bytes of saved activations."""
     owner: str
+    meets: bool
+    """Whether its backward can meet others'."""
 
 
 class Trainer:
@@ -41,6 +46,8 @@ class Trainer:
 
     def __init__(self, span: Span, adapters: AdapterStore, max_kept_bytes: int):
         self._span, self._adapters, self._max_kept = span, adapters, max_kept_bytes
+        self.products = Products(span)
+        """Where calls meet."""
         self._kept = dict[int, _Graph]()
         """Oldest first."""
 
@@ -71,10 +78,15 @@ class Trainer:
         """Gradients by computing the forward again, dropout masks included."""
         return _backward(self._forward_with_graph(call, ""), grad)
 
+    def meets(self, call_id: int) -> bool:
+        """Whether the backward of a kept call can meet others'."""
+        graph = self._kept.get(call_id)
+        return graph is not None and graph.meets
+
     def forget(self, owner: str) -> None:
         """Drop everything kept for a client that has gone."""
-        for call_id in [i for i, graph in self._kept.items() if graph.owner == owner]:
-            del self._kept[call_id]
+        for call_id in [i for i, graph in list(self._kept.items()) if graph.owner == owner]:
+            self._kept.pop(call_id, None)
 
     def _make_room(self) -> None:
         """The client that keeps most loses its oldest."""
@@ -98,7 +110,7 @@ class Trainer:
         counter = _SavedBytes(self._span)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor):
             result = self._run(call, leaves)
-        return _Graph(leaves, result, counter.total, owner)
+        return _Graph(leaves, result, counter.total, owner, self.products.are_met)
 
     def _run(self, call: Call, leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
         hidden = leaves.get("hidden_states", call.inputs.hidden)
@@ -113,9 +125,12 @@ class Trainer:
         adapted = None
         if call.bundle:
             own = call.bundle.tensors
-            adapted = self._adapters.adapt(
-                call.bundle, {name: leaves.get(f"adapter.{name}", tensor) for name, tensor in own.items()}
-            )
+            tensors = {name: leaves.get(f"adapter.{name}", tensor) for name, tensor in own.items()}
+            if may_meet():  # a tree holds one client's tensors at a time
+                lora = find_lora(self._span, call.bundle.manifest, tensors)
+                with adding(lora.deltas if lora else {}):
+                    return self._span.run(inputs, call.mode)
+            adapted = self._adapters.adapt(call.bundle, tensors)
         return self._span.run(inputs, call.mode, cache, adapted)
 
 
@@ -138,5 +153,6 @@ class _SavedBytes:
 def _backward(graph: _Graph, grad: torch.Tensor) -> dict[str, torch.Tensor]:
     leaves = graph.leaves
     grad = grad.to(graph.result.device, graph.result.dtype)
-    gradients = torch.autograd.grad(graph.result, list(leaves.values()), grad, allow_unused=True)
+    with torch.autograd.set_multithreading_enabled(False):  # a GPU's part also on this thread, which meets others
+        gradients = torch.autograd.grad(graph.result, list(leaves.values()), grad, allow_unused=True)
     return {f"grad.{name}": gradient for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None}

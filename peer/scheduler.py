@@ -40,6 +40,7 @@ class Priority(IntEnum):
 @dataclass(frozen=True, eq=False)
 class _Work:
     number: int
+    priority: Priority
     run: Callable[[list[Any]], Sequence[Any]]
     item: Any
     group: Hashable | None
@@ -109,14 +110,14 @@ class Scheduler:
     """
 
     def __init__(self, joined_size: int = 512) -> None:
-        self._joined_size = joined_size
+        self.joined_size = joined_size
         self._waiting: dict[str, _Client] = {}
         self._level = 0.0
         """The turn of the work begun last: where newcomers start."""
         self._numbers = itertools.count()
         self._ready = threading.Condition()
         self._closed = False
-        self._gathering = Gathering()
+        self._gatherings = {priority: Gathering() for priority in Priority}
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
         self._thread.start()
 
@@ -142,9 +143,9 @@ class Scheduler:
             owner = self._waiting.setdefault(client, _Client(self._level))
             if not owner.has_work:
                 owner.used = max(owner.used, self._level)
-            owner.push(priority, _Work(next(self._numbers), run, item, group, size, future))
+            owner.push(priority, _Work(next(self._numbers), priority, run, item, group, size, future))
             if group is not None:
-                self._gathering.arrived(time.monotonic())
+                self._gatherings[priority].arrived(time.monotonic())
             self._ready.notify()
         return future
 
@@ -163,8 +164,8 @@ class Scheduler:
                     return
                 riders = [rider for rider in self._next() if not rider.work.future.cancelled()]
                 begin = time.monotonic()
-                if riders and riders[0].work.group is not None:
-                    self._gathering.begins(begin, len(riders), min(waited_for, len(riders) - 1))
+                if riders and (gathering := self._gathering_of(riders[0].work)):
+                    gathering.begins(begin, len(riders), min(waited_for, len(riders) - 1))
             if riders:
                 _run([rider.work for rider in riders])
                 self._end(riders, begin)
@@ -183,7 +184,7 @@ class Scheduler:
         if head.group is None:
             return
         riders = [rider for rider in self._all_waiting() if rider.work.group == head.group]
-        left = self._joined_size
+        left = self.joined_size
         for rider in sorted(riders, key=lambda rider: (rider.work.size, rider.work.number)):
             left -= rider.work.size
             if left < 0:
@@ -200,24 +201,30 @@ class Scheduler:
 
     def _gather(self) -> int:
         """Wait a moment for more work that can be joined, if that pays. Returns how much has come."""
-        before = self._count_joinable()
-        if not before or not self._gathering.pays:
+        before = self._joinable()
+        gathering = self._gathering_of(before[0]) if before else None
+        if not gathering or not gathering.pays:
             return 0
         self._ready.wait_for(
-            lambda: self._closed or not 0 < self._count_joinable() < self._gathering.expected, self._gathering.moment
+            lambda: self._closed or not 0 < len(self._joinable()) < gathering.expected, gathering.moment
         )
-        return max(0, self._count_joinable() - before)
+        return max(0, len(self._joinable()) - len(before))
 
-    def _count_joinable(self) -> int:
-        """Pieces of waiting work; 0 when any is to be done by itself."""
+    def _joinable(self) -> list[_Work]:
+        """The waiting work; none when any is to be done by itself, or is of another priority."""
         works = [rider.work for rider in self._all_waiting()]
-        return len(works) if all(work.group is not None for work in works) else 0
+        is_alike = len({work.priority for work in works}) == 1
+        return works if is_alike and all(work.group is not None for work in works) else []
+
+    def _gathering_of(self, work: _Work) -> Gathering | None:
+        """Steps and training calls come at paces of their own."""
+        return self._gatherings[work.priority] if work.group is not None else None
 
     def _end(self, riders: Sequence[_Rider], begin: float) -> None:
         """Charge each client its part of the time."""
         now = time.monotonic()
-        if riders[0].work.group is not None:
-            self._gathering.ended(now)
+        if gathering := self._gathering_of(riders[0].work):
+            gathering.ended(now)
         seconds = now - begin
         total = sum(rider.work.size for rider in riders)
         for rider in riders:

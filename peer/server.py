@@ -16,6 +16,7 @@ from bootstrap.directory import Announcer
 from bootstrap.member import Member, MemberOptions
 from peer.adapters import AdapterStore
 from peer.arena_trial import arena_for
+from peer.call_runner import CallRunner
 from peer.calls import Trainer
 from peer.handover import Mailbox, Outbox
 from peer.kv_cache import CacheMemory
@@ -158,6 +159,8 @@ class Server:
         await self._drain()
         tally = self.service.tally
         logger.info("ran %d steps of generations in %d calls", tally.steps, tally.calls)
+        tally = self.service.call_tally
+        logger.info("ran %d training calls in %d goes", tally.steps, tally.calls)
         await self._announcer.stop()
         self._scheduler.close()
         await self.member.shutdown()
@@ -210,7 +213,7 @@ def _load(options: ServeOptions, blocks: range, scheduler: Scheduler, member: Me
         span,
         memory,
         adapters,
-        Trainer(span, adapters, max_kept_bytes=share),
+        CallRunner(Trainer(span, adapters, max_kept_bytes=share), scheduler.joined_size),
         _step_runner(span, adapters, options.compile),
         scheduler,
         Mailbox(options.max_message),

@@ -6,12 +6,13 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from peer.adapters import AdapterStore, Bundle
-from peer.calls import Call, Trainer
+from peer.call_runner import CallRunner, Task
+from peer.calls import Call
 from peer.checks import check_inputs, check_mode, check_prefix, prefix_length
 from peer.factors import check_factorize, factorize
 from peer.handover import Mailbox, Outbox
@@ -20,7 +21,8 @@ from peer.quotas import Account
 from peer.reception import Reception
 from peer.scheduler import Priority, Scheduler
 from peer.span import Mode, Span
-from peer.steps import Step, StepRunner, Tally
+from peer.steps import Step, StepRunner
+from peer.tally import Tally
 from peer.weights import read_norm
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
@@ -79,14 +81,14 @@ class Service:
         span: Span,
         memory: CacheMemory,
         adapters: AdapterStore,
-        trainer: Trainer,
+        calls: CallRunner,
         steps: StepRunner,
         scheduler: Scheduler,
         mailbox: Mailbox,
         outbox: Outbox,
     ):
         self._reception, self._span, self.memory = reception, span, memory
-        self._adapters, self._trainer, self._scheduler = adapters, trainer, scheduler
+        self._adapters, self._calls, self._scheduler = adapters, calls, scheduler
         self._steps = steps
         self._mailbox, self._outbox = mailbox, outbox
         self._forks: dict[bytes, tuple[str, Session, Mode]] = {}
@@ -104,6 +106,11 @@ class Service:
         """Of the steps that were run."""
         return self._steps.tally
 
+    @property
+    def call_tally(self) -> Tally:
+        """Of the training calls that were run."""
+        return self._calls.tally
+
     async def handle(self, stream: Stream) -> None:
         """Serve one stream until its client closes it."""
         channel, client = self._reception.open(stream), stream.remote
@@ -120,7 +127,7 @@ class Service:
         finally:
             self._end_session(connection)
             if self._reception.accounts.leave(client):
-                self._trainer.forget(client)
+                self._calls.forget(client)
                 asyncio.get_running_loop().call_later(self.memory.idle_timeout, self._forget_adapters, client)
 
     async def _serve_one(self, connection: _Connection) -> None:
@@ -264,8 +271,8 @@ class Service:
         self._bundle(connection, body.context)  # whether it is there, before others' work is waited for
         message = await self._completed(connection, message, body.hand_over)
         call = self._call(connection, message, body.context)
-        work = partial(self._trainer.forward, call, connection.client, body.keep)
-        hidden, call_id = await self._compute(connection, Priority.CALL, work)
+        task = self._calls.forward(call, connection.client, body.keep)
+        hidden, call_id = await self._called(connection, task)
         return await self._outbox.answer(body, pb.Result(call_id=call_id), {"hidden_states": hidden})
 
     async def _backward(self, connection: _Connection, message: Message, body: pb.Backward) -> Message:
@@ -273,16 +280,21 @@ class Service:
         grad = message.tensor("grad")
         if not grad.is_floating_point() or grad.ndim != 3 or grad.shape[2] != self._span.hidden_size:
             raise BadRequest(f"grad is {grad.dtype} {list(grad.shape)}; expected the shape of the forward's result.")
-        work: Callable[[], dict[str, torch.Tensor]]
         if body.call_id:
-            work = partial(self._trainer.backward_kept, body.call_id, connection.client, grad)
+            task = self._calls.backward_kept(body.call_id, connection.client, grad)
         else:
             call = self._call(connection, message, body.context)
             if call.inputs.hidden.shape != grad.shape:
                 raise BadRequest("grad and hidden_states differ in shape.")
-            work = partial(self._trainer.backward, call, grad)
-        gradients = await self._compute(connection, Priority.CALL, work)
+            task = self._calls.backward(call, grad)
+        gradients = await self._called(connection, task)
         return await self._outbox.answer(body, pb.Result(), gradients, "grad.hidden_states")
+
+    async def _called(self, connection: _Connection, task: Task) -> Any:
+        """The result of a training call."""
+        run, client = self._calls.run, connection.client
+        future = self._scheduler.submit_joint(Priority.CALL, run, task, client, task.group, max(1, task.size))
+        return await self._answered(connection, future)
 
     def _call(self, connection: _Connection, message: Message, context: pb.Context) -> Call:
         mode = check_mode(self._span, context)

@@ -13,6 +13,7 @@ from peer.joint import Joiner, JointCall, Part
 from peer.kv_cache import Session, apply_edit, check_edits, fill
 from peer.lora import LoraApplier, Segment
 from peer.span import Adapted, Inputs, Mode, Span
+from peer.tally import Tally
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message
 from protocol.errors import BadRequest, SessionLost, SwarmError
@@ -71,19 +72,6 @@ class Step:
     def count_tokens(self) -> None:
         """The cache has taken the new tokens."""
         self.session.cache.seen += self.inputs.hidden.shape[1]
-
-
-@dataclass
-class Tally:
-    """How many steps were run, in how many calls."""
-
-    steps: int = 0
-    calls: int = 0
-
-    def count(self, steps: int) -> None:
-        """One more call."""
-        self.steps += steps
-        self.calls += 1
 
 
 class StepRunner:

@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from peer.span import Span, find_module
 from protocol.adapters import AdapterSpec
@@ -41,12 +42,13 @@ def share_linears(model: PreTrainedModel) -> PreTrainedModel:
     """A second module tree over the same weights.
 
     Linear layers are shared as objects, not only their tensors: bitsandbytes keeps quantization state on the module
-    from the first forward on. Others are not: LoRA on a parameter takes it out of its module and puts it back last, and
-    PEFT nests its layers for later trees in the order in which it finds the parameters.
+    from the first forward on, and calls that run together meet at them. Others are not: LoRA on a parameter takes it
+    out of its module and puts it back last, and PEFT nests its layers for later trees in the order in which it finds
+    the parameters.
     """
     memo: dict[int, object] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     memo[id(model.config)] = model.config
-    memo |= {id(module): module for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    memo |= {id(module): module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}
     return copy.deepcopy(model, memo)
 
 

@@ -99,6 +99,11 @@ class Manifest(BaseModel):
             where = ".".join(str(part) for part in problem["loc"])
             raise BadAdapter(f"Adapter refused: {problem['msg']} ({where or 'manifest'}).") from error
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether adapters drop something out in training mode."""
+        return any(spec.options.get(name) for spec in self.adapters for name in DROPOUTS)
+
     def config_key(self) -> str:
         """What decides the module tree: bundles with equal keys differ in their tensors only."""
         return json.dumps([spec.model_dump(mode="json") for spec in self.adapters], sort_keys=True)

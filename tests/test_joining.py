@@ -91,6 +91,38 @@ def test_each_gets_what_it_would_get_alone(
     assert steps_per_call(swarm) > 1.3
 
 
+def train(model: Any, seed: int) -> torch.Tensor:
+    """Losses of a few optimizer steps, with rows of another length for each seed, one of them padded."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    chance = torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in range(4):
+        ids = torch.randint(3, 128, (2, 5 + 2 * seed), generator=chance)
+        mask = torch.ones_like(ids)
+        mask[0, :seed] = 0
+        loss = model(input_ids=ids, attention_mask=mask, labels=ids).loss
+        loss.backward()
+        losses.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.stack(losses)
+
+
+def test_each_trains_as_it_would_alone(models: Callable[[str], Path], swarm: Swarm) -> None:
+    path, clients = models("llama"), range(4)
+    (peer,) = swarm.serve(path, "0:5")
+    local = transformers.AutoModelForCausalLM.from_pretrained
+    expected = [train(with_lora(local(path), 3 * i).train(), i) for i in clients]
+    ours = [with_lora(swarm.connect(path), 3 * i).train() for i in clients]  # one by one: they draw from one generator
+    found = at_once([lambda i=i: train(ours[i], i) for i in clients])  # type: ignore[misc]
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-5, atol=0)
+    peer.stop()
+    said = re.search(r"ran (\d+) training calls in (\d+) goes", peer.stderr.read_text())
+    assert said
+    assert int(said[1]) == 4 * 4 * 2
+    assert int(said[2]) < int(said[1])
+
+
 def test_a_bad_request_and_one_that_goes_away(wire: Wire) -> None:
     """The others are answered rightly."""
 
@@ -185,8 +217,20 @@ def test_training_has_its_share_among_many_steps() -> None:
     assert had["training"] > 0.6 * had["steps"]
 
 
-def test_a_call_waits_a_moment_for_those_who_come_just_after() -> None:
-    """Else the first to come back would ride alone, and the others in its wake, for ever: (1 + 5) / 2 to a call."""
+@pytest.mark.parametrize(
+    ("priority", "groups", "pauses", "least"),
+    [
+        (Priority.STEP, ["steps"], [0.0005 * number for number in range(1, 7)], 4.0),
+        (Priority.CALL, ["forward", "backward"], [0.001, 0.003], 1.4),
+    ],
+)
+def test_a_call_waits_a_moment_for_those_who_come_just_after(
+    priority: Priority, groups: list[str], pauses: list[float], least: float
+) -> None:
+    """Else the first to come back would ride alone, and the others in its wake, for ever: (1 + 5) / 2 to a call.
+
+    And two who train would miss each other: one would be at its backward when the other comes with its forward.
+    """
 
     async def use() -> float:
         scheduler, riders = Scheduler(), list[int]()
@@ -199,14 +243,15 @@ def test_a_call_waits_a_moment_for_those_who_come_just_after() -> None:
 
         async def talk(number: int) -> None:
             while time.monotonic() < end:
-                await scheduler.submit_joint(Priority.STEP, run, number, f"client {number}", "steps")
-                await asyncio.sleep(0.0005 * (number + 1))
+                for group in groups:
+                    await scheduler.submit_joint(priority, run, number, f"client {number}", group)
+                    await asyncio.sleep(pauses[number])
 
-        await asyncio.gather(*(talk(number) for number in range(6)))
+        await asyncio.gather(*(talk(number) for number in range(len(pauses))))
         scheduler.close()
         return sum(riders) / len(riders)
 
-    assert asyncio.run(use()) > 4
+    assert asyncio.run(use()) > least
 
 
 def learn(streams: int, think: float) -> Gathering:

@@ -206,7 +206,10 @@ def run_at_once(*works: Callable[[], Any]) -> list[Any]:
 
 
 def test_clients_at_once(connect: Connect, local: Connect) -> None:
-    """Two generate, two train adapters of one shape but other values: each as if it were alone."""
+    """Two generate, two train adapters of one shape but other values: each as if it were alone.
+
+    To rounding where it trains: calls of both may go through the peers together, and Adam magnifies what is small.
+    """
     made: list[tuple[Callable[..., Any], Callable[[Any], Any], int]] = [
         (generate, lambda model: model, 1),
         (generate, with_lora, 2),
@@ -215,7 +218,9 @@ def test_clients_at_once(connect: Connect, local: Connect) -> None:
     ]
     works = [partial(work, prepare(connect()), seed) for work, prepare, seed in made]
     for result, (work, prepare, seed) in zip(run_at_once(*works), made, strict=True):
-        assert same(list(result), list(work(prepare(local()), seed)))
+        atol = 0.0 if work is generate else 1e-4
+        for ours, theirs in zip(result, work(prepare(local()), seed), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
 
 
 def test_one_model_in_several_threads(connect: Connect, local: Connect) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from peer.adapters import AdapterStore
+from peer.call_runner import CallRunner
 from peer.calls import Trainer
 from peer.handover import Mailbox, Outbox
 from peer.kv_cache import CacheMemory
@@ -120,7 +121,7 @@ class Handlers:
             memory = CacheMemory(_CACHE_TOKENS, _MAX_LENGTH, idle_timeout=0.0)
             self._services.append(
                 Service(Reception(served, self._span, Accounts(_QUOTA, memory), _LIMITS, Handshake("peer", keyring)),
-                        self._span, memory, self._adapters, self._trainers[-1],
+                        self._span, memory, self._adapters, CallRunner(self._trainers[-1], joined_tokens=8),
                         StepRunner(self._span, self._adapters, Packer(self._span)), self._scheduler,
                         Mailbox(_LIMITS.max_payload, patience=0.01), _Nowhere())
             )  # fmt: skip
