@@ -7,6 +7,7 @@ from math import inf, isnan
 
 import torch
 
+from peer.kinds import blocks_of_each_kind
 from peer.kv_cache import SpanCache
 from peer.packing import Packer, Part
 from peer.span import Inputs, Mode, Span
@@ -28,7 +29,7 @@ def can_pack(span: Span) -> bool:
         logger.info("sessions are not joined: %s", reason)
         return False
     packer = Packer(span)
-    for block in _blocks_of_each_kind(span):
+    for block in blocks_of_each_kind(span):
         try:
             error = _difference(span, packer, Mode(range(block, block + 1)))
         except Exception as failure:  # any failure at all: this architecture does something else with masks or caches
@@ -51,13 +52,6 @@ def _known_obstacle(span: Span) -> str:
             if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
                 return f"{kind} rotary embeddings are those of the longest sequence"
     return "" if span.takes_positions else "the trunk takes no positions"
-
-
-def _blocks_of_each_kind(span: Span) -> list[int]:
-    types = getattr(span.model.config, "layer_types", None) or [""] * span.end
-    blocks = span.where.of(span.model)
-    kinds = {(types[i], *(type(module) for module in blocks[i].modules())): i for i in reversed(span.blocks)}
-    return sorted(kinds.values())
 
 
 def _tolerance(span: Span) -> float:
