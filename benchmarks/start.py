@@ -109,7 +109,10 @@ def main() -> None:
     serving, whole, _ = start_peer(model, 30, trees[0])
     try:
         rows = _rows(model, whole, trees)
-        rounds = [{name: take() for name, take in rows.items()} for _ in range(options.rounds)]
+        rounds = []
+        for number in range(options.rounds):
+            rounds.append({name: take() for name, take in rows.items()})
+            print(number + 1, rounds[-1], file=sys.stderr, flush=True)
     finally:
         serving.terminate()
         serving.wait()

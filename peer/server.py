@@ -30,6 +30,7 @@ from peer.span import Span
 from peer.steps import StepRunner
 from peer.throughput import measure
 from protocol.errors import PeerFailed
+from protocol.imports import without_collection
 from protocol.model.checkpoint import Checkpoint
 from protocol.records import PeerRecord, PeerState, Speed
 from protocol.tensors import Limits
@@ -110,7 +111,7 @@ class Server:
             scheduler.close()
             raise
         server._announcer.start()
-        server._preload = asyncio.create_task(asyncio.to_thread(importlib.import_module, "peer.trees"))
+        server._preload = asyncio.create_task(asyncio.to_thread(_import_adapters))
         return server
 
     def record(self) -> PeerRecord:
@@ -162,6 +163,11 @@ class Server:
         deadline = asyncio.get_running_loop().time() + self.options.drain_timeout
         while self.service.is_busy and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.05)
+
+
+def _import_adapters() -> None:
+    with without_collection():
+        importlib.import_module("peer.trees")
 
 
 @dataclass(frozen=True)
