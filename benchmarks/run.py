@@ -21,6 +21,7 @@ _RUNS: list[list[str]] = [
     ["codecs"],
     ["latency"],
     ["capacity"],
+    ["start"],
 ]
 
 

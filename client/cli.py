@@ -116,7 +116,7 @@ def merge(
     ] = None,
 ) -> None:
     """Merge an adapter into its base model, block by block, in bounded memory."""
-    from client.auto import named_dtype
+    from client.load import named_dtype
     from client.merge.run import merge_adapter
 
     merge_adapter(adapter, base, out, dtype=named_dtype(dtype) if dtype else None, report=print)
@@ -139,9 +139,9 @@ def certify(
     from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
-    from client.auto import named_dtype
     from client.certify import Plan, certify
     from client.certify_table import as_table
+    from client.load import named_dtype
     from peer.persona import persona_path
 
     if dtype != "auto":

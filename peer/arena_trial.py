@@ -5,6 +5,7 @@ import logging
 import torch
 
 from peer.arena import Arena
+from peer.kinds import blocks_of_each_kind
 from peer.kv_cache import SpanCache
 from peer.slots import Run
 from peer.span import Inputs, Mode, Span
@@ -23,7 +24,8 @@ def arena_for(span: Span, slots: int) -> Arena:
     Attention kernels may round differently where keys lie in another way, and a model's code may not take views.
     Raises `BadUsage` where there is not so much memory.
     """
-    shapes = span.kv_shapes if _is_exact(span) else {}
+    is_exact = all(_is_exact(span, block) for block in blocks_of_each_kind(span))
+    shapes = span.kv_shapes if is_exact else {}
     try:
         return Arena(slots, shapes, span.device)
     except (OSError, OverflowError, ValueError, torch.OutOfMemoryError) as error:
@@ -33,10 +35,12 @@ def arena_for(span: Span, slots: int) -> Arena:
 
 
 @torch.no_grad()
-def _is_exact(span: Span) -> bool:
-    arena, mode = Arena(_SLOTS, span.kv_shapes, span.device), Mode(span.blocks)
+def _is_exact(span: Span, block: int) -> bool:
+    mode = Mode(range(block, block + 1))
+    shapes = {block: span.kv_shapes[block]} if block in span.kv_shapes else {}
+    arena = Arena(_SLOTS, shapes, span.device)
     for steps in _STEPS:
-        plain, ours = (SpanCache(span.model.config, span.blocks) for _ in range(2))
+        plain, ours = (SpanCache(span.model.config, mode.blocks) for _ in range(2))
         ours.move_into(arena, Run(3, _SLOTS - 5))
         for rows, tokens in steps:
             hidden = torch.randn(rows, tokens, span.hidden_size, dtype=span.dtype, device=span.device)

@@ -13,8 +13,6 @@ from protocol.model.anatomy import BlockList, find_blocks
 from protocol.model.checkpoint import Checkpoint, block_of
 from protocol.model.loading import class_for, load_part
 
-QUANTIZATIONS = ("none", "int8", "nf4")
-
 
 def load_span(
     checkpoint: Checkpoint,

@@ -4,14 +4,18 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 import yaml
 
 from protocol.errors import BadUsage, first_line
 from protocol.records import MAX_NAME
+
+if TYPE_CHECKING:
+    import torch
+
+# torch takes seconds to import: not for `peer --help`.
 
 InitialPeers = Annotated[
     list[str] | None,
@@ -85,8 +89,10 @@ def parse_name(text: str) -> str:
     return text
 
 
-def parse_dtype(text: str) -> torch.dtype | None:
+def parse_dtype(text: str) -> "torch.dtype | None":
     """A dtype by name; `auto` is `None`. Raises `BadUsage`."""
+    import torch
+
     names = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if text not in names:
         raise BadUsage(f"--dtype {text!r} is unknown; expected one of {', '.join(names)}.")
@@ -95,6 +101,8 @@ def parse_dtype(text: str) -> torch.dtype | None:
 
 def parse_device(text: str) -> str:
     """A device that is there; `auto` is the first GPU, else the CPU. Raises `BadUsage`."""
+    import torch
+
     if text == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     try:

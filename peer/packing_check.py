@@ -8,6 +8,7 @@ from math import inf, isnan
 import torch
 
 from peer.joint import Joiner, JointCall, Part
+from peer.kinds import blocks_of_each_kind
 from peer.kv_cache import SpanCache
 from peer.lockstep import Lockstep
 from peer.packing import Packer
@@ -36,7 +37,7 @@ def find_joiner(span: Span) -> Joiner | None:
 def _is_right(span: Span, joiner: Joiner) -> bool:
     """Run three short steps of two sequences together and alone, on one block of each kind, and compare."""
     way = type(joiner).__name__
-    for block in _blocks_of_each_kind(span):
+    for block in blocks_of_each_kind(span):
         try:
             error = _difference(span, joiner, Mode(range(block, block + 1)))
         except Exception as failure:  # any failure at all: this architecture does something else than was thought of
@@ -59,13 +60,6 @@ def _known_obstacle(span: Span) -> str:
             if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
                 return f"{kind} rotary embeddings are those of the longest sequence"
     return "" if span.takes_positions else "the trunk takes no positions"
-
-
-def _blocks_of_each_kind(span: Span) -> list[int]:
-    types = getattr(span.model.config, "layer_types", None) or [""] * span.end
-    blocks = span.where.of(span.model)
-    kinds = {(types[i], *(type(module) for module in blocks[i].modules())): i for i in reversed(span.blocks)}
-    return sorted(kinds.values())
 
 
 def tolerance(span: Span) -> float:

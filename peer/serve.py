@@ -1,8 +1,10 @@
 """`peer serve`: what it is told, checked and handed to the server."""
 
 import asyncio
+import gc
+from collections.abc import Callable
+from contextlib import suppress
 from math import inf
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,12 +26,15 @@ from peer.options import (
 from peer.process import leave_at_once, run, say_ready, stop_on_signals, unless_stopped
 from peer.quotas import Quota
 from protocol.errors import BadUsage, UnsupportedModel
-from protocol.tensors import Limits
+from protocol.imports import without_collection
+from protocol.model.read_ahead import begin_to_read
 
 if TYPE_CHECKING:
-    from peer.server import ServeOptions
+    from bootstrap.member import Member, MemberOptions
+    from peer.server import ServeOptions, Server
     from protocol.model.checkpoint import Checkpoint
-    from protocol.records import ModelId
+
+_QUANTIZATIONS = ("none", "int8", "nf4")
 
 # The server and all that it imports (torch, Transformers) are loaded when a peer is started, not for `peer --help`.
 
@@ -64,7 +69,9 @@ def serve(
     idle_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds after which a generation may have to give its memory to others.")
     ] = 30.0,
-    max_message: Annotated[int, typer.Option(min=2**20, help="Bytes of tensors in one message.")] = Limits.max_payload,
+    max_message: Annotated[
+        int | None, typer.Option(min=2**20, help="Bytes of tensors in one message; default: 512 MiB.")
+    ] = None,
     client_streams: Annotated[int, typer.Option(min=1, help="Connections of one client.")] = Quota.streams,
     client_sessions: Annotated[int, typer.Option(min=1, help="Generations of one client at a time.")] = Quota.sessions,
     client_cache_tokens: Annotated[
@@ -88,22 +95,23 @@ def serve(
     config: Config = None,
 ) -> None:
     """Serve a span of a model's blocks: found a swarm, or join one with --initial-peers."""
-    import torch
-
-    from bootstrap.member import MemberOptions
-    from peer.loading import QUANTIZATIONS
-    from peer.server import ServeOptions
-    from protocol.model.checkpoint import open_checkpoint
-
-    one_of("--quantize", quantize, QUANTIZATIONS)
+    one_of("--quantize", quantize, _QUANTIZATIONS)
     if double_quantize and quantize != "nf4":
         raise BadUsage("--double-quantize goes with --quantize nf4 only.")
     if blocks is not None and num_blocks is not None:
         raise BadUsage("Give --blocks or --num-blocks, not both.")
-    parse_blocks(blocks)
+    span = parse_blocks(blocks)
     parse_name(name)
     addresses = tuple(initial_peers or ())
-    checkpoint = open_checkpoint(model, revision) if model else _open_the_only_model(addresses, swarm_key, revision)
+    if model is None and not addresses:
+        raise BadUsage("Name a MODEL to found a swarm, or join one with --initial-peers.")
+    if model is not None and span is not None:
+        begin_to_read(model, revision, span)
+    with without_collection():
+        import torch
+
+        from bootstrap.member import MemberOptions
+    chosen_dtype, chosen_device = parse_dtype(dtype), parse_device(device)
     if threads:
         torch.set_num_threads(threads)
     quota = Quota(
@@ -115,58 +123,92 @@ def serve(
         adapter_bytes=client_adapter_bytes,
         bytes_per_second=client_rate or inf,
     )
-    options = ServeOptions(
-        checkpoint=checkpoint,
-        blocks=parse_blocks(blocks, checkpoint.model_id.num_blocks),
-        num_blocks=num_blocks,
-        member=MemberOptions(
-            addresses,
-            host,
-            port,
-            tuple(announce or ()),
-            identity,
-            direct_port,
-            tuple(announce_direct or ()),
-            swarm_key=swarm_key,
-        ),
-        dtype=parse_dtype(dtype),
-        device=parse_device(device),
-        quantization=quantize,
-        double_quantization=double_quantize,
-        name=name,
-        max_length=max_length,
-        cache_tokens=cache_tokens,
-        idle_timeout=idle_timeout,
-        quota=quota,
-        max_message=max_message,
-        drain_timeout=drain_timeout,
-        compile=compile_,
-    )
-    run(_serve(options))
+
+    def complete(checkpoint: "Checkpoint") -> "ServeOptions":
+        from peer.server import ServeOptions
+        from protocol.tensors import Limits
+
+        return ServeOptions(
+            checkpoint=checkpoint,
+            blocks=parse_blocks(blocks, checkpoint.model_id.num_blocks),
+            num_blocks=num_blocks,
+            dtype=chosen_dtype,
+            device=chosen_device,
+            quantization=quantize,
+            double_quantization=double_quantize,
+            name=name,
+            max_length=max_length,
+            cache_tokens=cache_tokens,
+            idle_timeout=idle_timeout,
+            quota=quota,
+            max_message=max_message or Limits.max_payload,
+            drain_timeout=drain_timeout,
+            compile=compile_,
+        )
+
+    membership = MemberOptions(
+        addresses, host, port, tuple(announce or ()), identity, direct_port, tuple(announce_direct or ()),
+        swarm_key=swarm_key,
+    )  # fmt: skip
+    run(_serve(membership, model, revision, complete))
 
 
-async def _serve(options: "ServeOptions") -> None:
-    from peer.server import Server
+_Complete = Callable[["Checkpoint"], "ServeOptions"]
+"""What is left to be known of the options follows from the checkpoint."""
 
+
+async def _serve(membership: "MemberOptions", model: str | None, revision: str | None, complete: _Complete) -> None:
     stop = stop_on_signals()
-    server = await unless_stopped(Server.start(options), stop)
+    server = await unless_stopped(_start(membership, model, revision, complete), stop)
     if server is not None:
         span = f"blocks={server.span.start}:{server.span.end}"
-        say_ready(server.member.addresses, f"{span} model={options.checkpoint.model_id.name}")
+        say_ready(server.member.addresses, f"{span} model={server.options.checkpoint.model_id.name}")
         await server.run(stop)
     leave_at_once()
 
 
-def _open_the_only_model(addresses: tuple[str, ...], swarm_key: Path | None, revision: str | None) -> "Checkpoint":
-    """The swarm's model, when it has exactly one and that is found here or on the hub. Raises `BadUsage`."""
-    from protocol.model.checkpoint import open_checkpoint
+async def _start(membership: "MemberOptions", model: str | None, revision: str | None, complete: _Complete) -> "Server":
+    """Join while Transformers is being imported: what a join takes is another process's time, p2pd's."""
+    from bootstrap.member import Member
 
-    found = asyncio.run(_look_for_models(addresses, swarm_key))
+    joining = asyncio.create_task(Member.join(membership))
+    try:
+        if model is None:
+            checkpoint = await _open_the_only_model(await joining, revision)
+        else:
+            checkpoint = await asyncio.to_thread(_open, model, revision)
+        await asyncio.to_thread(_import_server)
+        from peer.server import Server
+
+        return await Server.start(complete(checkpoint), joining)
+    except BaseException:
+        joining.cancel()
+        with suppress(Exception, asyncio.CancelledError):
+            await (await joining).shutdown()
+        raise
+
+
+def _open(model: str, revision: str | None) -> "Checkpoint":
+    with without_collection():
+        from protocol.model.checkpoint import open_checkpoint
+
+    return open_checkpoint(model, revision)
+
+
+def _import_server() -> None:
+    with without_collection():
+        import peer.server  # noqa: F401
+    gc.freeze()  # nothing of this will ever be garbage, and to look through it takes 0.2 s each time
+
+
+async def _open_the_only_model(member: "Member", revision: str | None) -> "Checkpoint":
+    """The swarm's model, when it has exactly one and that is found here or on the hub. Raises `BadUsage`."""
+    found = list(await member.directory.models())
     names = ", ".join(model.name for model in found)
     if len(found) != 1:
         raise BadUsage(f"The swarm serves {len(found)} models ({names or 'none'}); name the MODEL to serve.")
     try:
-        checkpoint = open_checkpoint(names, revision)
+        checkpoint = await asyncio.to_thread(_open, names, revision)
     except UnsupportedModel as error:
         raise BadUsage(
             f"The swarm's model is called {names!r}, which is no folder here and not found on the hub; "
@@ -175,15 +217,3 @@ def _open_the_only_model(addresses: tuple[str, ...], swarm_key: Path | None, rev
     if checkpoint.model_id.config_hash != found[0].config_hash:
         raise BadUsage(f"What is called {names!r} here is another model than the swarm's; name its folder as MODEL.")
     return checkpoint
-
-
-async def _look_for_models(addresses: tuple[str, ...], swarm_key: Path | None) -> list["ModelId"]:
-    from bootstrap.member import Member, MemberOptions
-
-    if not addresses:
-        raise BadUsage("Name a MODEL to found a swarm, or join one with --initial-peers.")
-    member = await Member.join(MemberOptions(addresses, client_mode=True, swarm_key=swarm_key))
-    try:
-        return list(await member.directory.models())
-    finally:
-        await member.shutdown()

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from bootstrap.directory import Announcer
-from bootstrap.member import Member, MemberOptions
+from bootstrap.member import Member
 from peer.adapters import AdapterStore
 from peer.arena_trial import arena_for
 from peer.call_runner import CallRunner
@@ -32,6 +32,7 @@ from peer.span import Span
 from peer.steps import StepRunner
 from peer.throughput import measure
 from protocol.errors import PeerFailed
+from protocol.imports import without_collection
 from protocol.model.checkpoint import Checkpoint
 from protocol.records import PeerRecord, PeerState, Speed
 from protocol.tensors import Limits
@@ -57,7 +58,6 @@ class ServeOptions:
     """None: those that the swarm needs most, `num_blocks` of them."""
     num_blocks: int | None
     """None: as many as fit the memory."""
-    member: MemberOptions
     dtype: torch.dtype | None
     device: str
     quantization: str
@@ -99,23 +99,23 @@ class Server:
         self._announcer = Announcer(member.directory, self.record, _ANNOUNCE_PERIOD, _RECORD_LIFETIME)
 
     @classmethod
-    async def start(cls, options: ServeOptions) -> "Server":
-        """Load, join, announce. Raises `UnsupportedModel`, `BadUsage`, `PeerUnreachable`, `WrongKey`."""
-        member = await Member.join(options.member)
+    async def start(cls, options: ServeOptions, joining: asyncio.Task[Member]) -> "Server":
+        """Load, and announce once `joining` is done too. Raises as it does, and `UnsupportedModel`."""
         on_cpu = torch.device(options.device).type == "cpu"
         scheduler = Scheduler(joined_size=_JOINED_ON_CPU if on_cpu else _JOINED)
         try:
-            blocks = options.blocks or await _choose_blocks(options, member)
-            loaded = await scheduler.submit(Priority.CALL, partial(_load, options, blocks, scheduler, member))
+            blocks = options.blocks or await _choose_blocks(options, await joining)
+            loading = scheduler.submit(Priority.CALL, partial(_load_span, options, blocks))
+            span, member = await asyncio.gather(loading, joining)  # whichever fails first
+            loaded = await scheduler.submit(Priority.CALL, partial(_load, options, span, scheduler, member))
             server = cls(options, loaded, member)
             await member.transport.serve(server.service.handle)
             await member.directory.announce(server.record(), _RECORD_LIFETIME)
         except BaseException:
             scheduler.close()
-            await member.shutdown()
             raise
         server._announcer.start()
-        server._preload = asyncio.create_task(asyncio.to_thread(importlib.import_module, "peer.trees"))
+        server._preload = asyncio.create_task(asyncio.to_thread(_import_adapters))
         return server
 
     def record(self) -> PeerRecord:
@@ -171,6 +171,11 @@ class Server:
             await asyncio.sleep(0.05)
 
 
+def _import_adapters() -> None:
+    with without_collection():
+        importlib.import_module("peer.trees")
+
+
 @dataclass(frozen=True)
 class _Loaded:
     span: Span
@@ -190,8 +195,8 @@ async def _choose_blocks(options: ServeOptions, member: Member) -> range:
     return choose_blocks(peers, total, count)
 
 
-def _load(options: ServeOptions, blocks: range, scheduler: Scheduler, member: Member) -> _Loaded:
-    span = load_span(
+def _load_span(options: ServeOptions, blocks: range) -> Span:
+    return load_span(
         options.checkpoint,
         blocks.start,
         blocks.stop,
@@ -200,6 +205,9 @@ def _load(options: ServeOptions, blocks: range, scheduler: Scheduler, member: Me
         quantization=options.quantization,
         double_quantization=options.double_quantization,
     )
+
+
+def _load(options: ServeOptions, span: Span, scheduler: Scheduler, member: Member) -> _Loaded:
     speed, token_bytes = measure(span)
     _return_freed_memory()
     share = int(_free_memory(span.device) * _CACHE_SHARE)

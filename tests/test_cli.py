@@ -88,6 +88,7 @@ def shell(llama: Path) -> Iterator[dict[str, subprocess.Popen[str]]]:
         return subprocess.Popen(
             [sys.executable, "-m", "peer.cli", *arguments],
             cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+            env=os.environ | {"OMP_DISPLAY_ENV": "VERBOSE"},
         )  # fmt: skip
 
     limits = ("--max-length", "16384", "--threads", "1")
@@ -121,6 +122,7 @@ def test_a_process_says_when_it_is_ready_and_leaves_when_told(
     assert process.returncode == 0, log
     assert rest == ""
     assert "Traceback" not in log
+    assert "GOMP_SPINCOUNT = '0'" in log, "torch was imported before the package `peer`, which tells OpenMP not to spin"
     assert_nothing_is_left(processes)
 
 

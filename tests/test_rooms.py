@@ -71,7 +71,7 @@ def eager_imports(path: str) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("start", ["client/auto.py", "peer/cli.py", "peer/server.py"])
+@pytest.mark.parametrize("start", ["client/load.py", "peer/cli.py", "peer/server.py"])
 def test_what_starts_imports_nothing_slow(start: str) -> None:
     """PEFT imports bitsandbytes, and that torch's compiler: seconds that a client without adapters need not wait."""
     waiting, seen = {start}, set[str]()

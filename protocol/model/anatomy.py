@@ -1,19 +1,22 @@
 """Where a Transformers model keeps its blocks."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from protocol.errors import UnsupportedModel
 
+if TYPE_CHECKING:  # reading a configuration does not take the half of Transformers that models take
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-def num_blocks(config: PreTrainedConfig) -> int:
+
+def num_blocks(config: "PreTrainedConfig") -> int:
     """How many transformer blocks a model of this configuration has."""
     return int(config.get_text_config().num_hidden_layers)
 
 
-def hidden_size(config: PreTrainedConfig) -> int:
+def hidden_size(config: "PreTrainedConfig") -> int:
     """The width of the hidden states between blocks."""
     return int(config.get_text_config().hidden_size)
 
@@ -40,7 +43,7 @@ class BlockList:
         return model.get_submodule(self.path)  # type: ignore[return-value]
 
 
-def find_blocks(model: PreTrainedModel) -> BlockList:
+def find_blocks(model: "PreTrainedModel") -> BlockList:
     """The `ModuleList` as long as the configuration says whose items' class must not be split over devices.
 
     Raises `UnsupportedModel` when there is none (encoder-decoder, or blocks of a kind of their own).
