@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from peer.lora import Lora, find_lora
 from peer.quotas import Quota
 from peer.span import Adapted, Span, find_module
+from peer.transfer import to_device
 from protocol.adapters import Manifest, bundle_hash
 from protocol.errors import BadAdapter, UnknownAdapter
 from protocol.tensors import nbytes
@@ -67,7 +68,7 @@ class AdapterStore:
             raise BadAdapter(f"An adapter of {size} bytes is over this peer's limit of {limit}.")
         if any(not 0 <= number < len(numbered) for number in manifest.tensors.values()):
             raise BadAdapter("The adapter's manifest refers to a tensor that was not sent.")
-        device = [tensor.to(self._span.device) for tensor in numbered]
+        device = [to_device(tensor, self._span.device) for tensor in numbered]
         named = {name: device[number] for name, number in manifest.tensors.items()}
         try:
             self._check(manifest, tree_key, named)

@@ -13,6 +13,7 @@ from peer.lora import find_lora
 from peer.products import Products, adding
 from peer.rendezvous import may_meet
 from peer.span import Inputs, Mode, Span
+from peer.transfer import to_device, to_host
 from protocol.errors import BadRequest, UnknownCall
 
 Prefix = dict[int, tuple[torch.Tensor, torch.Tensor]]
@@ -55,14 +56,14 @@ class Trainer:
         """The hidden states, and the name under which the activations are kept (0: they are not)."""
         if not keep:
             with torch.no_grad():
-                return self._run(call, {}), 0
+                return to_host(self._run(call, {})), 0
         graph = self._forward_with_graph(call, owner)
         if graph.size > self._max_kept:
-            return graph.result.detach(), 0
+            return to_host(graph.result.detach()), 0
         call_id = secrets.randbits(63) | 1
         self._kept[call_id] = graph
         self._make_room()
-        return graph.result.detach(), call_id
+        return to_host(graph.result.detach()), call_id
 
     def backward_kept(self, call_id: int, owner: str, grad: torch.Tensor) -> dict[str, torch.Tensor]:
         """Gradients of a kept call, which is dropped by it. Raises `UnknownCall`, `BadRequest`."""
@@ -152,7 +153,8 @@ class _SavedBytes:
 
 def _backward(graph: _Graph, grad: torch.Tensor) -> dict[str, torch.Tensor]:
     leaves = graph.leaves
-    grad = grad.to(graph.result.device, graph.result.dtype)
+    grad = to_device(grad, graph.result.device, graph.result.dtype)
     with torch.autograd.set_multithreading_enabled(False):  # a GPU's part also on this thread, which meets others
         gradients = torch.autograd.grad(graph.result, list(leaves.values()), grad, allow_unused=True)
-    return {f"grad.{name}": gradient for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
+    found = zip(leaves, gradients, strict=True)
+    return {f"grad.{name}": to_host(gradient) for name, gradient in found if gradient is not None}

@@ -8,6 +8,7 @@ import torch
 from peer.arena import Shape
 from peer.calls import Prefix
 from peer.span import Inputs, Mode, Span
+from peer.transfer import to_device
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message
 from protocol.errors import BadRequest, TooLong
@@ -53,7 +54,7 @@ def check_inputs(span: Span, message: Message, past: int, max_length: int) -> In
     positions = _integers(message, "position_ids", {(batch, tokens), (1, tokens)})
     if positions is not None and positions.dtype == torch.bool:
         raise BadRequest("position_ids is torch.bool; expected integers.")
-    return Inputs(hidden.to(span.device, span.dtype), mask, positions)
+    return Inputs(to_device(hidden, span.device, span.dtype), mask, positions)
 
 
 def check_prefix(span: Span, mode: Mode, message: Message, batch: int) -> Prefix:
@@ -63,7 +64,7 @@ def check_prefix(span: Span, mode: Mode, message: Message, batch: int) -> Prefix
         if match := _PREFIX.match(name):
             if tensor.ndim != 4 or tensor.shape[0] != batch or not tensor.is_floating_point():
                 raise BadRequest(f"{name} is {tensor.dtype} {list(tensor.shape)}; expected floats, 4-D, batch {batch}.")
-            found.setdefault(int(match[1]), {})[match[2]] = tensor.to(span.device, span.dtype)
+            found.setdefault(int(match[1]), {})[match[2]] = to_device(tensor, span.device, span.dtype)
     if not found:
         return {}
     if set(found) != set(mode.blocks) or any(len(pair) != 2 for pair in found.values()):

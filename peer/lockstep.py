@@ -20,6 +20,7 @@ from torch import nn
 
 from peer.joint import JointCall, Part
 from peer.span import Adapted, Inputs, Mode, Span
+from peer.transfer import to_host
 
 Forward = Callable[..., Any]
 
@@ -61,7 +62,7 @@ class Lockstep:
             replaced_forwards((module for block in mode.blocks for module in modules[block]), partial(partial, _meet)),
             replaced_forwards([self._span.where.trunk_of(model)], walk),
         ):
-            return call.split(self._span.run(Inputs(call.row()), mode, adapted=adapted).to("cpu"))
+            return call.split(to_host(self._span.run(Inputs(call.row()), mode, adapted=adapted)))
 
     def _modules_of(self, model: nn.Module) -> dict[int, list[nn.Module]]:
         if model not in self._modules:

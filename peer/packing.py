@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peer.joint import JointCall, Part
 from peer.span import Adapted, Inputs, Mode, Span
+from peer.transfer import to_host
 
 _NAME = "swarmtune_packed"
 
@@ -136,7 +137,7 @@ class Packer:
         try:
             for config in self._configs:
                 config._attn_implementation = self.implementation
-            return call.split(self._span.run(inputs, mode, cache, adapted).to("cpu"))
+            return call.split(to_host(self._span.run(inputs, mode, cache, adapted)))
         finally:
             for config, name in zip(self._configs, before, strict=True):
                 config._attn_implementation = name

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from peer.arena import Shape
 from peer.kv_cache import SpanCache
+from peer.transfer import to_device
 from protocol.errors import BadAdapter, UnsupportedModel, first_line
 from protocol.model.anatomy import BlockList, find_blocks, hidden_size
 
@@ -174,7 +175,7 @@ class Span:
     def arguments(self, inputs: Inputs, cache: Cache | None) -> dict[str, Any]:
         """What the trunk is called with."""
         arguments: dict[str, Any] = {
-            "inputs_embeds": inputs.hidden.to(self.device, self.dtype),
+            "inputs_embeds": to_device(inputs.hidden, self.device, self.dtype),
             "attention_mask": _to(inputs.mask, self.device),
             "past_key_values": cache,
             "use_cache": cache is not None,
@@ -269,4 +270,4 @@ def _neutralise_scalars(model: nn.Module) -> None:
 
 
 def _to(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(device)
+    return None if tensor is None else to_device(tensor, device)

@@ -14,6 +14,7 @@ from peer.kv_cache import Session, apply_edit, check_edits, fill
 from peer.lora import LoraApplier, Segment
 from peer.span import Adapted, Inputs, Mode, Span
 from peer.tally import Tally
+from peer.transfer import to_host
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message
 from protocol.errors import BadRequest, SessionLost, SwarmError
@@ -122,7 +123,7 @@ class StepRunner:
                 step.count_tokens()
         except Exception as error:
             return error
-        return result.to("cpu")
+        return to_host(result)
 
     def _run_together(self, steps: Sequence[Step]) -> dict[Step, Outcome]:
         call = JointCall([Part(step.inputs, step.session.cache) for step in steps])
