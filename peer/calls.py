@@ -86,8 +86,8 @@ class Trainer:
 
     def forget(self, owner: str) -> None:
         """Drop everything kept for a client that has gone."""
-        for call_id in [i for i, graph in list(self._kept.items()) if graph.owner == owner]:
-            self._kept.pop(call_id, None)
+        for call_id in [i for i, graph in self._kept.items() if graph.owner == owner]:
+            del self._kept[call_id]
 
     def _make_room(self) -> None:
         """The client that keeps most loses its oldest."""
@@ -129,7 +129,8 @@ class Trainer:
             tensors = {name: leaves.get(f"adapter.{name}", tensor) for name, tensor in own.items()}
             if may_meet():  # a tree holds one client's tensors at a time
                 lora = find_lora(self._span, call.bundle.manifest, tensors)
-                with adding(lora.deltas if lora else {}):
+                assert lora is not None, "others do not join"
+                with adding(lora.deltas):
                     return self._span.run(inputs, call.mode)
             adapted = self._adapters.adapt(call.bundle, tensors)
         return self._span.run(inputs, call.mode, cache, adapted)

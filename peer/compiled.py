@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -46,7 +47,7 @@ class _Table:
         self.masks: Masks | None = None
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """See `Packed.attend`; of the block that is running."""
+        """(1, all tokens, heads, head size): see `peer.packing`; of the block that is running."""
         module, options = self.seen[self.block]
         assert self.masks is not None
         return self.masks.packed.attend(self.masks.masks, module, (query, key, value), options)
@@ -133,6 +134,7 @@ class CompiledPacker(Packer):
                 return super().run(call, mode)
         finally:
             _table.reset(token)
+            self._table.masks = None  # with them the sessions' hidden states
 
     def compile(self) -> None:
         """Have all blocks compiled at their next call. Once they have been run as they are."""
@@ -161,8 +163,10 @@ def compile_steps(span: Span, backend: str = "inductor") -> CompiledPacker | Non
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    # Otherwise a block's number would be part of its graph, and each block have its own.
-    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):  # type: ignore[attr-defined]
+    # Otherwise a block's number would be part of its graph, and each block have its own. And CUDA graphs are for single
+    # tokens: each further number of them would be recorded, and keep memory, while clients wait.
+    dynamo = torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True)  # type: ignore[attr-defined]
+    with dynamo, torch._inductor.config.patch({"triton.cudagraph_skip_dynamic_graphs": True}):
         yield
 
 

@@ -8,7 +8,7 @@ def blocks_of_each_kind(span: Span) -> list[int]:
     types = getattr(span.model.config, "layer_types", None) or [""] * span.end
     blocks = span.where.of(span.model)
     kinds = {
-        (types[i], span.kv_shapes.get(i), *(type(module) for module in blocks[i].modules())): i
+        (types[i], span.kv_shapes.get(i), *(type(module) for module in blocks.get_submodule(str(i)).modules())): i
         for i in reversed(span.blocks)
     }
     return sorted(kinds.values())

@@ -33,7 +33,7 @@ class Delta:
     scaling: float
 
     def of(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(tokens, out) of inputs (tokens, in), cast as PEFT does."""
+        """(..., out) of inputs (..., in), cast as PEFT does."""
         return linear(linear(inputs.to(self.a.dtype), self.a), self.b) * self.scaling
 
 

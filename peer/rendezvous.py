@@ -44,20 +44,29 @@ class _Member:
     def run(self) -> None:
         token = _member.set(self)
         try:
-            self._answers.get()
-            outcome = self._function()
-        except BaseException as error:
-            outcome = error
+            self._wait()
+            self._wishes.put(_End(self._function()))
+        except BaseException as error:  # no other name for it: with its traceback it would hold this frame, and itself
+            self._wishes.put(_End(error))
         finally:
             _member.reset(token)
-        self._wishes.put(_End(outcome))
 
     def meet(self, place: Place, item: Any) -> Any:
         self._wishes.put((place, item))
+        return self._wait()
+
+    def _wait(self) -> Any:
         answer = self._answers.get()
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
+        try:
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+        finally:
+            del answer  # as in `run`
+
+    def give_up(self) -> None:
+        """Have it end, should it ever begin."""
+        self._answers.put(RuntimeError("Another of these functions could not be begun."))
 
     def resume(self, answer: Any) -> tuple[Place, Any] | _End:
         """Let it run until it waits again: at which place, with which item; or its end."""
@@ -98,8 +107,14 @@ class Rendezvous:
             else:
                 waiting[member] = wish
 
+        try:
+            for member in members:
+                self._threads.submit(member.run)
+        except BaseException:  # no more threads to be had
+            for member in members:
+                member.give_up()
+            raise
         for member in members:
-            self._threads.submit(member.run)
             resume(member, None)
         while waiting:
             place = min((place for place, _ in waiting.values()), key=lambda place: place.order)

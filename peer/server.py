@@ -100,13 +100,13 @@ class Server:
 
     @classmethod
     async def start(cls, options: ServeOptions, joining: asyncio.Task[Member]) -> "Server":
-        """Load, and announce once `joining` is done too. Raises as it does, and `UnsupportedModel`."""
+        """Load and announce once `joining` is done. Raises as it does, and `UnsupportedModel`."""
         on_cpu = torch.device(options.device).type == "cpu"
         scheduler = Scheduler(joined_size=_JOINED_ON_CPU if on_cpu else _JOINED)
         try:
-            blocks = options.blocks or await _choose_blocks(options, await joining)
-            loading = scheduler.submit(Priority.CALL, partial(_load_span, options, blocks))
-            span, member = await asyncio.gather(loading, joining)  # whichever fails first
+            member = await joining  # first: what loads cannot be stopped, and most of a join is over by now
+            blocks = options.blocks or await _choose_blocks(options, member)
+            span = await scheduler.submit(Priority.CALL, partial(_load_span, options, blocks))
             loaded = await scheduler.submit(Priority.CALL, partial(_load, options, span, scheduler, member))
             server = cls(options, loaded, member)
             await member.transport.serve(server.service.handle)

@@ -127,7 +127,7 @@ class Service:
         finally:
             self._end_session(connection)
             if self._reception.accounts.leave(client):
-                self._calls.forget(client)
+                self._scheduler.submit(Priority.CALL, partial(self._calls.forget, client), client)
                 asyncio.get_running_loop().call_later(self.memory.idle_timeout, self._forget_adapters, client)
 
     async def _serve_one(self, connection: _Connection) -> None:

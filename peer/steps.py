@@ -120,10 +120,11 @@ class StepRunner:
         try:
             with step.session.changing():
                 result = self._span.run(step.inputs, step.mode, step.session.cache, self._adapted(step.bundle))
+                result = to_host(result)
                 step.count_tokens()
         except Exception as error:
             return error
-        return to_host(result)
+        return result
 
     def _run_together(self, steps: Sequence[Step]) -> dict[Step, Outcome]:
         call = JointCall([Part(step.inputs, step.session.cache) for step in steps])
@@ -131,7 +132,7 @@ class StepRunner:
             results = self._call_trunk(steps, call)
         except Exception as error:
             if call.has_begun:
-                return {step: _lose(step, error) for step in steps}
+                return {step: _lose(step, error, alone=len(steps) == 1) for step in steps}
             return {step: self._run_alone(step) for step in steps}
         self.tally.count(len(steps))
         outcomes = map(_outcome, steps, call.parts, results)
@@ -176,10 +177,10 @@ def _outcome(step: Step, part: Part, hidden: torch.Tensor) -> Outcome:
     return hidden
 
 
-def _lose(step: Step, error: Exception) -> Outcome:
+def _lose(step: Step, error: Exception, alone: bool) -> Outcome:
     """Some layers of its cache have taken the tokens, others not."""
     step.session.close()
-    if isinstance(error, SwarmError):
+    if alone or isinstance(error, SwarmError):
         return error
     kind = type(error).__name__
     return SessionLost(f"A call for several sessions failed ({kind}); send this session's tokens again.")

@@ -2,18 +2,21 @@
 
 import torch
 
+_PINNED = 2**20
+"""Bytes of the largest tensor that goes through pinned memory: PyTorch keeps for ever what it has once pinned."""
+
 
 def to_device(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The tensor there, of `dtype` if that is given. To a GPU by way of pinned memory: it need not be waited for."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
+    if device.type == "cuda" and tensor.device.type == "cpu" and tensor.nbytes <= _PINNED:
         tensor = tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device, dtype or tensor.dtype)
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in this process's memory. Waits for the GPU, so that belongs on the compute thread."""
-    if tensor.device.type != "cuda":
-        return tensor
+    if tensor.device.type != "cuda" or tensor.nbytes > _PINNED:
+        return tensor.to("cpu")
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
     torch.cuda.current_stream(tensor.device).synchronize()

@@ -3,6 +3,8 @@
 import functools
 import gc
 import json
+import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from peer.loading import load_span
 from peer.lora import Delta
 from peer.products import Products
 from peer.quotas import Quota
-from peer.rendezvous import Place, Rendezvous, may_meet, meet
+from peer.rendezvous import MOST, Place, Rendezvous, may_meet, meet
 from peer.span import Inputs, Mode, Span
 from protocol.errors import BadRequest, UnknownCall
 from protocol.model.checkpoint import open_checkpoint
@@ -310,6 +312,49 @@ def test_functions_that_take_other_ways() -> None:
     ways = [(0, 1, 2, 4), (0, 3, 4), (0, 4), (0,)]
     assert Rendezvous().run([functools.partial(visit, *way) for way in ways]) == [sum(way) for way in ways]
     assert met == [(0, 4), (1, 1), (2, 1), (3, 1), (4, 3)]
+
+
+def test_what_failed_holds_no_memory() -> None:
+    """Not even until the garbage is collected: its activations would be in the way of the next attempt."""
+    held = list[weakref.ref[torch.Tensor]]()
+
+    def refuse(items: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        raise torch.OutOfMemoryError
+
+    def visit() -> None:
+        activations = torch.zeros(3)
+        held.append(weakref.ref(activations))
+        meet(Place((0, 0), refuse), activations)
+
+    gc.disable()
+    try:
+        outcomes = Rendezvous().run([visit, visit])
+        assert [type(outcome) for outcome in outcomes] == [torch.OutOfMemoryError] * 2
+        del outcomes
+        deadline = time.monotonic() + 5
+        while any(tensor() is not None for tensor in held) and time.monotonic() < deadline:
+            time.sleep(0.01)  # their threads are about to end
+        assert [tensor() for tensor in held] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_no_more_threads() -> None:
+    """Those that have begun are not left waiting for ever."""
+    rendezvous = Rendezvous()
+    submit, left = rendezvous._threads.submit, [2]
+
+    def submit_some(function: Callable[[], None]) -> None:
+        left[0] -= 1
+        submit(function)
+        if not left[0]:
+            raise RuntimeError("can't start new thread")
+
+    rendezvous._threads.submit = submit_some  # type: ignore[assignment, method-assign]
+    with pytest.raises(RuntimeError, match="new thread"):
+        rendezvous.run([int, int, int])
+    rendezvous._threads.submit = submit  # type: ignore[method-assign]
+    assert rendezvous.run([int] * MOST) == [0] * MOST
 
 
 def test_products_leave_no_trace(desk: Desk) -> None:

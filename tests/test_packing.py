@@ -13,13 +13,14 @@ import torch
 from peer.adapters import AdapterStore, Bundle
 from peer.arena_trial import arena_for
 from peer.joint import Joiner
+from peer.kinds import blocks_of_each_kind
 from peer.kv_cache import CacheMemory, Session, SpanCache
 from peer.loading import load_span
 from peer.lockstep import Lockstep
 from peer.packing import Packer
 from peer.packing_check import find_joiner
 from peer.quotas import Quota
-from peer.span import Mode, Span
+from peer.span import Inputs, Mode, Span, find_module
 from peer.steps import Step, StepRunner
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message
@@ -378,6 +379,24 @@ def test_the_call_itself_fails(llama: Span, monkeypatch: pytest.MonkeyPatch, has
         assert isinstance(outcome, torch.Tensor)
     else:
         assert_same(outcomes, desk.each(*(desk.step(desk.open(), states(1, 3, i)) for i in range(2))))
+
+
+def test_a_joined_call_of_one(llama: Span, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled step goes alone as a joined call does; what it fails of is told as it is."""
+    desk = Desk(llama, Packer(llama))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(find_module(llama.where.of(llama.model), f"{END - 1}.mlp")), "forward", fail)
+        (outcome,) = desk.run(desk.step(desk.open(), states(1, 3, 0)))
+    assert isinstance(outcome, RuntimeError)
+    assert not isinstance(outcome, SessionLost)
+
+
+def test_one_block_of_each_kind_whatever_ran_last(load: Callable[..., Span]) -> None:
+    span = load("gpt_oss")
+    expected = blocks_of_each_kind(span)
+    span.run(Inputs(states(1, 1, 0)), Mode(span.blocks[-1:]))
+    assert blocks_of_each_kind(span) == expected
+    assert len(expected) == 2
 
 
 def test_a_module_fails_for_all_in_lockstep(load: Callable[..., Span], monkeypatch: pytest.MonkeyPatch) -> None:

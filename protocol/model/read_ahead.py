@@ -14,6 +14,8 @@ from huggingface_hub import try_to_load_from_cache
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER = 100 * 2**20
 """Bytes; as safetensors has it."""
+_PIECE = 2**17
+"""Bytes asked for at once: Linux takes no more than the disk's read-ahead (`read_ahead_kb`), by default 128 KiB."""
 _NUMBER = re.compile(r"\.(\d+)\.")
 """The first number in a tensor's name is its block's: `model.layers.3.mlp.experts.0.weight`, `h.3.attn.weight`."""
 
@@ -28,11 +30,14 @@ def begin_to_read(model: str, revision: str | None, blocks: range) -> None:
 
 
 def _read_ahead(model: str, revision: str | None, blocks: range) -> None:
-    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # loading tells what is wrong
+    with suppress(
+        OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError
+    ):  # loading tells what is wrong
         for path in _files(model, revision, blocks):
             with path.open("rb") as file:
                 for start, end in _parts(file, blocks):
-                    os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
+                    for at in range(start, end, _PIECE):
+                        os.posix_fadvise(file.fileno(), at, min(_PIECE, end - at), os.POSIX_FADV_WILLNEED)
 
 
 def _files(model: str, revision: str | None, blocks: range) -> set[Path]:
