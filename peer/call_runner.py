@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from peer.calls import Call, Trainer
-from peer.rendezvous import MOST, Rendezvous
+from peer.rendezvous import MOST, run_together
 from peer.tally import Tally
 from protocol.errors import SwarmError
 
@@ -37,7 +37,6 @@ class CallRunner:
 
     def __init__(self, trainer: Trainer, joined_tokens: int):
         self._trainer, self._joined_tokens = trainer, joined_tokens
-        self._rendezvous = Rendezvous()
         self.tally = Tally()
 
     def forward(self, call: Call, owner: str, keep: bool) -> Task:
@@ -72,7 +71,7 @@ class CallRunner:
         self.tally.count(len(works))
         if len(works) == 1:
             return [_attempt(works[0])]
-        outcomes = self._rendezvous.run(works)
+        outcomes = run_together(works)
         for number, work in enumerate(works):
             if isinstance(outcomes[number], Exception) and not isinstance(outcomes[number], SwarmError):
                 outcomes[number] = None  # and with it the memory that its traceback holds

@@ -7,10 +7,10 @@ not greenlets (`peer.lockstep`), because autograd's backward pass cannot be left
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
 from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 MOST = 8
@@ -24,7 +24,7 @@ class Place:
     order: tuple[int, int]
     """The lower, the earlier functions come to it."""
     work: Callable[[Sequence[Any]], Sequence[Any]]
-    """What is done with the items of those who meet: a result for each. Runs on the thread of `Rendezvous.run`."""
+    """What is done with the items of those who meet: a result for each. Runs on the thread of `run_together`."""
 
 
 @dataclass(frozen=True)
@@ -88,41 +88,44 @@ def meet(place: Place, item: Any) -> Any:
     return member.meet(place, item) if member else place.work([item])[0]
 
 
-class Rendezvous:
-    """Runs functions that meet, on threads that it keeps."""
-
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(MOST, "rendezvous")
-
-    def run(self, functions: Sequence[Callable[[], Any]]) -> list[Any]:
-        """What each returned or raised; at most `MOST` functions."""
-        members = [_Member(function) for function in functions]
-        ends = dict[_Member, Any]()
-        waiting = dict[_Member, tuple[Place, Any]]()
-
-        def resume(member: _Member, answer: Any) -> None:
-            wish = member.resume(answer)
-            if isinstance(wish, _End):
-                ends[member] = wish.outcome
-            else:
-                waiting[member] = wish
-
-        try:
-            for member in members:
-                self._threads.submit(member.run)
-        except BaseException:  # no more threads to be had
-            for member in members:
-                member.give_up()
-            raise
+def run_together(functions: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each of `functions` returned or raised, which meet on their way."""
+    members = [_Member(function) for function in functions]
+    threads = [Thread(target=member.run, name="rendezvous", daemon=True) for member in members]
+    try:
+        for thread in threads:
+            thread.start()
+    except BaseException:  # no more threads to be had
         for member in members:
-            resume(member, None)
-        while waiting:
-            place = min((place for place, _ in waiting.values()), key=lambda place: place.order)
-            there = [member for member, (at, _) in waiting.items() if at == place]
-            items = [waiting.pop(member)[1] for member in there]
-            for member, answer in zip(there, _answers(place, items), strict=True):
-                resume(member, answer)
-        return [ends[member] for member in members]
+            member.give_up()
+        raise
+    ends = _lead(members)
+    for thread in threads:
+        thread.join()  # nothing of them is left then, least of all memory
+    return [ends[member] for member in members]
+
+
+def _lead(members: Sequence[_Member]) -> dict[_Member, Any]:
+    """From meeting to meeting, until all have ended: with what."""
+    ends = dict[_Member, Any]()
+    waiting = dict[_Member, tuple[Place, Any]]()
+
+    def resume(member: _Member, answer: Any) -> None:
+        wish = member.resume(answer)
+        if isinstance(wish, _End):
+            ends[member] = wish.outcome
+        else:
+            waiting[member] = wish
+
+    for member in members:
+        resume(member, None)
+    while waiting:
+        place = min((place for place, _ in waiting.values()), key=lambda place: place.order)
+        there = [member for member, (at, _) in waiting.items() if at == place]
+        items = [waiting.pop(member)[1] for member in there]
+        for member, answer in zip(there, _answers(place, items), strict=True):
+            resume(member, answer)
+    return ends
 
 
 def _answers(place: Place, items: Sequence[Any]) -> Sequence[Any]:
@@ -131,5 +134,5 @@ def _answers(place: Place, items: Sequence[Any]) -> Sequence[Any]:
         return place.work(items)
     except Exception as error:
         if len(items) == 1:
-            return [error]
+            return [error.with_traceback(None)]  # whose frames would lead to all that there is
     return [_answers(place, [item])[0] for item in items]

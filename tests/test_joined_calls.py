@@ -3,7 +3,7 @@
 import functools
 import gc
 import json
-import time
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from peer.loading import load_span
 from peer.lora import Delta
 from peer.products import Products
 from peer.quotas import Quota
-from peer.rendezvous import MOST, Place, Rendezvous, may_meet, meet
+from peer.rendezvous import Place, may_meet, meet, run_together
 from peer.span import Inputs, Mode, Span
 from protocol.errors import BadRequest, UnknownCall
 from protocol.model.checkpoint import open_checkpoint
@@ -310,7 +310,7 @@ def test_functions_that_take_other_ways() -> None:
         return sum(meet(places[number], number) for number in numbers)
 
     ways = [(0, 1, 2, 4), (0, 3, 4), (0, 4), (0,)]
-    assert Rendezvous().run([functools.partial(visit, *way) for way in ways]) == [sum(way) for way in ways]
+    assert run_together([functools.partial(visit, *way) for way in ways]) == [sum(way) for way in ways]
     assert met == [(0, 4), (1, 1), (2, 1), (3, 1), (4, 3)]
 
 
@@ -328,33 +328,32 @@ def test_what_failed_holds_no_memory() -> None:
 
     gc.disable()
     try:
-        outcomes = Rendezvous().run([visit, visit])
+        outcomes = run_together([visit, visit])
         assert [type(outcome) for outcome in outcomes] == [torch.OutOfMemoryError] * 2
         del outcomes
-        deadline = time.monotonic() + 5
-        while any(tensor() is not None for tensor in held) and time.monotonic() < deadline:
-            time.sleep(0.01)  # their threads are about to end
         assert [tensor() for tensor in held] == [None, None]
     finally:
         gc.enable()
 
 
-def test_no_more_threads() -> None:
+def test_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that have begun are not left waiting for ever."""
-    rendezvous = Rendezvous()
-    submit, left = rendezvous._threads.submit, [2]
+    started = list[threading.Thread]()
+    start = threading.Thread.start
 
-    def submit_some(function: Callable[[], None]) -> None:
-        left[0] -= 1
-        submit(function)
-        if not left[0]:
+    def start_two(thread: threading.Thread) -> None:
+        if len(started) == 2:
             raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
 
-    rendezvous._threads.submit = submit_some  # type: ignore[assignment, method-assign]
-    with pytest.raises(RuntimeError, match="new thread"):
-        rendezvous.run([int, int, int])
-    rendezvous._threads.submit = submit  # type: ignore[method-assign]
-    assert rendezvous.run([int] * MOST) == [0] * MOST
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_two)
+        with pytest.raises(RuntimeError, match="new thread"):
+            run_together([int, int, int])
+    for thread in started:
+        thread.join(5)
+        assert not thread.is_alive()
 
 
 def test_products_leave_no_trace(desk: Desk) -> None:

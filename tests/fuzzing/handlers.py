@@ -18,7 +18,7 @@ from peer.loading import load_span
 from peer.packing import Packer
 from peer.quotas import Accounts, Quota
 from peer.reception import Reception, Served
-from peer.scheduler import Scheduler
+from peer.scheduler import Priority, Scheduler
 from peer.service import Service
 from peer.steps import StepRunner
 from protocol import swarm_pb2 as pb
@@ -92,6 +92,9 @@ class _Raised(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.errors.append(record)
+
+
+_CLIENTS = ("client", "mallory")
 
 
 class _Nowhere(Outbox):
@@ -170,9 +173,11 @@ class Handlers:
             for client in opened:
                 client.stream.close()
                 await client.served  # raises what a handler raised
+            for name in _CLIENTS:  # what is kept for those who have gone is dropped in their turn
+                await self._scheduler.submit(Priority.CALL, lambda: None, name)
 
     async def _open(self, choices: Choices, is_private: bool, slot: int) -> _Client:
-        near, far = connect("mallory" if slot == _STREAMS - 1 else "client", "peer")
+        near, far = connect(_CLIENTS[slot == _STREAMS - 1], "peer")
         served = asyncio.ensure_future(self._services[is_private].handle(far))
         client = _Client(near, served, Memory(self._hello, self._bundles))
         if choices.one_in(8):
