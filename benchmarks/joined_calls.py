@@ -7,7 +7,6 @@ turns, and the fastest of some rounds counts: whatever else runs on the machine 
 """
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from peer.adapters import AdapterStore, Bundle
+from peer.adapters import AdapterStore
 from peer.call_runner import CallRunner, Task
 from peer.calls import Call, Trainer
 from peer.loading import load_span
@@ -23,6 +22,7 @@ from peer.quotas import Quota
 from peer.span import Inputs, Mode, Span
 from protocol.model.checkpoint import open_checkpoint
 from tests.families import build_llama
+from tests.lora import put_lora
 
 _CACHE = Path.home() / ".cache" / "swarmtune" / "benchmarks"
 _HIDDEN, _BLOCKS = 1024, 4
@@ -33,30 +33,14 @@ _WEIGHTS: dict[str, tuple[torch.dtype, str]] = {
 }
 
 
-def put_lora(store: AdapterStore, span: Span, seed: int) -> Bundle:
-    """LoRA, r=8, on q and v of all blocks."""
-    torch.manual_seed(seed)
-    targets = [f"{block}.self_attn.{name}_proj" for block in span.blocks for name in "qv"]
-    names = [f"{target}.lora_{factor}.default.weight" for target in targets for factor in "AB"]
-    shapes = {"A": (8, _HIDDEN), "B": (_HIDDEN, 8)}
-    tensors = {str(i): torch.randn(shapes["AB"[i % 2]]).to(span.dtype) / 100 for i in range(len(names))}
-    spec = {"name": "default", "method": "LORA", "options": {"r": 8, "lora_alpha": 8}, "targets": targets}
-    manifest = {
-        "adapters": [spec | {"parameters": []}],
-        "scaling": {target: {"default": 1.0} for target in targets},
-        "tensors": {name: i for i, name in enumerate(names)},
-        "trainable": names,
-    }
-    return store.get(store.put(json.dumps(manifest), tensors, f"client {seed}"), f"client {seed}")
-
-
 class Bench:
     """Clients of one span."""
 
     def __init__(self, span: Span, clients: int):
         store = AdapterStore(span, 10**9, Quota())
         self._span, self._runner = span, CallRunner(Trainer(span, store, 10**10), joined_tokens=10**6)
-        self._bundles = [put_lora(store, span, seed) for seed in range(clients)]
+        targets = [f"{block}.self_attn.{name}_proj" for block in span.blocks for name in "qv"]
+        self._bundles = [put_lora(store, span, targets, 8, seed, f"client {seed}") for seed in range(clients)]
 
     def times(self, tokens: int, joined: bool) -> tuple[float, float]:
         """CPU seconds of all clients' forwards, and of these with their backwards."""

@@ -1,5 +1,6 @@
 """Fixtures: small models, real peers."""
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +11,13 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
+from peer.loading import load_span
+from peer.span import Span
+from protocol.model.checkpoint import open_checkpoint
 from tests.arena import Arena
 from tests.command import Command
 from tests.families import build_family
+from tests.spans import END, START
 from tests.swarm import ForkServer, Swarm, new_swarm
 from tests.wire import Wire, open_wire
 
@@ -26,6 +31,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Family name -> the folder of a small random model."""
     root = tmp_path_factory.getbasetemp() / "models"
     return lambda name: build_family(name, root)
+
+
+@pytest.fixture(scope="module")
+def spans(models: Callable[[str], Path]) -> Callable[..., Span]:
+    """Family name, options of `load_span` -> the blocks [START, END) of that model, loaded once for a module."""
+    return functools.cache(
+        lambda family, **options: load_span(open_checkpoint(str(models(family))), START, END, **options)
+    )
 
 
 @pytest.fixture(scope="session")

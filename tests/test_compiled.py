@@ -16,7 +16,8 @@ from peer.compiled import compile_steps
 from peer.loading import load_span
 from peer.span import Span
 from protocol.model.checkpoint import open_checkpoint
-from tests.test_packing import END, START, Desk, assert_same, play
+from tests.spans import END, START, assert_same
+from tests.test_packing import Desk, play
 
 _BACKEND = "aot_eager"
 

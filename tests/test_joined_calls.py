@@ -2,11 +2,9 @@
 
 import functools
 import gc
-import json
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,28 +13,16 @@ import torch
 from peer.adapters import AdapterStore, Bundle
 from peer.call_runner import CallRunner, Task
 from peer.calls import Call, Trainer
-from peer.loading import load_span
 from peer.lora import Delta
 from peer.products import Products
 from peer.quotas import Quota
 from peer.rendezvous import Place, may_meet, meet, run_together
 from peer.span import Inputs, Mode, Span
 from protocol.errors import BadRequest, UnknownCall
-from protocol.model.checkpoint import open_checkpoint
+from tests.lora import put_lora
+from tests.spans import END, START, assert_same, states
 
-START, END, WIDTH = 1, 4, 32
 CLIENTS = ("ann", "bob", "cid", "dan")
-
-
-@pytest.fixture(scope="module")
-def load(models: Callable[[str], Path]) -> Callable[..., Span]:
-    return functools.cache(
-        lambda family, **options: load_span(open_checkpoint(str(models(family))), START, END, **options)
-    )
-
-
-def states(rows: int, tokens: int, seed: int) -> torch.Tensor:
-    return torch.randn(rows, tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
 def grad_of(result: torch.Tensor, number: int) -> torch.Tensor:
@@ -54,26 +40,8 @@ class Desk:
         self.runner = CallRunner(self.trainer, joined_tokens=32)
 
     def put(self, targets: Sequence[str], rank: int, seed: int, **options: Any) -> Bundle:
-        chance = torch.Generator().manual_seed(seed)
-        names, tensors = dict[str, int](), dict[str, torch.Tensor]()
-        for target in targets:
-            layer: Any = self.span.where.of(self.span.model).get_submodule(target)
-            is_linear = isinstance(layer, torch.nn.Linear)
-            width, height = (layer.in_features, layer.out_features) if is_linear else (layer.nx, layer.nf)
-            for factor, shape in (("A", (rank, width)), ("B", (height, rank))):
-                names[f"{target}.lora_{factor}.default.weight"] = len(tensors)
-                tensors[str(len(tensors))] = torch.randn(shape, generator=chance) / 4
-            if options.get("use_dora"):
-                names[f"{target}.lora_magnitude_vector.default.weight"] = len(tensors)
-                tensors[str(len(tensors))] = torch.rand(height, generator=chance) + 0.5
-        spec = {"name": "default", "method": "LORA", "options": {"r": rank, "lora_alpha": 8, **options}}
-        whole = {
-            "adapters": [spec | {"targets": list(targets), "parameters": []}],
-            "scaling": {target: {"default": 0.5 + seed / 4} for target in targets},
-            "tensors": names,
-            "trainable": sorted(names)[seed % 2 :],
-        }
-        return self.store.get(self.store.put(json.dumps(whole), tensors, "me"), "me")
+        """Of every second seed the first tensor is frozen."""
+        return put_lora(self.store, self.span, targets, rank, seed, frozen=seed % 2, **options)
 
     def call(self, rows: int, tokens: int, seed: int, bundle: Bundle | None = None, **mode: Any) -> Call:
         mask = torch.ones(rows, tokens, dtype=torch.long)
@@ -109,16 +77,6 @@ class Desk:
         return results, gradients
 
 
-def assert_same(ours: Any, theirs: Any) -> None:
-    """To 1e-5 of the largest value."""
-    for mine, other in zip(ours, theirs, strict=True):
-        pairs = [(mine[name], other[name]) for name in mine] if isinstance(mine, dict) else [(mine, other)]
-        assert not isinstance(mine, dict) or mine.keys() == other.keys()
-        for one, two in pairs:
-            assert isinstance(one, torch.Tensor), one
-            torch.testing.assert_close(one, two, rtol=0, atol=1e-5 * float(two.abs().max()))
-
-
 TARGETS = {
     "llama": ("1.self_attn.q_proj", "2.mlp.down_proj", "3.self_attn.v_proj"),
     "gpt2": ("1.attn.c_attn", "2.mlp.c_fc", "3.attn.c_attn"),
@@ -128,8 +86,8 @@ TARGETS = {
 
 
 @pytest.fixture
-def desk(load: Callable[..., Span]) -> Desk:
-    return Desk(load("llama"))
+def desk(spans: Callable[..., Span]) -> Desk:
+    return Desk(spans("llama"))
 
 
 def loras(desk: Desk, family: str = "llama") -> list[Bundle | None]:
@@ -144,9 +102,9 @@ def loras(desk: Desk, family: str = "llama") -> list[Bundle | None]:
     ("family", "quantization"),
     [("llama", "none"), ("gpt2", "none"), ("bloom", "none"), ("qwen3_moe", "none"), ("llama", "nf4")],
 )
-def test_together_as_alone(load: Callable[..., Span], family: str, quantization: str, keeps: bool) -> None:
+def test_together_as_alone(spans: Callable[..., Span], family: str, quantization: str, keeps: bool) -> None:
     """Forward, then backward from what was kept, or by computing the forward again."""
-    desk = Desk(load(family, quantization=quantization))
+    desk = Desk(spans(family, quantization=quantization))
     calls = desk.calls(*loras(desk, family))
     results, gradients = desk.alone(calls)
     grads = [grad_of(result, i) for i, result in enumerate(results)]
@@ -164,9 +122,9 @@ def test_together_as_alone(load: Callable[..., Span], family: str, quantization:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
-def test_a_call_by_itself_is_what_it_always_was(load: Callable[..., Span], family: str) -> None:
+def test_a_call_by_itself_is_what_it_always_was(spans: Callable[..., Span], family: str) -> None:
     """Bit by bit, though its graph is made so that its backward can meet others'."""
-    desk = Desk(load(family))
+    desk = Desk(spans(family))
     for call in desk.calls(*(loras(desk, family) if family in TARGETS else [None] * 4)):
         (expected,), (gradients,) = desk.alone([call])
         ((hidden, call_id),) = desk.forward([call])
@@ -200,9 +158,9 @@ def test_companions_that_never_come(desk: Desk) -> None:
     assert products_alive() == before
 
 
-def test_each_keeps_and_is_counted_by_itself(load: Callable[..., Span]) -> None:
+def test_each_keeps_and_is_counted_by_itself(spans: Callable[..., Span]) -> None:
     """Memory for one call and a half: of two that were joined, the older gives way, as it would have alone."""
-    span = load("llama")
+    span = spans("llama")
     call = Desk(span).call(1, 16, 1)
     size = next(room for room in range(10_000, 10**7, 10_000) if Desk(span, room).forward([call])[0][1])
     desk = Desk(span, size * 3 // 2)
@@ -274,7 +232,7 @@ def test_memory_for_all_is_not_to_be_had(desk: Desk, monkeypatch: pytest.MonkeyP
     assert_same(found, gradients)
 
 
-def test_who_runs_alone(desk: Desk, load: Callable[..., Span]) -> None:
+def test_who_runs_alone(desk: Desk, spans: Callable[..., Span]) -> None:
     """Dropout, autocast, prefixes, adapters other than LoRA, large calls, and layers that look at all tokens."""
     q = [TARGETS["llama"][0]]
     lora, dora, drops = desk.put(q, 4, 1), desk.put(q, 4, 2, use_dora=True), desk.put(q, 4, 3, lora_dropout=0.1)
@@ -292,7 +250,7 @@ def test_who_runs_alone(desk: Desk, load: Callable[..., Span]) -> None:
     assert group(Call(inputs, Mode(desk.span.blocks), None, {START: (states(1, 4, 0), states(1, 4, 0))})) is None
     _, call_id = desk.trainer.forward(desk.call(1, 4, 0), "me", keep=True)
     assert desk.runner.backward_kept(call_id, "me", states(1, 4, 0)).group is None  # its graph has no meeting places
-    rough = Desk(load("llama", quantization="int8"))
+    rough = Desk(spans("llama", quantization="int8"))
     assert rough.runner.forward(rough.call(1, 4, 0), "me", keep=True).group is None
 
 

@@ -1,10 +1,7 @@
 """Several sessions' steps in one trunk call give what each gives alone; what is wrong with one is its own affair."""
 
-import functools
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +12,6 @@ from peer.arena_trial import arena_for
 from peer.joint import Joiner
 from peer.kinds import blocks_of_each_kind
 from peer.kv_cache import CacheMemory, Session, SpanCache
-from peer.loading import load_span
 from peer.lockstep import Lockstep
 from peer.packing import Packer
 from peer.packing_check import find_joiner
@@ -25,10 +21,10 @@ from peer.steps import Step, StepRunner
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message
 from protocol.errors import BadRequest, SessionLost, TooLong
-from protocol.model.checkpoint import open_checkpoint
 from tests.families import EXTRA_FAMILIES, FAMILIES
+from tests.lora import put_lora
+from tests.spans import END, START, assert_same, states
 
-START, END, WIDTH = 1, 4, 32
 IN_LOCKSTEP = {"bloom", "falcon", "falcon_alibi", "deepseek_v3", "llama4", "qwen3_next"}
 """Families that cannot be packed."""
 
@@ -49,6 +45,9 @@ class Desk:
         self.store = AdapterStore(span, 10**8, Quota())
         self.runner = StepRunner(span, self.store, find_joiner(span), compiled)
         self._memory = CacheMemory(100_000, 256, 30.0, arena_for(span, 100_000))
+
+    def put(self, targets: Sequence[str], rank: int, seed: int, **options: Any) -> Bundle:
+        return put_lora(self.store, self.span, targets, rank, seed, **options)
 
     def open(self, padding: int = 0) -> Talk:
         return Talk(Session(self._memory, SpanCache(self.span.model.config, self.span.blocks)), padding)
@@ -85,26 +84,8 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def load(models: Callable[[str], Path]) -> Callable[..., Span]:
-    return functools.cache(
-        lambda family, **options: load_span(open_checkpoint(str(models(family))), START, END, **options)
-    )
-
-
-@pytest.fixture(scope="module")
-def llama(load: Callable[..., Span]) -> Span:
-    return load("llama")
-
-
-def states(rows: int, tokens: int, seed: int) -> torch.Tensor:
-    return torch.randn(rows, tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_same(ours: Sequence[Any], theirs: Sequence[Any]) -> None:
-    for mine, other in zip(ours, theirs, strict=True):
-        assert isinstance(mine, torch.Tensor), mine
-        scale = other.abs().max()
-        torch.testing.assert_close(mine / scale, other / scale, rtol=0, atol=1e-5)
+def llama(spans: Callable[..., Span]) -> Span:
+    return spans("llama")
 
 
 def play(desk: Desk, run: Callable[..., list[Any]], keep_past: bool) -> Iterator[torch.Tensor]:
@@ -142,8 +123,8 @@ def play(desk: Desk, run: Callable[..., list[Any]], keep_past: bool) -> Iterator
 
 @pytest.mark.parametrize("keep_past", [False, True])
 @pytest.mark.parametrize("family", FAMILIES + EXTRA_FAMILIES)
-def test_together_as_alone(load: Callable[..., Span], family: str, keep_past: bool) -> None:
-    desk = Desk(load(family))
+def test_together_as_alone(spans: Callable[..., Span], family: str, keep_past: bool) -> None:
+    desk = Desk(spans(family))
     alone = list(play(desk, desk.each, keep_past))
     calls = desk.runner.tally.calls
     assert calls == len(alone) == 17
@@ -152,16 +133,16 @@ def test_together_as_alone(load: Callable[..., Span], family: str, keep_past: bo
 
 
 @pytest.mark.parametrize("family", FAMILIES + EXTRA_FAMILIES)
-def test_a_span_finds_out_whether_it_can(load: Callable[..., Span], family: str) -> None:
-    span = load(family)
+def test_a_span_finds_out_whether_it_can(spans: Callable[..., Span], family: str) -> None:
+    span = spans(family)
     assert type(find_joiner(span)) is (Lockstep if family in IN_LOCKSTEP else Packer)
     assert span.model.config._attn_implementation in ("sdpa", "eager")
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"quantization": "nf4"}, {"quantization": "int8"}])
 @pytest.mark.parametrize(("family", "way"), [("llama", Packer), ("bloom", Lockstep)])
-def test_a_rough_span_can_too(load: Callable[..., Span], options: dict[str, Any], family: str, way: type) -> None:
-    assert type(find_joiner(load(family, **options))) is way
+def test_a_rough_span_can_too(spans: Callable[..., Span], options: dict[str, Any], family: str, way: type) -> None:
+    assert type(find_joiner(spans(family, **options))) is way
 
 
 def test_positions_that_look_at_the_longest_sequence(llama: Span, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,58 +180,27 @@ def test_prefix_tuning(llama: Span) -> None:
 # ---- adapters
 
 
-def put(desk: Desk, targets: Mapping[str, tuple[int, int]], rank: int, seed: int, **options: Any) -> Bundle:
-    """LoRA on modules of the blocks: `BLOCK.PATH` -> (rows, columns)."""
-    chance = torch.Generator().manual_seed(seed)
-    spec = {
-        "name": "default", "method": "LORA", "options": {"r": rank, "lora_alpha": 8, **options},
-        "targets": sorted(targets),
-        "parameters": [],
-    }  # fmt: skip
-    names, tensors = dict[str, int](), dict[str, torch.Tensor]()
-    for target, (rows, columns) in targets.items():
-        for factor, shape in (("A", (rank, columns)), ("B", (rows, rank))):
-            names[f"{target}.lora_{factor}.default.weight"] = len(tensors)
-            tensors[str(len(tensors))] = torch.randn(shape, generator=chance) / 4
-        if options.get("use_dora"):
-            names[f"{target}.lora_magnitude_vector.default.weight"] = len(tensors)
-            tensors[str(len(tensors))] = torch.rand(rows, generator=chance) + 0.5
-    scaling = {target: {"default": 0.5 + seed / 4} for target in targets}
-    whole = {"adapters": [spec], "scaling": scaling, "tensors": names, "trainable": sorted(names)}
-    return desk.store.get(desk.store.put(json.dumps(whole), tensors, "me"), "me")
-
-
-NAMES: dict[str, dict[str, tuple[str, tuple[int, int]]]] = {
+NAMES: dict[str, dict[str, str]] = {
     "llama": {},
-    "gpt2": {"self_attn.q_proj": ("attn.c_attn", (96, 32)), "mlp.down_proj": ("mlp.c_fc", (128, 32))},
-    "bloom": {
-        "self_attn.q_proj": ("self_attention.query_key_value", (96, 32)),
-        "mlp.down_proj": ("mlp.dense_4h_to_h", (32, 128)),
-    },
+    "gpt2": {"self_attn.q_proj": "attn.c_attn", "mlp.down_proj": "mlp.c_fc"},
+    "bloom": {"self_attn.q_proj": "self_attention.query_key_value", "mlp.down_proj": "mlp.dense_4h_to_h"},
     # The first runs on the whole context of each session, not on the new tokens.
-    "deepseek_v3": {
-        "self_attn.q_proj": ("self_attn.kv_b_proj", (64, 16)),
-        "mlp.down_proj": ("self_attn.o_proj", (32, 32)),
-    },
+    "deepseek_v3": {"self_attn.q_proj": "self_attn.kv_b_proj", "mlp.down_proj": "self_attn.o_proj"},
 }
-"""What they are called in other families than Llama, and their shapes."""
+"""What they are called in other families than Llama."""
 
-Q, DOWN = {"1.self_attn.q_proj": (32, 32), "3.self_attn.q_proj": (32, 32)}, {"2.mlp.down_proj": (32, 64)}
+Q, DOWN = ["1.self_attn.q_proj", "3.self_attn.q_proj"], ["2.mlp.down_proj"]
 
 
-def renamed(family: str, targets: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    found = {}
-    for name, shape in targets.items():
-        block, _, path = name.partition(".")
-        path, shape = NAMES[family].get(path, (path, shape))
-        found[f"{block}.{path}"] = shape
-    return found
+def renamed(family: str, targets: Sequence[str]) -> list[str]:
+    parts = [target.partition(".") for target in targets]
+    return [f"{block}.{NAMES[family].get(path, path)}" for block, _, path in parts]
 
 
 def compare_adapters(span: Span, kinds: list[tuple[Any, int]], tokens: Sequence[int]) -> None:
     """Over and over, as the copies for grouped products are made when a set of adapters comes back."""
     desk = Desk(span)
-    bundles = [None, *(put(desk, targets, rank, seed) for seed, (targets, rank) in enumerate(kinds))]
+    bundles = [None, *(desk.put(targets, rank, seed) for seed, (targets, rank) in enumerate(kinds))]
     results = []
     for run in (desk.run, desk.each):
         talks = [desk.open() for _ in bundles]
@@ -267,32 +217,32 @@ def compare_adapters(span: Span, kinds: list[tuple[Any, int]], tokens: Sequence[
 
 
 @pytest.mark.parametrize("tokens", [(1, 1, 1, 1), (4, 1, 3, 1)])
-@pytest.mark.parametrize("kinds", [[(Q, 4)] * 3, [(Q, 4), (Q, 2), (DOWN, 4)], [(Q | DOWN, 2), (Q, 2), (Q, 2)]])
+@pytest.mark.parametrize("kinds", [[(Q, 4)] * 3, [(Q, 4), (Q, 2), (DOWN, 4)], [(Q + DOWN, 2), (Q, 2), (Q, 2)]])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_lora_of_different_clients(
-    load: Callable[..., Span], family: str, kinds: list[tuple[Any, int]], tokens: Sequence[int]
+    spans: Callable[..., Span], family: str, kinds: list[tuple[Any, int]], tokens: Sequence[int]
 ) -> None:
-    compare_adapters(load(family), [(renamed(family, targets), rank) for targets, rank in kinds], tokens)
+    compare_adapters(spans(family), [(renamed(family, targets), rank) for targets, rank in kinds], tokens)
 
 
 @pytest.mark.parametrize("family", ["bloom", "deepseek_v3"])
-def test_lora_in_lockstep(load: Callable[..., Span], family: str) -> None:
-    q, both = renamed(family, Q), renamed(family, Q | DOWN)
-    compare_adapters(load(family), [(q, 4), (q, 4), (q, 4)], (1, 1, 1, 1))
-    compare_adapters(load(family), [(q, 4), (both, 2), (q, 2)], (4, 1, 3, 1))
+def test_lora_in_lockstep(spans: Callable[..., Span], family: str) -> None:
+    q, both = renamed(family, Q), renamed(family, Q + DOWN)
+    compare_adapters(spans(family), [(q, 4), (q, 4), (q, 4)], (1, 1, 1, 1))
+    compare_adapters(spans(family), [(q, 4), (both, 2), (q, 2)], (4, 1, 3, 1))
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])
-def test_other_adapters_join_only_their_own_kind(load: Callable[..., Span], family: str) -> None:
-    desk, q = Desk(load(family)), renamed(family, Q)
-    dora, lora = put(desk, q, 4, 1, use_dora=True), put(desk, q, 4, 2)
+def test_other_adapters_join_only_their_own_kind(spans: Callable[..., Span], family: str) -> None:
+    desk, q = Desk(spans(family)), renamed(family, Q)
+    dora, lora = desk.put(q, 4, 1, use_dora=True), desk.put(q, 4, 2)
 
     def group(bundle: Bundle | None, **mode: Any) -> Any:
         step = desk.step(desk.open(), states(1, 1, 0), bundle=bundle)
         step.mode = Mode(desk.span.blocks, **mode)
         return desk.runner.group(step)
 
-    assert group(None) == group(lora) != group(dora) != group(put(desk, q, 4, 3, use_dora=True))
+    assert group(None) == group(lora) != group(dora) != group(desk.put(q, 4, 3, use_dora=True))
     assert group(None, training=True) is group(None, autocast=torch.bfloat16) is group(None, dropout_seed=1) is None
 
     def steps() -> list[Step]:
@@ -327,10 +277,10 @@ def test_a_bad_step_among_good_ones(llama: Span) -> None:
 @pytest.mark.parametrize("block", [START, END - 1])
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_a_session_that_fails_or_ends_in_the_middle(
-    load: Callable[..., Span], monkeypatch: pytest.MonkeyPatch, family: str, block: int
+    spans: Callable[..., Span], monkeypatch: pytest.MonkeyPatch, family: str, block: int
 ) -> None:
     """Its client has gone, or its memory is not to be had: the others' numbers are as ever."""
-    desk = Desk(load(family))
+    desk = Desk(spans(family))
     talks = [desk.open() for _ in range(4)]
     update = SpanCache.update
 
@@ -391,17 +341,17 @@ def test_a_joined_call_of_one(llama: Span, monkeypatch: pytest.MonkeyPatch) -> N
     assert not isinstance(outcome, SessionLost)
 
 
-def test_one_block_of_each_kind_whatever_ran_last(load: Callable[..., Span]) -> None:
-    span = load("gpt_oss")
+def test_one_block_of_each_kind_whatever_ran_last(spans: Callable[..., Span]) -> None:
+    span = spans("gpt_oss")
     expected = blocks_of_each_kind(span)
     span.run(Inputs(states(1, 1, 0)), Mode(span.blocks[-1:]))
     assert blocks_of_each_kind(span) == expected
     assert len(expected) == 2
 
 
-def test_a_module_fails_for_all_in_lockstep(load: Callable[..., Span], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_fails_for_all_in_lockstep(spans: Callable[..., Span], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is left of the call: neither in the model nor of the sessions' ways through it."""
-    span = load("bloom")
+    span = spans("bloom")
     desk, block = Desk(span), span.where.of(span.model)._modules[str(END - 1)]
     with monkeypatch.context() as patch:
         patch.setattr(type(block.mlp), "forward", fail)

@@ -16,8 +16,9 @@ from peer.scheduler import Priority, Scheduler
 from protocol.channel import Channel, Message
 from protocol.errors import BadAdapter, BadRequest, OverQuota, PeerUnreachable, SwarmError, UnknownAdapter
 from protocol.tensors import Limits
+from tests.spans import WIDTH
 from tests.swarm import ForkServer, Swarm
-from tests.wire import MAX_LENGTH, OPEN, WIDTH, Wire, forward, manifest, open_wire, put, step
+from tests.wire import MAX_LENGTH, OPEN, Wire, forward, manifest, open_wire, put, step
 
 QUOTA = {
     "streams": 6, "sessions": 3, "cache-tokens": 192, "calls": 2, "adapters": 2, "adapter-bytes": 4000, "rate": 100_000,

@@ -16,8 +16,9 @@ from client.loop import LOOP
 from protocol.channel import Channel, Message
 from protocol.errors import OutOfMemory, PeerFull
 from protocol.tensors import Limits
+from tests.spans import WIDTH
 from tests.swarm import ForkServer
-from tests.wire import MAX_LENGTH, MIB, OPEN, WIDTH, Wire, forward, open_wire, step
+from tests.wire import MAX_LENGTH, MIB, OPEN, Wire, forward, open_wire, step
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
 from protocol.errors import BadRequest, PeerUnreachable, SwarmError, TooLong, UnknownCall, WrongModel
 from protocol.tensors import Limits
-from tests.wire import END, HIDDEN, MAX_LENGTH, MIB, OPEN, START, TARGET, WIDTH, Wire, context, forward, step
+from tests.spans import END, START, WIDTH
+from tests.wire import HIDDEN, MAX_LENGTH, MIB, OPEN, TARGET, Wire, context, forward, step
 
 # Frames that are none. The peer says what is wrong with them, and ends the stream: it is out of step.
 

@@ -13,8 +13,9 @@ from protocol import swarm_pb2 as pb
 from protocol.adapters import METHODS, bundle_hash
 from protocol.channel import Message
 from protocol.errors import BadAdapter, BadRequest, SessionLost, UnknownAdapter
+from tests.spans import START
 from tests.swarm import ForkServer, Peer
-from tests.wire import HIDDEN, MIB, OPEN, START, TARGET, Wire, context, forward, manifest, open_wire, put
+from tests.wire import HIDDEN, MIB, OPEN, TARGET, Wire, context, forward, manifest, open_wire, put
 
 
 def options(**more: Any) -> dict[str, Any]:

@@ -18,10 +18,12 @@ from protocol.errors import SwarmError
 from protocol.model.checkpoint import open_checkpoint
 from protocol.tensors import Limits
 from protocol.transport.base import Carrier
+from tests.lora import lora_manifest
+from tests.spans import END, START, WIDTH
 from tests.swarm import ForkServer, Peer, new_swarm
 
 MIB = 2**20
-START, END, WIDTH, MAX_LENGTH = 1, 4, 32, 64
+MAX_LENGTH = 64
 HIDDEN = torch.linspace(-1, 1, 4 * WIDTH).reshape(1, 4, WIDTH)
 TARGET = f"{START}.self_attn.q_proj"
 """A module of the peer's."""
@@ -115,11 +117,9 @@ OPEN = Message(pb.OpenSession(start=START, end=END))
 
 
 def manifest(**changes: Any) -> dict[str, Any]:
-    spec = {"name": "default", "method": "LORA", "options": {"r": 4, "lora_alpha": 8}, "targets": [TARGET]}
-    spec["parameters"] = []
+    whole = lora_manifest([TARGET], 4, 2.0)
+    (spec,) = whole["adapters"]
     spec |= {key: changes.pop(key) for key in tuple(changes) if key in spec}
-    names = {f"{TARGET}.lora_A.default.weight": 0, f"{TARGET}.lora_B.default.weight": 1}
-    whole = {"adapters": [spec], "scaling": {TARGET: {"default": 2.0}}, "tensors": names, "trainable": sorted(names)}
     return whole | changes
 
 

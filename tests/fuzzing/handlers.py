@@ -32,7 +32,8 @@ from tests.fuzzing.carrier import MemoryStream, connect
 from tests.fuzzing.choices import Choices
 from tests.fuzzing.messages import build_frame, mutated_frame, to_bytes
 from tests.fuzzing.requests import Memory, build_bundles, pick_request
-from tests.wire import END, HIDDEN, MIB, START, forward
+from tests.spans import END, START
+from tests.wire import HIDDEN, MIB, forward
 
 MAX_SECONDS = 5.0
 """That a sequence of requests may take: more is a hang."""

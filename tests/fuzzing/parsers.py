@@ -38,7 +38,8 @@ from tests.fuzzing.carrier import connect
 from tests.fuzzing.choices import Choices, mutate_bytes, mutate_json
 from tests.fuzzing.messages import build_frame, mutate_fields, mutate_wire, to_bytes
 from tests.fuzzing.requests import Memory, pick_request
-from tests.wire import START, TARGET
+from tests.spans import START
+from tests.wire import TARGET
 
 _PEER = "QmZLpNtJqNU3utELa92YAA5urQkAyqcg1GjRDbEqbZWBhP"
 _HASH = "0123456789abcdef" * 2

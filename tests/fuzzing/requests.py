@@ -14,7 +14,8 @@ from protocol import swarm_pb2 as pb
 from protocol.adapters import METHODS
 from protocol.channel import Message
 from tests.fuzzing.choices import Choices
-from tests.wire import END, HIDDEN, START, TARGET, context
+from tests.spans import END, START
+from tests.wire import HIDDEN, TARGET, context
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "LORA": {"r": 2, "use_dora": True},
