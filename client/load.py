@@ -13,6 +13,7 @@ from client.swarm import Swarm
 from protocol.errors import BadUsage, UnsupportedModel
 from protocol.model.checkpoint import Checkpoint, open_checkpoint
 from protocol.model.loading import class_for
+from protocol.tensors import COMPUTE_DTYPES
 
 
 def load_distributed(
@@ -53,10 +54,9 @@ def load_distributed(
 
 def named_dtype(name: str) -> torch.dtype:
     """`float32`, `bfloat16` or `float16` as a dtype. Raises `BadUsage`."""
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in names:
-        raise BadUsage(f"dtype {name!r} is unknown; expected one of {', '.join(names)}.")
-    return names[name]
+    if name not in COMPUTE_DTYPES:
+        raise BadUsage(f"dtype {name!r} is unknown; expected one of {', '.join(COMPUTE_DTYPES)}.")
+    return COMPUTE_DTYPES[name]
 
 
 def _dtype(asked: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dtype:

@@ -91,12 +91,9 @@ def parse_name(text: str) -> str:
 
 def parse_dtype(text: str) -> "torch.dtype | None":
     """A dtype by name; `auto` is `None`. Raises `BadUsage`."""
-    import torch
+    from protocol.tensors import COMPUTE_DTYPES
 
-    names = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if text not in names:
-        raise BadUsage(f"--dtype {text!r} is unknown; expected one of {', '.join(names)}.")
-    return names[text]
+    return COMPUTE_DTYPES.get(one_of("--dtype", text, ("auto", *COMPUTE_DTYPES)))
 
 
 def parse_device(text: str) -> str:

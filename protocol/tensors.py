@@ -26,6 +26,8 @@ _TORCH = {
     pb.UINT8: torch.uint8,
 }
 _WIRE = {dtype: number for number, dtype in _TORCH.items()}
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What models can be run in, by the names that users give."""
 
 
 @dataclass(frozen=True)
