@@ -30,9 +30,8 @@ def begin_to_read(model: str, revision: str | None, blocks: range) -> None:
 
 
 def _read_ahead(model: str, revision: str | None, blocks: range) -> None:
-    with suppress(
-        OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError
-    ):  # loading tells what is wrong
+    # Loading tells what is wrong.
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError):
         for path in _files(model, revision, blocks):
             with path.open("rb") as file:
                 for start, end in _parts(file, blocks):
