@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,8 +46,8 @@ class SpanBlocks(nn.ModuleList):
 
     active: range
     skip: tuple[Skip]  # in a tuple: not a submodule
-    stand_ins: Mapping[int, Any] = MappingProxyType({})
-    """What is run in the place of blocks."""
+    stand_ins: Mapping[int, Any]
+    """What is run in the place of blocks; empty: nothing is."""
 
     def _listed(self) -> list[Any]:
         blocks, (start, end) = list(self._modules.values()), (self.active.start, self.active.stop)
@@ -75,7 +74,7 @@ def cut_to_span(model: PreTrainedModel, start: int, end: int) -> BlockList:
     where = find_blocks(model)
     trunk, skip = where.trunk_of(model), Skip()
     blocks = SpanBlocks(block if start <= i < end else skip for i, block in enumerate(where.of(model)))
-    blocks.active, blocks.skip = range(start, end), (skip,)
+    blocks.active, blocks.skip, blocks.stand_ins = range(start, end), (skip,), {}
     for name, child in list(trunk.named_children()):
         kind = f"{name} {type(child).__name__}".lower()
         if name == where.attribute:
