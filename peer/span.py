@@ -105,7 +105,7 @@ class Inputs:
     """What one call runs on."""
 
     hidden: torch.Tensor
-    """(batch, tokens, hidden size)."""
+    """(batch, tokens, hidden size), on the span's device and of its dtype."""
     mask: torch.Tensor | None = None
     """(batch, cached + new tokens), as the user gave it."""
     positions: torch.Tensor | None = None
@@ -174,7 +174,7 @@ class Span:
     def arguments(self, inputs: Inputs, cache: Cache | None) -> dict[str, Any]:
         """What the trunk is called with."""
         arguments: dict[str, Any] = {
-            "inputs_embeds": to_device(inputs.hidden, self.device, self.dtype),
+            "inputs_embeds": inputs.hidden,
             "attention_mask": _to(inputs.mask, self.device),
             "past_key_values": cache,
             "use_cache": cache is not None,
