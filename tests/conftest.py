@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tests.families import build_family
 from tests.spans import END, START
 from tests.swarm import ForkServer, Swarm, new_swarm
 from tests.wire import Wire, open_wire
+from tests.words import save_tokenizer
 
 torch.set_num_threads(1)  # as the peers: with equal kernels the difference is 0.0
 transformers_logging.set_verbosity_error()
@@ -31,6 +33,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Family name -> the folder of a small random model."""
     root = tmp_path_factory.getbasetemp() / "models"
     return lambda name: build_family(name, root)
+
+
+@pytest.fixture(scope="session")
+def llama(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the small llama with a tokenizer."""
+    folder = shutil.copytree(models("llama"), tmp_path_factory.mktemp("spoken") / "llama")
+    save_tokenizer(folder, 128)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -16,29 +16,15 @@ from client import AutoDistributedModelForCausalLM
 from protocol.errors import BadUsage, NoRoute, PeerFull, PeerUnreachable, TooLong, UnsupportedModel, WrongModel
 from tests.command import Command
 from tests.swarm import ForkServer, Swarm, new_swarm
-from tests.words import save_tokenizer
 
 SOMEBODY = "QmZLpNtJqNU3utELa92YAA5urQkAyqcg1GjRDbEqbZWBhP"
 IDS = torch.arange(3, 11)[None]
-
-
-@pytest.fixture(scope="module")
-def llama(models: Callable[[str], Path]) -> Path:
-    return models("llama")
 
 
 @pytest.fixture
 def copy(llama: Path, tmp_path: Path) -> Path:
     """A model folder to damage."""
     return shutil.copytree(llama, tmp_path / "damaged")
-
-
-@pytest.fixture(scope="module")
-def spoken(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small llama with a tokenizer."""
-    folder = shutil.copytree(llama, tmp_path_factory.mktemp("spoken") / "llama")
-    save_tokenizer(folder, 128)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +141,8 @@ def test_an_option_in_a_file_is_checked_like_any_other(command: Command, llama: 
 @pytest.mark.parametrize(
     "address", ["", "here", "/ip4/127.0.0.1/tcp/4000", "/ip4/1.2.3/tcp/1/p2p/" + SOMEBODY, SOMEBODY]
 )
-def test_an_initial_peer_that_is_no_address(command: Command, llama: Path, spoken: Path, address: str) -> None:
-    for name in (["serve", llama], ["serve"], ["bootstrap"], ["status"], ["generate", spoken, "w5"]):
+def test_an_initial_peer_that_is_no_address(command: Command, llama: Path, address: str) -> None:
+    for name in (["serve", llama], ["serve"], ["bootstrap"], ["status"], ["generate", llama, "w5"]):
         said = command(*name, "--initial-peers", address).refusal()
         assert "is not the address of a peer; expected one like /ip4/" in said
     with pytest.raises(BadUsage, match="is not the address of a peer"):
@@ -171,11 +157,11 @@ def test_no_initial_peer(command: Command, llama: Path) -> None:
             AutoDistributedModelForCausalLM.from_pretrained(str(llama), **given)
 
 
-def test_an_initial_peer_that_nobody_is(command: Command, llama: Path, spoken: Path) -> None:
+def test_an_initial_peer_that_nobody_is(command: Command, llama: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     address = f"/ip4/127.0.0.1/tcp/{port}/p2p/{SOMEBODY}"
-    for arguments in (["serve", llama, "--blocks", "0:1"], ["bootstrap"], ["status"], ["generate", spoken, "w5"]):
+    for arguments in (["serve", llama, "--blocks", "0:1"], ["bootstrap"], ["status"], ["generate", llama, "w5"]):
         begin = time.monotonic()
         assert address in command(*arguments, "--initial-peers", address).refusal()
         assert time.monotonic() - begin < 15
@@ -382,19 +368,21 @@ def test_a_wrong_option_of_a_client(served: Swarm, llama: Path) -> None:
         AutoDistributedModelForCausalLM()
 
 
-def test_commands_of_a_client(command: Command, served: Swarm, small: Swarm, llama: Path, spoken: Path) -> None:
+def test_commands_of_a_client(
+    command: Command, served: Swarm, small: Swarm, llama: Path, models: Callable[[str], Path]
+) -> None:
     joined = ["--initial-peers", served.initial_peers[0]]
-    assert "has no tokenizer" in command("generate", llama, "w5", *joined).refusal()
+    assert "has no tokenizer" in command("generate", models("llama"), "w5", *joined).refusal()
     assert "No peer serves 'opt'" in command("status", "opt", *joined).refusal()
-    assert "--initial-peers" in command("generate", spoken, "w5").refusal()
-    assert "The prompt is empty" in command("generate", spoken, "", *joined).refusal()
-    assert "no chat template" in command("generate", spoken, "w5", "--chat", *joined).refusal()
-    assert "expected one of float32" in command("generate", spoken, "w5", "--dtype", "float9", *joined).refusal()
-    said = command("generate", spoken, "w5", "--adapter", "/nonexistent", *joined).refusal()
+    assert "--initial-peers" in command("generate", llama, "w5").refusal()
+    assert "The prompt is empty" in command("generate", llama, "", *joined).refusal()
+    assert "no chat template" in command("generate", llama, "w5", "--chat", *joined).refusal()
+    assert "expected one of float32" in command("generate", llama, "w5", "--dtype", "float9", *joined).refusal()
+    said = command("generate", llama, "w5", "--adapter", "/nonexistent", *joined).refusal()
     assert "--adapter /nonexistent cannot be put on" in said
     long = " ".join(["w5"] * 40)
-    said = command("generate", spoken, long, "--initial-peers", small.initial_peers[0]).refusal()
+    said = command("generate", llama, long, "--initial-peers", small.initial_peers[0]).refusal()
     assert "40 tokens are longer than this peer allows (32)" in said
-    lacking = command("generate", spoken, "w5", *joined)
+    lacking = command("generate", llama, "w5", *joined)
     assert lacking.code == 1  # no mistake of the user's
     assert lacking.stderr.startswith("error: Blocks 3:5 are served by nobody")

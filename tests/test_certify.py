@@ -14,15 +14,6 @@ from client import certify as module
 from client.certify import Borders, Effect
 from protocol.codecs import NAMES, round_trip
 from tests.command import Command
-from tests.families import build_family
-from tests.words import save_tokenizer
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = build_family("llama", tmp_path_factory.mktemp("certified"))
-    save_tokenizer(folder, 128)
-    return folder
 
 
 @pytest.fixture(scope="module")

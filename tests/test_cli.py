@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,20 +28,11 @@ from protocol.records import PeerRecord
 from protocol.tensors import Limits
 from tests.command import Command
 from tests.swarm import ForkServer, Swarm, new_swarm
-from tests.words import save_tokenizer
 
 ROOT = Path(__file__).parents[1]
 ADDRESS = r"/ip4/127\.0\.0\.1/tcp/\d+/p2p/Qm[1-9A-HJ-NP-Za-km-z]{44}"
 LEAVES_WITHIN = 3.0
 LOCAL = ("--host", "127.0.0.1")
-
-
-@pytest.fixture(scope="module")
-def llama(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small llama with a tokenizer."""
-    folder = shutil.copytree(models("llama"), tmp_path_factory.mktemp("models") / "llama")
-    save_tokenizer(folder, 128)
-    return folder
 
 
 @pytest.fixture

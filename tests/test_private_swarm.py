@@ -4,7 +4,7 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ from protocol.transport.base import Carrier, Stream
 from tests.command import Command
 from tests.swarm import ForkServer, Swarm, new_swarm
 from tests.test_bootstrap_directory import HASH, record, send_store, stored_value
-from tests.words import save_tokenizer
 
 Keys = dict[str, Path | None]
 CARRIERS = pytest.mark.parametrize("carrier", ["libp2p", "direct"])
@@ -279,13 +278,6 @@ async def open_echo(caller: Member, peer: Member, carrier: Carrier) -> Channel:
 
 
 # A real peer, and the commands
-
-
-@pytest.fixture(scope="module")
-def llama(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = shutil.copytree(models("llama"), tmp_path_factory.mktemp("models") / "llama")
-    save_tokenizer(folder, 128)
-    return folder
 
 
 @pytest.fixture(scope="module")
