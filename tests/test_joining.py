@@ -2,9 +2,9 @@
 
 import asyncio
 import re
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from peer.gathering import Gathering
 from peer.scheduler import Priority, Scheduler
 from protocol.errors import SwarmError
 from tests.swarm import Swarm
+from tests.threads import run_at_once
 from tests.wire import OPEN, Wire, forward, step
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 24, "eos_token_id": None, "do_sample": False}
@@ -33,23 +34,6 @@ def prompts() -> list[dict[str, Any]]:
     mask[0, :4] = 0
     asked += [{"input_ids": padded, "attention_mask": mask}, {"input_ids": padded[:1], "num_beams": 3}]
     return [OPTIONS | {"attention_mask": torch.ones_like(inputs["input_ids"])} | inputs for inputs in asked]
-
-
-def at_once(tasks: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
-    """What they return, all run at the same time."""
-    results: list[Any] = [None] * len(tasks)
-    barrier = threading.Barrier(len(tasks))
-
-    def run(number: int) -> None:
-        barrier.wait()
-        results[number] = tasks[number]()
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(tasks))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
 
 
 def with_lora(model: Any, seed: int) -> Any:
@@ -86,7 +70,7 @@ def test_each_gets_what_it_would_get_alone(
     local = transformers.AutoModelForCausalLM.from_pretrained
     expected = [make(lambda: local(path).eval(), i).generate(**inputs) for i, inputs in enumerate(prompts())]
     ours = [make(lambda: swarm.connect(path), i) for i, _ in enumerate(prompts())]
-    said = at_once([lambda i=i, inputs=inputs: ours[i].generate(**inputs) for i, inputs in enumerate(prompts())])  # type: ignore[misc]
+    said = run_at_once(*(partial(ours[i].generate, **inputs) for i, inputs in enumerate(prompts())))
     assert all(map(torch.equal, said, expected))
     assert steps_per_call(swarm) > 1.3
 
@@ -114,7 +98,7 @@ def test_each_trains_as_it_would_alone(models: Callable[[str], Path], swarm: Swa
     local = transformers.AutoModelForCausalLM.from_pretrained
     expected = [train(with_lora(local(path), 3 * i).train(), i) for i in clients]
     ours = [with_lora(swarm.connect(path), 3 * i).train() for i in clients]  # one by one: they draw from one generator
-    found = at_once([lambda i=i: train(ours[i], i) for i in clients])  # type: ignore[misc]
+    found = run_at_once(*(partial(train, ours[i], i) for i in clients))
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-5, atol=0)
     peer.stop()
     said = re.search(r"ran (\d+) training calls in (\d+) goes", peer.stderr.read_text())

@@ -1,7 +1,6 @@
 """Many users of few peers: spans that overlap or are used in part, clients and adapters at once, without cross-talk."""
 
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from protocol.errors import BadUsage, NoRoute
 from tests.swarm import ForkServer, Swarm, new_swarm
+from tests.threads import run_at_once
 
 VOCABULARY, BLOCKS, HIDDEN = 128, 5, 32
 
@@ -180,29 +180,6 @@ def test_blocks_that_only_certain_peers_may_see(connect: Connect, local: Connect
 
 
 # ---- at once
-
-
-def run_at_once(*works: Callable[[], Any]) -> list[Any]:
-    """Run every work in a thread of its own, all starting together."""
-    results: list[Any] = [None] * len(works)
-    barrier = threading.Barrier(len(works))
-
-    def run(index: int) -> None:
-        barrier.wait()
-        try:
-            results[index] = works[index]()
-        except BaseException as error:
-            results[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(works))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    failures = [result for result in results if isinstance(result, BaseException)]
-    if failures:
-        raise failures[0]
-    return results
 
 
 def test_clients_at_once(connect: Connect, local: Connect) -> None:
