@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForCausalLM
+
 from client import AutoDistributedModelForCausalLM
 
 _ROOT = Path(__file__).parent.parent
@@ -142,6 +144,20 @@ class Swarm:
             with contextlib.suppress(ProcessLookupError):
                 peer.send(signal.SIGCONT)
                 peer.send(signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Both:
+    """Makes a model anew, plain and through the swarm that serves it."""
+
+    path: Path
+    swarm: Swarm
+
+    def local(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.path)
+
+    def remote(self) -> Any:
+        return self.swarm.connect(self.path)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """The Hugging Face Trainer through a swarm: the figures of plain local PEFT, and adapters that go both ways."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ from client import (
 )
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
-from tests.swarm import Swarm
+from tests.swarm import Both, Swarm
 
 VOCABULARY, LABELS = 128, 3
-Make = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -34,22 +32,9 @@ class Run:
     model: Any
 
 
-@dataclass(frozen=True)
-class Both:
-    """Makes the same model anew, plain and through the swarm."""
-
-    local: Make
-    remote: Make
-
-
 @pytest.fixture(scope="module")
 def llama(llama_swarm: tuple[Path, Swarm]) -> Both:
-    path, swarm = llama_swarm
-
-    def remote() -> Any:
-        return swarm.connect(path)
-
-    return Both(lambda: transformers.AutoModelForCausalLM.from_pretrained(path), remote)
+    return Both(*llama_swarm)
 
 
 def texts() -> list[dict[str, torch.Tensor]]:

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from client import AutoDistributedModelForCausalLM
 from protocol.errors import BadUsage
-from tests.swarm import Swarm
+from tests.swarm import Both, Swarm
 from tests.words import save_tokenizer
 
 VOCABULARY = 128
@@ -26,22 +25,9 @@ Figures = list[dict[str, float]]
 QUIET: dict[str, Any] = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "seed": 1}
 
 
-@dataclass(frozen=True)
-class Both:
-    """Makes the same model anew, plain and through the swarm."""
-
-    local: Callable[[], Any]
-    remote: Callable[[], Any]
-
-
 @pytest.fixture(scope="module")
 def llama(llama_swarm: tuple[Path, Swarm]) -> Both:
-    path, swarm = llama_swarm
-
-    def remote() -> Any:
-        return swarm.connect(path)
-
-    return Both(lambda: transformers.AutoModelForCausalLM.from_pretrained(path), remote)
+    return Both(*llama_swarm)
 
 
 @pytest.fixture(scope="module")
