@@ -4,8 +4,8 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from protocol.transport.base import Carrier, Stream
 from tests.command import Command
 from tests.swarm import ForkServer, Swarm, new_swarm
 from tests.test_bootstrap_directory import HASH, record, send_store, stored_value
+from tests.test_bootstrap_member import member as any_member
 
 Keys = dict[str, Path | None]
 CARRIERS = pytest.mark.parametrize("carrier", ["libp2p", "direct"])
@@ -46,13 +47,8 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
     return {"ours": folder / "ours", "other": folder / "other", "none": None}
 
 
-@asynccontextmanager
-async def member(key: Path | None, *initial_peers: str, **options: Any) -> AsyncIterator[Member]:
-    joined = await Member.join(MemberOptions(initial_peers, host="127.0.0.1", swarm_key=key, **options))
-    try:
-        yield joined
-    finally:
-        await joined.shutdown()
+def member(key: Path | None, *initial_peers: str, **options: Any) -> AbstractAsyncContextManager[Member]:
+    return any_member(*initial_peers, swarm_key=key, **options)
 
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
