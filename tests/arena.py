@@ -70,16 +70,18 @@ class AtToken(LogitsProcessor):
         return max(later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False))
 
 
-def batch() -> dict[str, Any]:
+def batch(new: int = 12) -> dict[str, Any]:
+    """Three prompts of 14 tokens, the first with left padding; longer than the sliding windows of the families."""
     ids = torch.randint(3, VOCABULARY, (3, PROMPT), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
-    return {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 12, "eos_token_id": None, "do_sample": False}
+    return {"input_ids": ids, "attention_mask": mask, "max_new_tokens": new, "eos_token_id": None, "do_sample": False}
 
 
-def one() -> dict[str, Any]:
+def one(new: int = 12) -> dict[str, Any]:
+    """One prompt, with repetitions for prompt lookup to find."""
     ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6, 7]])
-    return batch() | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return batch(new) | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def with_adapter(model: Any, method: str = "lora") -> Any:

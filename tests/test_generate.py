@@ -4,6 +4,7 @@ import copy
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import DynamicCache, TextIteratorStreamer
 
+from tests import arena
 from tests.swarm import Swarm
 
 VOCABULARY = 128
@@ -50,18 +52,7 @@ def llama(llama_swarm: tuple[Path, Swarm]) -> Pair:
     return connect(*llama_swarm)
 
 
-def batch() -> dict[str, Any]:
-    """Three prompts of 14 tokens, the first with left padding; longer than the sliding windows of the families."""
-    ids = torch.randint(3, VOCABULARY, (3, 14), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[0, :5] = 0
-    return {"input_ids": ids, "attention_mask": mask, "max_new_tokens": NEW, "eos_token_id": None, "do_sample": False}
-
-
-def one() -> dict[str, Any]:
-    """One prompt, with repetitions for prompt lookup to find."""
-    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6, 7]])
-    return batch() | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+batch, one = partial(arena.batch, NEW), partial(arena.one, NEW)
 
 
 def assistant() -> Any:
