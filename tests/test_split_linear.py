@@ -14,7 +14,8 @@ from peer.products import Products
 from peer.span import Span
 from peer.split_linear import SplitLinear, split_linears
 from protocol.model.checkpoint import open_checkpoint
-from tests.test_packing import END, START, Desk, play
+from tests.spans import END, START
+from tests.test_packing import Desk, play
 
 
 @pytest.fixture
