@@ -27,8 +27,8 @@ from peer.sample_model import fetch_sample_model
 from tests.families import build_bloom, build_llama
 
 _CACHE = Path.home() / ".cache" / "swarmtune" / "benchmarks"
-_ROUNDS = 3
-_PROMPT, _TOKENS, _LONG = 32, 40, (512, 2048)
+_ROUNDS = 5
+_PROMPT, _TOKENS = 32, 40
 
 
 MODELS = ("llama", "llama-bf16", "bloom", "smollm2")
@@ -59,8 +59,8 @@ class Started:
 
 
 @contextmanager
-def running_swarm(model: Path, peers: int, threads: int) -> Iterator[list[Started]]:
-    """`peers` processes of `peer serve` over even spans."""
+def running_swarm(model: Path, peers: int, threads: int, *options: str) -> Iterator[list[Started]]:
+    """`peers` processes of `peer serve` over even spans, with `options`."""
     total = transformers.AutoConfig.from_pretrained(model).num_hidden_layers
     started: list[Started] = []
     with tempfile.TemporaryFile("w") as log:
@@ -71,7 +71,7 @@ def running_swarm(model: Path, peers: int, threads: int) -> Iterator[list[Starte
                 command = [sys.executable, "-m", "peer.cli", "serve", str(model), "--blocks", span]
                 begin = time.perf_counter()
                 process = subprocess.Popen(
-                    [*command, "--host", "127.0.0.1", "--threads", str(threads), *join],
+                    [*command, "--host", "127.0.0.1", "--threads", str(threads), *options, *join],
                     stdout=subprocess.PIPE,
                     stderr=log,
                     text=True,
@@ -116,10 +116,11 @@ def decode_step(model: Any, vocabulary: int) -> float:
     return (generate(model, ids, _TOKENS + 1) - generate(model, ids, 1)) / _TOKENS
 
 
-def measure(models: Sequence[Any], vocabulary: int) -> dict[str, list[float]]:
-    """Each figure, seconds, of each of `models`: the median of some rounds in which they take turns."""
+def measure(models: Sequence[Any], vocabulary: int, prompts: Sequence[int]) -> dict[str, list[float]]:
+    """Each figure, seconds, of each of `models`: the median of some rounds in which they take turns. `prompts`:
+    lengths, of each of which the first token is waited for."""
     figures: dict[str, Callable[[Any], float]] = {"decode step": lambda model: decode_step(model, vocabulary)}
-    for tokens in _LONG:
+    for tokens in prompts:
         ids = prompt(vocabulary, tokens)
         figures[f"first token of {tokens}"] = lambda model, ids=ids: generate(model, ids, 1)  # type: ignore[misc]
     found = {}
@@ -135,21 +136,24 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="llama")
     parser.add_argument("--peers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each process")
+    parser.add_argument("--prompts", type=int, nargs="*", default=(512, 2048), help="tokens")
+    parser.add_argument("--compile", action="store_true", help="have the peers compile their steps")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     transformers.utils.logging.disable_progress_bar()
     path = fetch_model(options.model)
     vocabulary = transformers.AutoConfig.from_pretrained(path).vocab_size
-    with running_swarm(path, options.peers, options.threads) as peers:
+    with running_swarm(path, options.peers, options.threads, *["--compile"] * options.compile) as peers:
         before = psutil.Process().memory_info().rss
         begin = time.perf_counter()
         remote = AutoDistributedModelForCausalLM.from_pretrained(str(path), initial_peers=[peers[0].address])
         start = time.perf_counter() - begin
         grown = psutil.Process().memory_info().rss - before
         local = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
-        found = measure([remote, local], vocabulary)
+        found = measure([remote, local], vocabulary, options.prompts)
         memory = [peer.memory() for peer in peers]
-    print(f"### {options.model}, {options.peers} peers, {options.threads} threads each\n")
+    compiled = ", compiled" if options.compile else ""
+    print(f"### {options.model}, {options.peers} peers, {options.threads} threads each{compiled}\n")
     print("| figure | swarm, ms | local, ms | local / swarm |\n|---|---|---|---|")
     for name, (ours, theirs) in found.items():
         print(f"| {name} | {1000 * ours:.1f} | {1000 * theirs:.1f} | {theirs / ours:.2f} |")

@@ -11,7 +11,9 @@ from itertools import product
 
 _MODELS = ("llama", "smollm2")
 _RUNS: list[list[str]] = [
-    *(["core", "--model", model, "--peers", "2"] for model in ("llama", "llama-bf16", "bloom", "smollm2")),
+    *(["core", "--model", model, "--peers", "2"] for model in ("llama", "bloom", "smollm2")),
+    ["core", "--model", "llama-bf16", "--peers", "2", "--prompts", "512"],  # longer ones take minutes each
+    *(["core", "--model", model, "--peers", "2", "--prompts", "--compile"] for model in ("llama-bf16", "smollm2")),
     ["step_time"],
     *(["training", "--model", model, "--peers", str(peers)] for model, peers in product(_MODELS, (1, 2, 3))),
     *(["many", "--model", model] for model in _MODELS),

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from peer.lora import Delta
 from peer.rendezvous import Place, meet
 from peer.span import Span
+from peer.split_linear import SplitLinear
 
 Deltas = Mapping[str, Sequence[Delta]]
 """`BLOCK.PATH` of a linear layer -> what LoRA adds to it, in order."""
@@ -43,7 +44,7 @@ def _dequantized(module: Any) -> torch.Tensor:
 def _matrix(module: Any) -> Callable[[], torch.Tensor] | None:
     """Makes the weight, (out, in), of a linear layer. `None` for others, and for what does not work row by row:
     bitsandbytes' int8 looks for outliers in all tokens of a product."""
-    if type(module) is nn.Linear or type(module).__name__ == "FalconLinear":
+    if type(module) in (nn.Linear, SplitLinear) or type(module).__name__ == "FalconLinear":
         return lambda: module.weight
     if type(module) is Conv1D:
         return lambda: module.weight.T

@@ -29,6 +29,7 @@ from peer.reception import Reception, Served
 from peer.scheduler import Priority, Scheduler
 from peer.service import Service
 from peer.span import Span
+from peer.split_linear import split_linears
 from peer.steps import StepRunner
 from peer.throughput import measure
 from protocol.errors import PeerFailed
@@ -196,7 +197,7 @@ async def _choose_blocks(options: ServeOptions, member: Member) -> range:
 
 
 def _load_span(options: ServeOptions, blocks: range) -> Span:
-    return load_span(
+    span = load_span(
         options.checkpoint,
         blocks.start,
         blocks.stop,
@@ -205,6 +206,8 @@ def _load_span(options: ServeOptions, blocks: range) -> Span:
         quantization=options.quantization,
         double_quantization=options.double_quantization,
     )
+    split_linears(span.model)
+    return span
 
 
 def _load(options: ServeOptions, span: Span, scheduler: Scheduler, member: Member) -> _Loaded:

@@ -1,0 +1,106 @@
+"""Linear layers of which all threads read the weight, however few tokens there are.
+
+A product of a few rows takes the time in which its weight is read. In float32 MKL has one thread read it. As a batch of
+products, each with a part of the weight's rows, several threads do. Every number is the same sum of the same products
+as before, if only the kernels take them in the same order: whether they do is tried, for each number of rows, when a
+span is loaded, and so is whether it pays.
+"""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+_MOST = 16
+"""Rows that are tried. With more, threads have enough else to share."""
+_ALIGNED = 16
+"""A part has a multiple of so many of the weight's rows: kernels sum up odd ones in another order."""
+_PAYS = 1.1
+"""How many times as fast a product of one row must be."""
+_ROUNDS = 10
+
+
+class SplitLinear(nn.Linear):
+    """As `nn.Linear`; see above. Made of one by `split_linears`."""
+
+    parts: int
+    splits: frozenset[int]
+    """The numbers of rows at which it does."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., out) of (..., in)."""
+        rows = input.numel() // self.in_features
+        # The compiler's graphs are of one token, or of any number, which must not be looked at.
+        splits = rows == 1 if torch.compiler.is_compiling() else rows in self.splits
+        if not splits or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return super().forward(input)
+        return _split_product(input, self.weight, self.bias, self.parts)
+
+
+@torch.no_grad()
+def split_linears(model: nn.Module) -> None:
+    """Have the linear layers of `model` split small products over the threads that there are now, where that is right
+    and pays. Those with other than plain weights on a CPU are left alone.
+    """
+    alike = defaultdict[tuple[object, ...], list[nn.Linear]](list)
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.device.type == "cpu":
+            alike[module.weight.shape, module.weight.dtype, module.bias is None].append(module)
+    for (shape, *_), modules in alike.items():
+        parts = _parts(modules[0].out_features)
+        if parts > 1 and _pays(modules, parts) and 1 in (splits := _right_rows(modules[0], parts)):
+            logger.info("%d linear layers of %s: %s rows in %d parts", len(modules), shape, sorted(splits), parts)
+            for module in modules:
+                module.__class__ = SplitLinear
+                module.parts, module.splits = parts, splits  # type: ignore[assignment]
+
+
+def _split_product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: int) -> torch.Tensor:
+    columns = weight.shape[1]
+    batch = input.reshape(1, -1, columns).expand(parts, -1, -1)
+    weights = weight.view(parts, -1, columns).transpose(1, 2)
+    product = torch.bmm(batch, weights) if bias is None else torch.baddbmm(bias.view(parts, 1, -1), batch, weights)
+    return product.transpose(0, 1).reshape(*input.shape[:-1], weight.shape[0])
+
+
+def _parts(rows: int) -> int:
+    """The largest number of parts for which there are threads."""
+    return max(parts for parts in range(1, torch.get_num_threads() + 1) if rows % (parts * _ALIGNED) == 0 or parts == 1)
+
+
+def _right_rows(module: nn.Linear, parts: int) -> frozenset[int]:
+    """The numbers of rows of which split products are the same to the last bit."""
+    return frozenset(rows for rows in range(1, _MOST + 1) if _is_right(module, rows, parts))
+
+
+def _is_right(module: nn.Linear, rows: int, parts: int) -> bool:
+    input = _random(module, rows)
+    return torch.equal(module(input), _split_product(input, module.weight, module.bias, parts))
+
+
+def _pays(modules: list[nn.Linear], parts: int) -> bool:
+    """Whether a product of one row is so much faster. By several layers in turn, lest the weight stays in a cache."""
+    input = _random(modules[0], 1)
+    whole, split = list[float](), list[float]()
+    for number in range(_ROUNDS):
+        module = modules[number % len(modules)]
+        whole.append(_seconds(lambda: module(input)))  # noqa: B023
+        module = modules[(number + len(modules) // 2) % len(modules)]
+        split.append(_seconds(lambda: _split_product(input, module.weight, module.bias, parts)))  # noqa: B023
+    return min(whole) >= _PAYS * min(split)
+
+
+def _random(module: nn.Linear, rows: int) -> torch.Tensor:
+    chance = torch.Generator().manual_seed(rows)
+    return torch.randn(1, rows, module.in_features, generator=chance).to(module.weight.dtype)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
