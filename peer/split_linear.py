@@ -45,19 +45,23 @@ class SplitLinear(nn.Linear):
 @torch.no_grad()
 def split_linears(model: nn.Module) -> None:
     """Have the linear layers of `model` split small products over the threads that there are now, where that is right
-    and pays. Those with other than plain weights on a CPU are left alone.
+    and pays. Only plain ones in float32 on a CPU are looked at: of other dtypes kernels use all threads already.
     """
-    alike = defaultdict[tuple[object, ...], list[nn.Linear]](list)
+    alike = defaultdict[tuple[torch.Size, bool], list[nn.Linear]](list)
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.device.type == "cpu":
-            alike[module.weight.shape, module.weight.dtype, module.bias is None].append(module)
-    for (shape, *_), modules in alike.items():
+        if type(module) is nn.Linear and _is_plain(module.weight):
+            alike[module.weight.shape, module.bias is None].append(module)
+    for (shape, _), modules in alike.items():
         parts = _parts(modules[0].out_features)
         if parts > 1 and _pays(modules, parts) and 1 in (splits := _right_rows(modules[0], parts)):
             logger.info("%d linear layers of %s: %s rows in %d parts", len(modules), shape, sorted(splits), parts)
             for module in modules:
                 module.__class__ = SplitLinear
                 module.parts, module.splits = parts, splits  # type: ignore[assignment]
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    return weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous()
 
 
 def _split_product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: int) -> torch.Tensor:
@@ -96,8 +100,7 @@ def _pays(modules: list[nn.Linear], parts: int) -> bool:
 
 
 def _random(module: nn.Linear, rows: int) -> torch.Tensor:
-    chance = torch.Generator().manual_seed(rows)
-    return torch.randn(1, rows, module.in_features, generator=chance).to(module.weight.dtype)
+    return torch.randn(1, rows, module.in_features, generator=torch.Generator().manual_seed(rows))
 
 
 def _seconds(work: Callable[[], object]) -> float:
