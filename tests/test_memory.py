@@ -25,6 +25,8 @@ OUTSIDE = 2 * VOCABULARY * HIDDEN * 2
 """Bytes of embeddings and head."""
 NOISE = 24 * 2**20
 """Between two processes that do the same."""
+KEPT = 64 * 2**20
+"""What glibc may keep at the top of a thread's arena, trimmed or not, of the copies made while blocks are converted."""
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +72,10 @@ def test_a_peer_holds_its_own_blocks(path: Path, swarm: Swarm) -> None:
 def test_a_peer_that_converts_its_blocks_holds_them_once(
     path: Path, swarm: Swarm, options: list[str], block: float
 ) -> None:
-    one = serve(swarm, path, "3:4", *options)
-    four = serve(swarm, path, "3:7", *options)
-    deadline = time.monotonic() + 15  # imports for adapters go on behind, in one sooner than in the other
-    while abs(grown := four.rss() - one.rss() - 3 * block) >= NOISE and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert abs(grown) < NOISE
-    assert mapped(four.pid, path) < 1.05 * 4 * 2 * BLOCK
+    one = serve(swarm, path, "0:1", *options)
+    all_blocks = serve(swarm, path, f"0:{LAYERS}", *options)
+    assert abs(all_blocks.rss() - one.rss() - (LAYERS - 1) * block) < KEPT
+    assert mapped(all_blocks.pid, path) < 1.05 * LAYERS * 2 * BLOCK
 
 
 def test_a_client_holds_no_block(path: Path, swarm: Swarm) -> None:
