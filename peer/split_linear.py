@@ -6,13 +6,14 @@ as before, if only the kernels take them in the same order: whether they do is t
 span is loaded, and so is whether it pays.
 """
 
+import itertools
 import logging
-import time
 from collections import defaultdict
-from collections.abc import Callable
 
 import torch
 from torch import nn
+
+from peer.throughput import fastest
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,6 @@ _ALIGNED = 16
 """A part has a multiple of so many of the weight's rows: kernels sum up odd ones in another order."""
 _PAYS = 1.1
 """How many times as fast a product of one row must be."""
-_ROUNDS = 10
 
 
 class SplitLinear(nn.Linear):
@@ -88,22 +88,15 @@ def _is_right(module: nn.Linear, rows: int, parts: int) -> bool:
 
 
 def _pays(modules: list[nn.Linear], parts: int) -> bool:
-    """Whether a product of one row is so much faster. By several layers in turn, lest the weight stays in a cache."""
-    input = _random(modules[0], 1)
-    whole, split = list[float](), list[float]()
-    for number in range(_ROUNDS):
-        module = modules[number % len(modules)]
-        whole.append(_seconds(lambda: module(input)))  # noqa: B023
-        module = modules[(number + len(modules) // 2) % len(modules)]
-        split.append(_seconds(lambda: _split_product(input, module.weight, module.bias, parts)))  # noqa: B023
-    return min(whole) >= _PAYS * min(split)
+    """Whether a product of one row is so much faster. By one layer after another, lest the weight stays in a cache."""
+    input, layers = _random(modules[0], 1), itertools.cycle(modules)
+
+    def split() -> None:
+        module = next(layers)
+        _split_product(input, module.weight, module.bias, parts)
+
+    return fastest(lambda: next(layers)(input)) >= _PAYS * fastest(split)
 
 
 def _random(module: nn.Linear, rows: int) -> torch.Tensor:
     return torch.randn(1, rows, module.in_features, generator=torch.Generator().manual_seed(rows))
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin

@@ -32,13 +32,13 @@ def measure(span: Span) -> tuple[Speed, int]:
     step(_PROMPT, span.blocks, cache)
     token_bytes = _bytes_per_token(cache, _PROMPT)
     sample = span.blocks[-_SAMPLE:]  # the last ones: a model's first blocks may be of another kind than most
-    decode = len(span.blocks) / _fastest(lambda: step(1, span.blocks, cache))
-    forward = len(sample) * _FORWARD / _fastest(lambda: step(_FORWARD, sample, None))
+    decode = len(span.blocks) / fastest(lambda: step(1, span.blocks, cache))
+    forward = len(sample) * _FORWARD / fastest(lambda: step(_FORWARD, sample, None))
     return Speed(decode=decode, forward=forward), token_bytes
 
 
-def _fastest(work: Callable[[], None]) -> float:
-    """Seconds of the fastest of a few runs: the others were disturbed."""
+def fastest(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few runs of `work`: the others were disturbed."""
     best, begin = float("inf"), time.perf_counter()
     for _ in range(_RUNS):
         start = time.perf_counter()
