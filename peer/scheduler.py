@@ -26,6 +26,10 @@ Item = TypeVar("Item")
 
 _HEAD_START = 0.1
 """Seconds of computing by which a step of a generation may run ahead of its client's share."""
+_PAUSE, _QUEUE = (0.15, 0.02), (0.8, 0.1)
+"""How long a call waits for more work, as a share of a call's time and in seconds at most: one after a pause, and
+one whose work has queued. Of the latter a whole call's time would be too much: so late comes what is on its way through
+another peer as it should be."""
 
 
 class Priority(IntEnum):
@@ -117,7 +121,9 @@ class Scheduler:
         self._numbers = itertools.count()
         self._ready = threading.Condition()
         self._closed = False
-        self._gatherings = {priority: Gathering() for priority in Priority}
+        self._gatherings = {(priority, False): Gathering(*_PAUSE) for priority in Priority}
+        self._gatherings[Priority.STEP, True] = Gathering(*_QUEUE)
+        """By priority, and whether work has queued: training calls gain less by company than they would lose."""
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
         self._thread.start()
 
@@ -145,7 +151,9 @@ class Scheduler:
                 owner.used = max(owner.used, self._level)
             owner.push(priority, _Work(next(self._numbers), priority, run, item, group, size, future))
             if group is not None:
-                self._gatherings[priority].arrived(time.monotonic())
+                for (of, _), gathering in self._gatherings.items():
+                    if of == priority:
+                        gathering.arrived(time.monotonic())
             self._ready.notify()
         return future
 
@@ -158,17 +166,23 @@ class Scheduler:
     def _work(self) -> None:
         while True:
             with self._ready:
+                queued = self._has_work()
                 self._ready.wait_for(lambda: self._closed or self._has_work())
-                waited_for = self._gather()
+                ready = time.monotonic()
+                waited_for = self._gather(queued)
                 if self._closed:
                     return
                 riders = [rider for rider in self._next() if not rider.work.future.cancelled()]
                 begin = time.monotonic()
-                if riders and (gathering := self._gathering_of(riders[0].work)):
-                    gathering.begins(begin, len(riders), min(waited_for, len(riders) - 1))
+                gathering = self._gathering_of(riders[0].work, queued) if riders else None
+                if gathering:
+                    gathering.begins(ready, begin, len(riders), min(waited_for, len(riders) - 1))
             if riders:
                 _run([rider.work for rider in riders])
-                self._end(riders, begin)
+                now = time.monotonic()
+                if gathering:
+                    gathering.ended(now)
+                _charge(riders, now - begin)
 
     def _next(self) -> list[_Rider]:
         """The work whose turn it is, and what is done along with it."""
@@ -199,10 +213,10 @@ class Scheduler:
                     if not work.future.cancelled():
                         yield _Rider(work, client, flow)
 
-    def _gather(self) -> int:
+    def _gather(self, queued: bool) -> int:
         """Wait a moment for more work that can be joined, if that pays. Returns how much has come."""
         before = self._joinable()
-        gathering = self._gathering_of(before[0]) if before else None
+        gathering = self._gathering_of(before[0], queued) if before else None
         if not gathering or not gathering.pays:
             return 0
         self._ready.wait_for(
@@ -216,27 +230,25 @@ class Scheduler:
         is_alike = len({work.priority for work in works}) == 1
         return works if is_alike and all(work.group is not None for work in works) else []
 
-    def _gathering_of(self, work: _Work) -> Gathering | None:
-        """Steps and training calls come at paces of their own."""
-        return self._gatherings[work.priority] if work.group is not None else None
-
-    def _end(self, riders: Sequence[_Rider], begin: float) -> None:
-        """Charge each client its part of the time."""
-        now = time.monotonic()
-        if gathering := self._gathering_of(riders[0].work):
-            gathering.ended(now)
-        seconds = now - begin
-        total = sum(rider.work.size for rider in riders)
-        for rider in riders:
-            share = seconds * rider.work.size / total
-            rider.client.used += share
-            rider.flow.used += share
+    def _gathering_of(self, work: _Work, queued: bool) -> Gathering | None:
+        if work.group is None:
+            return None
+        return self._gatherings.get((work.priority, queued), self._gatherings[work.priority, False])
 
     def _has_work(self) -> bool:
         """Also forgets clients that have no work and no debt."""
         for name in [name for name, c in self._waiting.items() if not c.has_work and c.used <= self._level]:
             del self._waiting[name]
         return any(client.has_work for client in self._waiting.values())
+
+
+def _charge(riders: Sequence[_Rider], seconds: float) -> None:
+    """Each client its part of the time."""
+    total = sum(rider.work.size for rider in riders)
+    for rider in riders:
+        share = seconds * rider.work.size / total
+        rider.client.used += share
+        rider.flow.used += share
 
 
 def _run(works: Sequence[_Work]) -> None:
