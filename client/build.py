@@ -17,6 +17,7 @@ from protocol.errors import UnsupportedModel
 from protocol.model.anatomy import BlockList, find_blocks, hidden_size
 from protocol.model.checkpoint import Checkpoint, block_of
 from protocol.model.loading import load_part
+from protocol.model.split_linear import split_linears
 
 _REMOTE = "remote"
 ALL_ATTENTION_FUNCTIONS.register(_REMOTE, lambda *args, **kwargs: None)
@@ -45,6 +46,8 @@ def build_model(
     setattr(where.trunk_of(model), where.attribute, ghosts)
     hide_ghosts(ghosts)
     _attach(model, where, ghosts, swarm)
+    if head := model.get_output_embeddings():
+        split_linears(head)
     freeze(model)
     model.eval()
     return model

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from peer.lora import Delta
 from peer.rendezvous import Place, meet
 from peer.span import Span
-from peer.split_linear import SplitLinear
+from protocol.model.split_linear import SplitLinear
 
 Deltas = Mapping[str, Sequence[Delta]]
 """`BLOCK.PATH` of a linear layer -> what LoRA adds to it, in order."""

@@ -29,12 +29,12 @@ from peer.reception import Reception, Served
 from peer.scheduler import Priority, Scheduler
 from peer.service import Service
 from peer.span import Span
-from peer.split_linear import split_linears
 from peer.steps import StepRunner
 from peer.throughput import measure
 from protocol.errors import PeerFailed
 from protocol.imports import without_collection
 from protocol.model.checkpoint import Checkpoint
+from protocol.model.split_linear import split_linears
 from protocol.records import PeerRecord, PeerState, Speed
 from protocol.tensors import Limits
 

@@ -1,20 +1,16 @@
 """How fast a span is, by running it, and how much memory a cached token takes."""
 
-import time
-from collections.abc import Callable
-
 import torch
 
 from peer.kv_cache import SpanCache
 from peer.span import Inputs, Mode, Span
 from protocol.records import Speed
+from protocol.timing import fastest
 
 _PROMPT = 32
 _FORWARD = 128
 _SAMPLE = 4
 """Blocks of the span that the forward is measured on: all of a large model's would take many seconds."""
-_RUNS, _BUDGET = 8, 0.2
-"""Of each measurement, and the seconds after which no further one is begun."""
 
 
 @torch.no_grad()
@@ -35,18 +31,6 @@ def measure(span: Span) -> tuple[Speed, int]:
     decode = len(span.blocks) / fastest(lambda: step(1, span.blocks, cache))
     forward = len(sample) * _FORWARD / fastest(lambda: step(_FORWARD, sample, None))
     return Speed(decode=decode, forward=forward), token_bytes
-
-
-def fastest(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few runs of `work`: the others were disturbed."""
-    best, begin = float("inf"), time.perf_counter()
-    for _ in range(_RUNS):
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-        if time.perf_counter() - begin > _BUDGET:
-            break
-    return best
 
 
 def _bytes_per_token(cache: SpanCache, tokens: int) -> int:

@@ -8,24 +8,30 @@ import pytest
 import torch
 from torch import nn
 
-from peer import split_linear
 from peer.loading import load_span
 from peer.products import Products
 from peer.span import Span
-from peer.split_linear import SplitLinear, split_linears
+from protocol.model import split_linear
 from protocol.model.checkpoint import open_checkpoint
+from protocol.model.split_linear import SplitLinear, split_linears
 from tests.spans import END, START
+from tests.swarm import Both, Swarm
 from tests.test_packing import Desk, play
 
 
-@pytest.fixture
-def load(models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Span]]:
-    """Spans of models so small that nothing pays for them."""
+@pytest.fixture(autouse=True)
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """And models so small that nothing pays for them."""
     monkeypatch.setattr(split_linear, "_PAYS", 0.0)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield lambda family: load_span(open_checkpoint(str(models(family))), START, END)
+    yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def load(models: Callable[[str], Path]) -> Callable[[str], Span]:
+    return lambda family: load_span(open_checkpoint(str(models(family))), START, END)
 
 
 def split_layers(model: nn.Module) -> list[SplitLinear]:
@@ -92,3 +98,23 @@ def test_training_calls_meet_at_them(load: Callable[[str], Span]) -> None:
     names = [name for name, module in span.where.of(span.model).named_modules() if isinstance(module, SplitLinear)]
     assert names
     assert Products(span).have(names)
+
+
+def test_not_after_a_conversion(load: Callable[[str], Span]) -> None:
+    """Of which nothing is known."""
+    span = load("llama")
+    split_linears(span.model)
+    layer = split_layers(span.model)[0]
+    assert layer.splits
+    layer.to(torch.bfloat16)
+    assert not layer.splits
+
+
+def test_the_head_of_a_client(llama_swarm: tuple[Path, Swarm]) -> None:
+    both = Both(*llama_swarm)
+    ours, plain = both.remote().lm_head, both.local().lm_head
+    assert 1 in ours.splits
+    with torch.no_grad():
+        for rows in range(1, 20):
+            hidden = torch.randn(rows, 1, plain.in_features)
+            assert torch.equal(ours(hidden), plain(hidden))

@@ -3,17 +3,19 @@
 A product of a few rows takes the time in which its weight is read. In float32 MKL has one thread read it. As a batch of
 products, each with a part of the weight's rows, several threads do. Every number is the same sum of the same products
 as before, if only the kernels take them in the same order: whether they do is tried, for each number of rows, when a
-span is loaded, and so is whether it pays.
+model is loaded, and so is whether it pays.
 """
 
 import itertools
 import logging
+import time
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import nn
 
-from peer.throughput import fastest
+from protocol.timing import fastest
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +23,12 @@ _MOST = 16
 """Rows that are tried. With more, threads have enough else to share."""
 _ALIGNED = 16
 """A part has a multiple of so many of the weight's rows: kernels sum up odd ones in another order."""
+_BUDGET = 0.2
+"""Seconds after which no further numbers of rows are tried with layers of one shape."""
 _PAYS = 1.1
 """How many times as fast a product of one row must be."""
+_ATTEMPTS = 3
+"""At finding it so fast: a machine that does something else at the same time makes it look slower than it is."""
 
 
 class SplitLinear(nn.Linear):
@@ -36,10 +42,14 @@ class SplitLinear(nn.Linear):
         """(..., out) of (..., in)."""
         rows = input.numel() // self.in_features
         # The compiler's graphs are of one token, or of any number, which must not be looked at.
-        splits = rows == 1 if torch.compiler.is_compiling() else rows in self.splits
+        splits = rows == 1 and bool(self.splits) if torch.compiler.is_compiling() else rows in self.splits
         if not splits or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return super().forward(input)
         return _split_product(input, self.weight, self.bias, self.parts)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "SplitLinear":
+        self.splits = frozenset()  # what was tried may not hold for another dtype or device
+        return super()._apply(*args, **kwargs)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -78,8 +88,10 @@ def _parts(rows: int) -> int:
 
 
 def _right_rows(module: nn.Linear, parts: int) -> frozenset[int]:
-    """The numbers of rows of which split products are the same to the last bit."""
-    return frozenset(rows for rows in range(1, _MOST + 1) if _is_right(module, rows, parts))
+    """The numbers of rows of which split products are the same to the last bit, as far as there was time to try."""
+    until = time.monotonic() + _BUDGET
+    in_time = itertools.takewhile(lambda rows: rows == 1 or time.monotonic() < until, range(1, _MOST + 1))
+    return frozenset(rows for rows in in_time if _is_right(module, rows, parts))
 
 
 def _is_right(module: nn.Linear, rows: int, parts: int) -> bool:
@@ -95,7 +107,7 @@ def _pays(modules: list[nn.Linear], parts: int) -> bool:
         module = next(layers)
         _split_product(input, module.weight, module.bias, parts)
 
-    return fastest(lambda: next(layers)(input)) >= _PAYS * fastest(split)
+    return any(fastest(lambda: next(layers)(input)) >= _PAYS * fastest(split) for _ in range(_ATTEMPTS))
 
 
 def _random(module: nn.Linear, rows: int) -> torch.Tensor:
