@@ -256,6 +256,7 @@ def test_calls_that_queue_behind_each_other_become_one() -> None:
             while time.monotonic() < end:
                 for peer in peers:
                     await peer.submit_joint(Priority.STEP, run, number, f"client {number}", "steps")
+                await asyncio.sleep(0.01)
 
         await asyncio.gather(*(talk(number) for number in range(6)))
         for peer in peers:
