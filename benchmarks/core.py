@@ -136,14 +136,16 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="llama")
     parser.add_argument("--peers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each process")
+    parser.add_argument("--peer-threads", type=int, help="of each peer, if other than --threads")
     parser.add_argument("--prompts", type=int, nargs="*", default=(512, 2048), help="tokens")
     parser.add_argument("--compile", action="store_true", help="have the peers compile their steps")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    peer_threads = options.peer_threads or options.threads
     transformers.utils.logging.disable_progress_bar()
     path = fetch_model(options.model)
     vocabulary = transformers.AutoConfig.from_pretrained(path).vocab_size
-    with running_swarm(path, options.peers, options.threads, *["--compile"] * options.compile) as peers:
+    with running_swarm(path, options.peers, peer_threads, *["--compile"] * options.compile) as peers:
         before = psutil.Process().memory_info().rss
         begin = time.perf_counter()
         remote = AutoDistributedModelForCausalLM.from_pretrained(str(path), initial_peers=[peers[0].address])
@@ -153,7 +155,7 @@ def main() -> None:
         found = measure([remote, local], vocabulary, options.prompts)
         memory = [peer.memory() for peer in peers]
     compiled = ", compiled" if options.compile else ""
-    print(f"### {options.model}, {options.peers} peers, {options.threads} threads each{compiled}\n")
+    print(f"### {options.model}, {options.peers} peers, {peer_threads} of {options.threads} threads each{compiled}\n")
     print("| figure | swarm, ms | local, ms | local / swarm |\n|---|---|---|---|")
     for name, (ours, theirs) in found.items():
         print(f"| {name} | {1000 * ours:.1f} | {1000 * theirs:.1f} | {theirs / ours:.2f} |")

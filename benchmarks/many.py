@@ -197,6 +197,7 @@ def main() -> None:
     parser.add_argument("--path", type=Path, help="a model's folder, instead of --model")
     parser.add_argument("--peers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each process")
+    parser.add_argument("--peer-threads", type=int, help="of each peer, if other than --threads")
     parser.add_argument("--tokens", type=int, default=32, help="that each client decodes")
     parser.add_argument("--clients", type=int, default=_CLIENTS)
     parser.add_argument("--crowd", type=int, default=_CROWD)
@@ -204,12 +205,13 @@ def main() -> None:
     parser.add_argument("--processes", action="store_true", help="one for each client")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    peer_threads = options.peer_threads or options.threads
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     path, name = options.path or fetch_model(options.model), options.path or options.model
-    with running_swarm(path, options.peers, options.threads) as peers:
+    with running_swarm(path, options.peers, peer_threads) as peers:
         bench = Bench(path, [peers[0].address], options.tokens, options.processes)
-        print(f"### Many clients: {name}, {options.peers} peers, {options.threads} threads each\n")
+        print(f"### Many clients: {name}, {options.peers} peers, {peer_threads} of {options.threads} threads each\n")
         compare_batches(bench, options.clients, options.contexts)
         compare_adapters(bench, options.clients, options.contexts[0])
         crowd(bench, options.crowd, options.contexts[0])

@@ -93,10 +93,12 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="llama")
     parser.add_argument("--peers", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each process")
+    parser.add_argument("--peer-threads", type=int, help="of each peer, if other than --threads")
     parser.add_argument("--batches", type=parse_batch, nargs="+", default=[(8, 128), (4, 512)], metavar="ROWSxTOKENS")
     parser.add_argument("--steps", type=int, default=3, help="measured, after one more")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    peer_threads = options.peer_threads or options.threads
     transformers.utils.logging.disable_progress_bar()
     model = fetch_model(options.model)
 
@@ -105,12 +107,14 @@ def main() -> None:
         return [measure_steps(tuned, options.peers, *batch, options.steps) for batch in options.batches]
 
     forget_peak()
-    with running_swarm(model, options.peers, options.threads) as peers:
+    with running_swarm(model, options.peers, peer_threads) as peers:
         ours = measure(AutoDistributedModelForCausalLM.from_pretrained(str(model), initial_peers=[peers[0].address]))
         client_peak, peaks = peak(), [peak(peer.process.pid) for peer in peers]
     forget_peak()
     theirs = measure(transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))
-    title = f"{options.model}, LoRA r=8 on q and v, {options.peers} peers, {options.threads} threads each"
+    title = (
+        f"{options.model}, LoRA r=8 on q and v, {options.peers} peers, {peer_threads} of {options.threads} threads each"
+    )
     print_table(title, list(zip(options.batches, ours, theirs, strict=True)))
     spread = ", ".join(f"{size / _MIB:.0f}" for size in peaks)
     print(f"\nPeak memory, MiB: client {client_peak / _MIB:.0f}, peers {spread}; local {peak() / _MIB:.0f}.")
