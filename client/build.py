@@ -46,7 +46,7 @@ def build_model(
     setattr(where.trunk_of(model), where.attribute, ghosts)
     hide_ghosts(ghosts)
     _attach(model, where, ghosts, swarm)
-    if head := model.get_output_embeddings():
+    if (head := model.get_output_embeddings()) is not None:
         split_linears(head)
     freeze(model)
     model.eval()

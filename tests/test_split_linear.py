@@ -110,6 +110,17 @@ def test_not_after_a_conversion(load: Callable[[str], Span]) -> None:
     assert not layer.splits
 
 
+def test_not_with_another_weight(load: Callable[[str], Span]) -> None:
+    """As `resize_token_embeddings` gives a tied head."""
+    span = load("llama")
+    split_linears(span.model)
+    layer = split_layers(span.model)[0]
+    layer.weight = nn.Parameter(torch.randn(129, layer.in_features))
+    hidden = torch.randn(1, 1, layer.in_features)
+    with torch.no_grad():
+        assert torch.equal(layer(hidden), nn.functional.linear(hidden, layer.weight))
+
+
 def test_the_head_of_a_client(llama_swarm: tuple[Path, Swarm]) -> None:
     both = Both(*llama_swarm)
     ours, plain = both.remote().lm_head, both.local().lm_head

@@ -37,13 +37,16 @@ class SplitLinear(nn.Linear):
     parts: int
     splits: frozenset[int]
     """The numbers of rows at which it does."""
+    tried: torch.Size
+    """Of the weight. Resizing tied embeddings gives a head another one."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., out) of (..., in)."""
         rows = input.numel() // self.in_features
         # The compiler's graphs are of one token, or of any number, which must not be looked at.
         splits = rows == 1 and bool(self.splits) if torch.compiler.is_compiling() else rows in self.splits
-        if not splits or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        is_as_tried = self.weight.shape == self.tried
+        if not (splits and is_as_tried) or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return super().forward(input)
         return _split_product(input, self.weight, self.bias, self.parts)
 
@@ -67,7 +70,7 @@ def split_linears(model: nn.Module) -> None:
             logger.info("%d linear layers of %s: %s rows in %d parts", len(modules), shape, sorted(splits), parts)
             for module in modules:
                 module.__class__ = SplitLinear
-                module.parts, module.splits = parts, splits  # type: ignore[assignment]
+                module.parts, module.splits, module.tried = parts, splits, shape  # type: ignore[assignment]
 
 
 def _is_plain(weight: torch.Tensor) -> bool:
