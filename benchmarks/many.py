@@ -15,9 +15,10 @@ import multiprocessing
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from client import AutoDistributedModelForCausalLM
 
 _CONTEXTS = (128, 1000)
 _CLIENTS, _CROWD = 8, 40
+_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class Bench:
         self._make = partial(Job, path, tuple(addresses), tokens=tokens)
         self._path, self._run = path, in_processes if processes else in_threads
 
-    def local(self, rows: int, **job: Any) -> float:
+    def local_rate(self, rows: int, **job: Any) -> float:
         """Tokens per second of one local batch."""
         model = transformers.AutoModelForCausalLM.from_pretrained(self._path).eval()
         return rate([decode(model, rows, self._make(**job), lambda: None)]) * rows
@@ -155,28 +157,44 @@ class Bench:
             print(f"\nERROR: {error}\n")
         return [run for run in runs if not run.error]
 
+    def swarm_rate(self, clients: int, **job: Any) -> float:
+        """Tokens per second of so many clients together."""
+        return rate(self.swarm(clients, **job))
+
+
+def in_turn(takes: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """What each gave in some rounds in which they take turns: machines drift."""
+    rounds = [{name: take() for name, take in takes.items()} for _ in range(_ROUNDS)]
+    return {name: [taken[name] for taken in rounds] for name in takes}
+
+
+def compared(rates: Sequence[float], others: Sequence[float]) -> str:
+    """The median of the ratios, and all of them."""
+    ratios = [rate / other for rate, other in zip(rates, others, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)})"
+
 
 def compare_batches(bench: Bench, clients: int, contexts: Sequence[int]) -> None:
     """Clients at once against a local batch."""
-    print(f"| {clients} clients | swarm tok/s | local batch tok/s | ratio |\n|---|---|---|---|")
-    for context in contexts:
-        for whole, what in ((True, "generate"), (False, "blocks only")):
-            local = bench.local(clients, context=context, whole=whole)
-            ours = rate(bench.swarm(clients, context=context, whole=whole))
-            print(f"| {what}, context {context} | {ours:.1f} | {local:.1f} | {ours / local:.2f} |", flush=True)
+    print(f"| {clients} clients | swarm tok/s | local batch tok/s | ratio (rounds) |\n|---|---|---|---|")
+    for context, (whole, what) in product(contexts, ((True, "generate"), (False, "blocks only"))):
+        job: dict[str, Any] = {"context": context, "whole": whole}
+        swarm, local = partial(bench.swarm_rate, clients, **job), partial(bench.local_rate, clients, **job)
+        rates = in_turn({"swarm": swarm, "local": local})
+        figures = " | ".join(f"{statistics.median(taken):.1f}" for taken in rates.values())
+        print(f"| {what}, context {context} | {figures} | {compared(*rates.values())} |", flush=True)
 
 
 def compare_adapters(bench: Bench, clients: int, context: int) -> None:
     """Different adapters against one for all, and none."""
-    print(f"\n| {clients} clients, blocks only, context {context} | tok/s | of one shared |\n|---|---|---|")
+    print(f"\n| {clients} clients, blocks only, context {context} | tok/s | of one shared (rounds) |\n|---|---|---|")
     kinds: dict[str, Callable[[int], int | None]] = {
         "one shared LoRA": lambda _: 1, "a LoRA each": lambda number: number, "none": lambda _: None,
     }  # fmt: skip
-    shared = 0.0
-    for name, adapters in kinds.items():
-        ours = rate(bench.swarm(clients, adapters, context=context, whole=False))
-        shared = shared or ours
-        print(f"| {name} | {ours:.1f} | {ours / shared:.2f} |", flush=True)
+    take = partial(bench.swarm_rate, clients, context=context, whole=False)
+    rates = in_turn({name: partial(take, adapters=adapters) for name, adapters in kinds.items()})
+    for name, taken in rates.items():
+        print(f"| {name} | {statistics.median(taken):.1f} | {compared(taken, rates['one shared LoRA'])} |", flush=True)
 
 
 def crowd(bench: Bench, clients: int, context: int) -> None:
