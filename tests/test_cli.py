@@ -112,7 +112,7 @@ def test_a_process_says_when_it_is_ready_and_leaves_when_told(
     assert process.returncode == 0, log
     assert rest == ""
     assert "Traceback" not in log
-    assert "GOMP_SPINCOUNT = '10000'" in log, "torch was imported before the package `peer`"
+    assert "GOMP_SPINCOUNT = '6000'" in log, "torch was imported before the package `peer`"
     assert_nothing_is_left(processes)
 
 
