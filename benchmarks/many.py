@@ -7,7 +7,9 @@ The clients are threads of one process, each with a model of its own (its weight
 machine processes would fight for its cores. So they have one peer ID, and the fair shares are those of its sessions;
 `--processes` makes each a process with a peer ID of its own. What a client does itself, the LM head above all, runs on
 the same cores as the peers, once per client, where a local batch does it once for all rows. So besides whole
-`generate`s steps of hidden states alone are measured: what the peers do, against the local trunk.
+`generate`s steps of hidden states alone are measured: what the peers do, against the local trunk. With `--peers 1` the
+peer has what local has; several peers compute for one group of clients each, which on the same cores is reading the
+weights once per group.
 """
 
 import argparse
