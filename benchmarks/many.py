@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +131,20 @@ def in_processes(jobs: Sequence[Job]) -> list[Run]:
     return done
 
 
-def rate(runs: Sequence[Run]) -> float:
-    """Tokens per second of all together, from when all were past their prompts until the first was done."""
-    ends = [[run.began + sum(run.steps[: i + 1]) for i in range(len(run.steps))] for run in runs]
+def done_together(runs: Sequence[Run]) -> tuple[list[int], float]:
+    """How many steps each did, in how many seconds: from when all were past their prompts until the first was done; if
+    that was never so, from the first prompt's end to the last step's."""
+    ends = [list(accumulate(run.steps, initial=run.began))[1:] for run in runs]
     begin, end = max(times[0] for times in ends), min(times[-1] for times in ends)
-    if end <= begin:  # the prompts of some took longer than all steps of others
+    if end <= begin:
         begin, end = min(times[0] for times in ends), max(times[-1] for times in ends)
-    return sum(begin < at <= end for times in ends for at in times) / (end - begin)
+    return [sum(begin < at <= end for at in times) for times in ends], end - begin
+
+
+def rate(runs: Sequence[Run]) -> float:
+    """Tokens per second of all together."""
+    done, seconds = done_together(runs)
+    return sum(done) / seconds
 
 
 class Bench:
@@ -202,11 +209,10 @@ def compare_adapters(bench: Bench, clients: int, context: int) -> None:
 def crowd(bench: Bench, clients: int, context: int) -> None:
     """Errors, shares and latency of a crowd."""
     runs = bench.swarm(clients, context=context, whole=False)
-    until = min(run.began + sum(run.steps) for run in runs)
-    done = [sum(run.began + sum(run.steps[: i + 1]) <= until for i in range(len(run.steps))) for run in runs]
+    done, seconds = done_together(runs)
     steps = sorted(step for run in runs for step in run.steps[1:])
     print(f"\n{clients} clients, context {context}: {clients - len(runs)} errors; {rate(runs):.1f} tok/s;")
-    print(f"when the first was done, the others had {min(done)} to {max(done)} steps ({min(done) / max(done):.2f});")
+    print(f"in the {seconds:.1f} s of `done_together` each did {min(done)} to {max(done)} steps;")
     print(f"a step took {statistics.median(steps):.3f} s, p95 {steps[int(0.95 * len(steps))]:.3f} s.")
 
 
