@@ -1,9 +1,12 @@
 """Using a swarm: Transformers models whose blocks run on remote peers.
 
-The names are imported at first use: `import client` costs nothing.
+The names are imported at first use: `import client` costs nothing. Where it comes before torch, this process's idle
+threads leave the cores to peers on the same machine sooner.
 """
 
 from typing import TYPE_CHECKING, Any
+
+from protocol.openmp import spin_briefly
 
 if TYPE_CHECKING:
     from client.auto import (
@@ -19,6 +22,9 @@ __all__ = [
     "AutoDistributedModelForTokenClassification",
     "SwarmConfig",
 ]
+
+
+spin_briefly()
 
 
 def __getattr__(name: str) -> Any:

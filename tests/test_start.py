@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from protocol.imports import without_collection
 from protocol.model.read_ahead import _read_ahead, begin_to_read
 
+ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "hivemind", "peft", "bitsandbytes", "scipy", "sympy"}
 
 
@@ -28,11 +29,19 @@ HEAVY = {"torch", "transformers", "hivemind", "peft", "bitsandbytes", "scipy", "
 )
 def test_names_and_commands_are_there_without_torch(code: str) -> None:
     look = f"{code}; import sys; print(*(name for name in sys.modules if '.' not in name))"
-    found = subprocess.run(
-        [sys.executable, "-c", look], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
-    )
+    found = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "client" in found.stdout.split()
     assert HEAVY & set(found.stdout.split()) == set()
+
+
+@pytest.mark.parametrize("package", ["client", "peer"])
+@pytest.mark.parametrize("chosen", [None, "70000"])
+def test_idle_threads_spin_briefly_unless_the_user_wants_otherwise(package: str, chosen: str | None) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    environment |= {"OMP_DISPLAY_ENV": "VERBOSE"} | ({"GOMP_SPINCOUNT": chosen} if chosen else {})
+    code = [sys.executable, "-c", f"import {package}, torch"]
+    found = subprocess.run(code, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
+    assert f"GOMP_SPINCOUNT = '{chosen or 6000}'" in found.stderr
 
 
 def _import_nothing() -> None:
