@@ -85,7 +85,7 @@ def _tune(folder: str, model: Any, tokenizer: Any, steps: int, output: Path, con
     run = TuneRun(config, model, tokenizer, prepared)
     console.print(run.plan())
     result = run.train(console)
-    console.print(f"loss after {result.steps} steps: {result.loss:.3f} ({result.seconds:.0f} s)")
+    console.print(str(result))
     return result.adapter, run.model
 
 

@@ -52,9 +52,7 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
         if plan_only:
             return
         result = run.train(console)
-    console.print(
-        f"loss {result.loss:.4f} after {result.steps} steps ({result.seconds:.0f} s); adapter: {result.adapter}"
-    )
+    console.print(f"{result}; adapter: {result.adapter}")
     console.print(f"before and after: {run.folder.samples}; the losses: {run.folder.plot}")
 
 

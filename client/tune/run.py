@@ -35,17 +35,26 @@ from client.tune.samples import generate_samples, samples_markdown
 from client.tune.state import load_trained
 from client.tune.trainer import RankAllocation, TuneTrainer, training_arguments
 
+_ENDS = 10
+"""Lines of the log whose mean says where the loss began, and where it ended: a single batch says little."""
+
 
 @dataclass(frozen=True)
 class TuneResult:
-    """How a run ended. Validation losses are None without validation data; seconds are those of training alone."""
+    """How a run ended. `loss_before`, `loss_after`: means over its first and its last lines of log.jsonl, up to ten
+    and half of them. Validation losses are None without validation data; seconds are those of training alone.
+    """
 
     adapter: Path
     steps: int
-    loss: float
+    loss_before: float
+    loss_after: float
     validation_before: float | None
     validation_after: float | None
     seconds: float
+
+    def __str__(self) -> str:
+        return f"loss {self.loss_before:.3f} to {self.loss_after:.3f} in {self.steps} steps ({self.seconds:.0f} s)"
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -213,12 +222,18 @@ class TuneRun:
 
     def _result(self, lines: Sequence[Line]) -> TuneResult:
         losses = [line["loss"] for line in lines if "loss" in line]
+        ends = min(_ENDS, (len(losses) + 1) // 2)
         validation = [line["eval_loss"] for line in lines if "eval_loss" in line]
         return TuneResult(
             adapter=self.folder.adapter,
             steps=self.steps,
-            loss=losses[-1] if losses else math.nan,
+            loss_before=_mean(losses[:ends]),
+            loss_after=_mean(losses[-ends:]),
             validation_before=validation[0] if validation else None,
             validation_after=validation[-1] if validation else None,
             seconds=lines[-1]["seconds"] if lines else 0.0,
         )
+
+
+def _mean(losses: Sequence[float]) -> float:
+    return sum(losses) / len(losses) if losses else math.nan
