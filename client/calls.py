@@ -57,13 +57,13 @@ async def run_forward(
 async def run_backward(swarm: Swarm, traces: list[Trace], grad: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
     """The gradient of the forward's input, and of adapters and prefix by name, summed over the micro-batches.
 
-    Prefix gradients are those of the whole batch's rows.
+    Prefix gradients are those of the whole batch's rows. What no micro-batch's result depends on has no gradient.
     """
     results = await _all(partial(_backward_part, swarm, trace, grad[trace.rows]) for trace in traces)
     if len(results) == 1:
         return results[0]
     total: Gradients = {}
-    for name in results[0][1]:
+    for name in dict.fromkeys(name for _, gradients in results for name in gradients):
         pieces = [gradients[name] for _, gradients in results if name in gradients]
         total[name] = torch.cat(pieces) if name.startswith("prefix.") else torch.stack(pieces).sum(0)
     return torch.cat([hidden for hidden, _ in results]), total

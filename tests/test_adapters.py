@@ -12,6 +12,7 @@ import torch
 import transformers
 from peft.helpers import rescale_adapter_scale
 
+from client import calls
 from client.ghost import RemoteWeightError
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
@@ -227,6 +228,25 @@ def test_an_adapter_travels_once_per_optimizer_step(
             optimizer.step()
             optimizer.zero_grad()
         assert traffic.calls >= 3 * 2 * 4 * 3 * 2  # steps, accumulated, rows, spans, forward and backward
+
+
+def test_modules_left_out_in_one_micro_batch_learn_from_the_others(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = list[frozenset[str]]()
+
+    async def note(*arguments: Any) -> Any:
+        hidden, gradients = await backward_part(*arguments)
+        answered.append(frozenset(gradients))
+        return hidden, gradients
+
+    backward_part = calls._backward_part
+    monkeypatch.setattr(calls, "_backward_part", note)
+    config = peft.LoKrConfig(r=4, alpha=4, target_modules=TARGETS, module_dropout=0.5)
+    tuned = adapted(connect(micro_batch_tokens=12), config).train()
+    loss_of(tuned).backward()
+    assert len(set(answered)) > 1
+    assert sum(p.grad is not None for p in trained(tuned).values()) == len(frozenset().union(*answered))
 
 
 def test_an_adapter_goes_where_its_blocks_are(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
