@@ -10,6 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from client.adapters import AdapterSource
 from client.ghost import GhostBlocks, make_ghosts
 from client.norms import NormCache
+from client.reach import ReachDependence
 from client.remote_blocks import PseudoLayer, RemoteBlocks
 from client.saving import freeze, hide_ghosts
 from client.swarm import Swarm
@@ -63,11 +64,12 @@ def _check_missing(model: PreTrainedModel, missing: list[str], where: BlockList,
 
 
 def _attach(model: PreTrainedModel, where: BlockList, ghosts: GhostBlocks, swarm: Swarm) -> None:
-    remote = RemoteBlocks(swarm, AdapterSource(model, ghosts), ghosts)
+    trunk = where.trunk_of(model)
+    reach = ReachDependence.of(cast(PreTrainedConfig, trunk.config))
+    remote = RemoteBlocks(swarm, AdapterSource(model, ghosts), ghosts, reach)
     layer = PseudoLayer(remote, ghosts)
     ghosts.attach(layer)
     model.config._attn_implementation = _REMOTE  # no masks are built here: the peers build them
-    trunk = where.trunk_of(model)
     trunk.register_forward_pre_hook(layer.capture, with_kwargs=True)
     _probe(model, trunk, layer)
     swarm.blocks = remote

@@ -12,16 +12,19 @@ class History:
 
     def __init__(self) -> None:
         self._events: list[torch.Tensor | pb.CacheEdit] = []
+        self.tokens = 0
 
     def append(self, tensor: torch.Tensor) -> None:
         """New tokens."""
         self._events.append(tensor)
+        self.tokens += tensor.shape[1]
         if len(self._events) > _COMPACT_AFTER:
             self.replay()
 
     def edit(self, edits: list[pb.CacheEdit]) -> None:
         """What the cache goes through before the next tokens."""
         self._events.extend(edits)
+        self.tokens = max(0, self.tokens - sum(edit.crop for edit in edits))
 
     def replay(self) -> torch.Tensor | None:
         """All tokens as the cache holds them now: (batch, tokens, ...); `None` when there are none."""
@@ -40,7 +43,7 @@ class History:
     def fork(self) -> "History":
         """A copy that goes its own way."""
         twin = History()
-        twin._events = list(self._events)
+        twin._events, twin.tokens = list(self._events), self.tokens
         return twin
 
 

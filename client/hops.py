@@ -175,8 +175,8 @@ async def _ask(
 
 
 def _check_gradients(work: Work, hop: Hop, gradients: Gradients) -> None:
-    """A step's gradients are right, or it is repeated: nothing foreign, every shape right, every prefix there. Some of an
-    adapter's may be missing: of what takes no part, such as modules that PEFT's methods leave out at random."""
+    """A step's gradients are right, or it is repeated: nothing foreign, every shape right, every prefix there. Some of
+    an adapter's may be missing: of what takes no part, such as modules that PEFT's methods leave out at random."""
     expected: dict[str, torch.Size] = {}
     if work.adapters:
         blocks = range(hop.start, hop.end)

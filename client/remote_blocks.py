@@ -14,6 +14,7 @@ from client.cache import RemoteLayer, adopt
 from client.calls import Trace, run_backward, run_forward
 from client.ghost import GhostBlocks
 from client.loop import LOOP
+from client.reach import ReachDependence
 from client.session import Session
 from client.swarm import Swarm
 from client.work import Codecs, Work
@@ -29,8 +30,8 @@ _REFUSED = {
 class RemoteBlocks:
     """Blocks that run on peers: call it on hidden states, for any range, with autograd."""
 
-    def __init__(self, swarm: Swarm, adapters: AdapterSource, ghosts: GhostBlocks):
-        self._swarm, self._adapters, self._ghosts = swarm, adapters, ghosts
+    def __init__(self, swarm: Swarm, adapters: AdapterSource, ghosts: GhostBlocks, reach: ReachDependence):
+        self._swarm, self._adapters, self._ghosts, self._reach = swarm, adapters, ghosts, reach
         self._drops = _has_dropout(ghosts)
 
     def __len__(self) -> int:
@@ -90,7 +91,7 @@ class RemoteBlocks:
 
     def new_session(self) -> Session:
         """A generation over all blocks."""
-        return Session(self._swarm, range(len(self)))
+        return Session(self._swarm, range(len(self)), self._reach)
 
 
 class _RemoteCall(torch.autograd.Function):

@@ -1,7 +1,6 @@
 """A generation: KV caches on the peers of a route, and their replacement when a peer fails."""
 
 import asyncio
-import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from client.handover import Border, borders, link, should_hand_over
 from client.history import History
 from client.hops import as_received, recompute_forward
 from client.loop import LOOP, settle
+from client.reach import ReachDependence
 from client.retries import Retries
 from client.routing import Hop
 from client.stages import Part, Stage, Step
@@ -31,10 +31,14 @@ _SLOWER, _WORTH_IT = 2.0, 0.05
 class Session:
     """The KV caches of one generation. Used from the user's thread; its work is done on the loop."""
 
-    def __init__(self, swarm: Swarm, blocks: range):
-        self._swarm, self._blocks = swarm, blocks
+    def __init__(self, swarm: Swarm, blocks: range, reach: ReachDependence):
+        self._swarm, self._blocks, self._reach = swarm, blocks, reach
         self._stages: list[Stage] = []
         self._positions = History()
+        self._reaches = History()
+        """Of every token, how far the step reached that it came with; empty where that makes no difference."""
+        self._gives_positions = False
+        """The user has given positions for some step. Those of others are what peers take when they get none."""
         self._prefix: Prefix = {}
         weakref.finalize(self, LOOP.call, _close_stages, self._stages)
 
@@ -56,8 +60,11 @@ class Session:
         for stage in self._stages:
             stage.history.edit(edits)
         self._positions.edit(edits)
+        self._reaches.edit(edits)
         before = [(stage.hop, stage.history.fork()) for stage in self._stages]
-        step = Step(replace(work, prefix=self._prefix), hidden, edits, keep_past)
+        positions = self._count_on(hidden) if work.positions is None else work.positions
+        step = Step(replace(work, prefix=self._prefix), hidden, edits, keep_past, positions)
+        self._gives_positions |= work.positions is not None
         try:
             output = await self._run_stages(step)
         except BaseException:
@@ -65,9 +72,16 @@ class Session:
             _close_stages(self._stages)
             self._stages += [Stage(hop, None, history=history) for hop, history in before]
             raise
-        if work.positions is not None:
-            self._positions.append(work.positions.expand(hidden.shape[0], -1))
+        self._positions.append(positions.expand(hidden.shape[0], -1))
+        if self._reach:
+            self._reaches.append(_reaches_of(step))
         return output
+
+    def _count_on(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(1, tokens), where the cache ends."""
+        prefix = next(iter(self._prefix.values()))[0].shape[2] if self._prefix else 0
+        start = prefix + self._positions.tokens
+        return torch.arange(start, start + hidden.shape[1], device=hidden.device)[None]
 
     async def _run_stages(self, step: Step) -> torch.Tensor:
         retries = Retries(self._swarm)
@@ -84,7 +98,7 @@ class Session:
                 outputs = [*outputs, rest]
             else:
                 index += 1
-            flow = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+            flow = _joined(outputs)
         return flow
 
     async def _run_chunks(self, step: Step) -> dict[int, list[torch.Tensor]]:
@@ -93,11 +107,12 @@ class Session:
         A long prompt goes in chunks; and where peers hand their results to each other, all are asked at once. Returns
         by `id` of a stage what it put out.
         """
-        count = -(-step.hidden.shape[1] // self._swarm.config.prefill_chunk_tokens)
+        sizes = self._chunk_sizes(step, self._stages)
+        count = len(sizes)
         hands_over = await self._hands_over()
         if count == 1 and not hands_over:
             return {}
-        chunks = step.hidden.tensor_split(count, 1)
+        chunks = step.hidden.split(sizes, 1)
         hops = [stage.hop for stage in self._stages]
         crossed = [borders(self._swarm, hops, "hidden_states") if hands_over else [] for _ in chunks]
         done: dict[int, list[torch.Tensor]] = {}
@@ -110,15 +125,25 @@ class Session:
             outputs = _futures(count)
             done[id(stage)] = []
             parts = [
-                Part(step.part(start, chunk), source, output, *pair)
-                for start, chunk, source, output, pair in zip(
-                    _starts(chunks), chunks, inputs, outputs, around, strict=True
-                )
+                Part(part, source, output, *pair)
+                for part, source, output, pair in zip(step.parts(sizes), inputs, outputs, around, strict=True)
             ]
             tasks.append(asyncio.create_task(self._feed(stage, parts, done[id(stage)])))
             inputs = outputs
         await settle(tasks)
         return done
+
+    def _chunk_sizes(self, step: Step, stages: Sequence[Stage]) -> list[int]:
+        """Tokens in each of the requests in which a step goes to `stages`."""
+        rows, tokens, width = step.hidden.shape
+        if self._reach:
+            return [tokens]
+        channels = [stage.channel for stage in stages if stage.channel is not None]
+        room = min((min(channel.remote_limit, channel.limits.max_payload) for channel in channels), default=2**62)
+        # Half of it, because masks and prefixes go along; four bytes, because answers may be wider than what was sent.
+        fit = room // 2 // (rows * width * max(step.hidden.itemsize, 4))
+        count = -(-tokens // min(self._swarm.config.prefill_chunk_tokens, max(fit, 1)))
+        return [tokens // count + (i < tokens % count) for i in range(count)]
 
     async def _hands_over(self) -> bool:
         """Whether the peers hand their results of the next step to each other."""
@@ -172,15 +197,20 @@ class Session:
             retries.failed(stage.hop.peer, stage.error)
         if stage.channel is None or await self._should_move(stage):
             return await self._replace(retries, index, step)
-        try:
-            return index + 1, await self._run_checked(stage, step)
-        except SwarmError as error:
-            retries.failed(stage.hop.peer, error)
-            return await self._replace(retries, index, step)
+        done = list[torch.Tensor]()
+        for part in step.parts(self._chunk_sizes(step, [stage])):
+            try:
+                done.append(await self._run_checked(stage, part))
+            except SwarmError as error:
+                retries.failed(stage.hop.peer, error)
+                start = sum(output.shape[1] for output in done)
+                index, rest = await self._replace(retries, index, step.part(start, step.hidden[:, start:]))
+                return index, torch.cat([*done, rest], 1)
+        return index + 1, _joined(done)
 
     async def _run_checked(self, stage: Stage, step: Step, after: Border | None = None) -> torch.Tensor:
         output = await self._run(stage, step, None, after)
-        if self._swarm.verifier.is_due(step.work):
+        if self._swarm.verifier.is_due(step.work) and (not self._reach or len(self._runs(step)) == 1):
             await self._verify(stage, step, output)
         stage.history.append(step.hidden)
         return output
@@ -243,15 +273,13 @@ class Session:
         failed = self._stages[index]
         _close_stages([failed])
         everything = _with_past(failed, step.hidden)
-        replay = self._whole(step, everything)
+        whole = Step(self._whole(step, everything), everything, [], step.keep_past, step.positions)
         while True:
             stages = await self._open_stages(retries, failed.hop.start, failed.hop.end)
             flow = everything
             try:
                 for stage in stages:
-                    output = await self._run(stage, Step(replay, flow, [], step.keep_past))
-                    stage.history.append(flow)
-                    flow = output
+                    flow = await self._replay(stage, step, replace(whole, hidden=flow))
             except SwarmError as error:
                 _close_stages(stages)
                 retries.failed(stage.hop.peer, error)
@@ -262,13 +290,26 @@ class Session:
             self._stages[index : index + 1] = stages
             return index + len(stages), flow[:, -step.hidden.shape[1] :]
 
+    async def _replay(self, stage: Stage, step: Step, whole: Step) -> torch.Tensor:
+        """A new stage's output for all tokens up to the end of `step`, which `whole` has."""
+        sizes = self._runs(step) if self._reach else self._chunk_sizes(whole, [stage])
+        outputs = list[torch.Tensor]()
+        for part in whole.parts(sizes):
+            outputs.append(await self._run(stage, part))
+            stage.history.append(part.hidden)
+        return _joined(outputs)
+
+    def _runs(self, step: Step) -> list[int]:
+        """The tokens up to the end of `step`, in as many calls as it takes to make their keys as they were made."""
+        past, new = self._reaches.replay(), _reaches_of(step)
+        return self._reach.runs((new if past is None else torch.cat([past, new], 1))[0])
+
     def _whole(self, step: Step, everything: torch.Tensor) -> Work:
         """A step's work for all tokens so far instead of the new ones."""
-        positions, past = step.positions, self._positions.replay()
-        if positions is not None:
-            if past is not None:
-                positions = torch.cat([past, positions.expand(past.shape[0], -1)], 1)
-            positions = positions[:, : everything.shape[1]]
+        positions = None
+        if self._gives_positions:
+            past, new = self._positions.replay(), step.positions.expand(everything.shape[0], -1)
+            positions = (new if past is None else torch.cat([past, new], 1))[:, : everything.shape[1]]
         prefix = {b: _expanded(pair, everything.shape[0]) for b, pair in step.work.prefix.items()}
         return replace(step.work, positions=positions, prefix=prefix)
 
@@ -296,8 +337,9 @@ class Session:
         return channel
 
     async def _fork(self) -> "Session":
-        twin = Session(self._swarm, self._blocks)
-        twin._positions, twin._prefix = self._positions.fork(), self._prefix
+        twin = Session(self._swarm, self._blocks, self._reach)
+        twin._positions, twin._reaches = self._positions.fork(), self._reaches.fork()
+        twin._prefix, twin._gives_positions = self._prefix, self._gives_positions
         for stage in self._stages:
             channel = await self._copy(stage)
             twin._stages.append(Stage(stage.hop, channel, stage.number, stage.history.fork()))
@@ -322,9 +364,13 @@ def _with_past(stage: Stage, hidden: torch.Tensor) -> torch.Tensor:
     return hidden if past is None else torch.cat([past, hidden], 1)
 
 
-def _starts(chunks: Sequence[torch.Tensor]) -> list[int]:
-    """The first token of each chunk."""
-    return [0, *itertools.accumulate(chunk.shape[1] for chunk in chunks[:-1])]
+def _joined(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    return outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), 1)
+
+
+def _reaches_of(step: Step) -> torch.Tensor:
+    """(batch, tokens)."""
+    return (step.positions.max() + 1).expand(step.hidden.shape[:2])
 
 
 def _futures(count: int) -> list["asyncio.Future[torch.Tensor]"]:

@@ -1,6 +1,8 @@
 """What a generation's session is made of: a stage per hop, and the parts of a step that go through it."""
 
 import asyncio
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -40,13 +42,15 @@ class Step:
     edits: list[pb.CacheEdit]
     """Before the tokens."""
     keep_past: bool
-    all_positions: torch.Tensor | None = None
-    """Of the whole step that this is a part of."""
+    positions: torch.Tensor
+    """(batch or 1, tokens) of the whole step that this is a part of, also where the user gave none."""
 
-    @property
-    def positions(self) -> torch.Tensor | None:
-        """Of all the step's tokens."""
-        return self.work.positions if self.all_positions is None else self.all_positions
+    def parts(self, sizes: Sequence[int]) -> "list[Step]":
+        """One after the other, of so many tokens each."""
+        if len(sizes) == 1:
+            return [self]
+        starts = itertools.accumulate(sizes[:-1], initial=0)
+        return [self.part(start, part) for start, part in zip(starts, self.hidden.split(sizes, 1), strict=True)]
 
     def part(self, start: int, hidden: torch.Tensor) -> "Step":
         """What is to be done for `hidden`, which stands for the tokens from `start` on, as a stage is given them."""

@@ -103,7 +103,12 @@ def build_family(name: str, root: Path) -> Path:
 
     Every parameter differs from its initial value: with norms at one and biases at zero many mistakes would not show.
     """
-    return _build(root / name, family_config(name), perturbation=0.15, dtype=torch.float32, max_shard_size="60KB")
+    return build_small(root / name, family_config(name))
+
+
+def build_small(folder: Path, config: tf.PretrainedConfig) -> Path:
+    """As `build_family`, of a configuration of one's own."""
+    return _build(folder, config, perturbation=0.15, dtype=torch.float32, max_shard_size="60KB")
 
 
 def build_llama(

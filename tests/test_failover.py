@@ -120,6 +120,25 @@ def test_killed_between_the_turns_of_a_conversation(arena: Arena, local: Any) ->
     assert all(map(torch.equal, ours, talk(local, lambda: None)))
 
 
+@pytest.mark.parametrize("given", [(True, False), (False, True)], ids=["at first", "later"])
+@torch.no_grad()
+def test_positions_given_for_some_steps_only(given: tuple[bool, bool], arena: Arena, local: Any) -> None:
+    victim, heir = arena.pair()
+
+    def talk(model: Any, end: Callable[[], Any]) -> torch.Tensor:
+        cache = DynamicCache(config=model.config)
+        steps = one()["input_ids"], torch.tensor([[11]])
+        positions = [torch.arange(steps[0].shape[1])[None] + 3, torch.tensor([[20]])]
+        for number, ids in enumerate(steps):
+            options = {"position_ids": positions[number]} if given[number] else {}
+            logits: torch.Tensor = model(ids, past_key_values=cache, **options).logits
+            end()
+        return logits
+
+    ours = talk(arena.connect(victim, [heir]), victim.kill)
+    torch.testing.assert_close(ours, talk(local, lambda: None), rtol=0, atol=1e-5)
+
+
 def test_killed_one_after_the_other(arena: Arena, local: Any) -> None:
     victim, heir = arena.pair()
     model = arena.connect(victim, [heir, *arena.parts])

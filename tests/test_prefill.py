@@ -103,3 +103,20 @@ def test_a_step_that_failed_leaves_the_cache_as_it_was(arena: Arena) -> None:
             model.swarm.peers()
         said.append(each.generate(again, past_key_values=cache, **options))
     assert torch.equal(*said)
+
+
+@torch.no_grad()
+def test_what_fits_no_message_is_made_again_in_several(swarm: Swarm, models: Callable[[str], Path]) -> None:
+    path, rows = models("llama"), 64
+    limited = ["--max-message", str(2**20)]  # 1.6 MB of hidden states
+    swarm.serve(path, "0:5", "0:5", options=limited)
+    ids = torch.randint(3, 128, (rows, 200), generator=torch.Generator().manual_seed(1))
+    said = []
+    for model in (swarm.connect(path), transformers.AutoModelForCausalLM.from_pretrained(path)):
+        cache = transformers.DynamicCache(config=model.config)
+        model(ids, past_key_values=cache)
+        if not said:
+            used = cache.layers[0].session._stages[0].hop.peer.peer_id
+            next(peer for peer in swarm.peers if peer.peer_id == used).kill()
+        said.append(model(ids[:, :1], past_key_values=cache).logits)
+    torch.testing.assert_close(*said, rtol=0, atol=1e-5)
