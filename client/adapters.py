@@ -6,7 +6,7 @@ training calls and the first step of a generation hash them anew; later steps of
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import nn
 
+from client.dropout import adapter_dropout, dropout_state
 from client.ghost import GhostTensor
 from client.shifts import shift_adapter
-from protocol.adapters import DROPOUTS, METHODS, PATTERNS, AdapterSpec, Manifest, bundle_hash
+from protocol.adapters import METHODS, PATTERNS, AdapterSpec, Manifest, bundle_hash
 from protocol.errors import BadAdapter, BadUsage
 
 if TYPE_CHECKING:  # it takes seconds to import
@@ -53,6 +54,7 @@ class Snapshot:
     tensors: Mapping[str, torch.Tensor]
     """`BLOCK.PATH` -> parameter or buffer; the parameters themselves, for autograd."""
     has_dropout: bool
+    """Whether any of it is live."""
     _bundles: dict[range, Bundle | None] = field(default_factory=dict)
 
     @cached_property
@@ -93,27 +95,38 @@ class AdapterSource:
         self._watch: _Watch | None = None
         self._snapshot: Snapshot | None = None
 
-    def snapshot(self, fresh: bool) -> Snapshot | None:
+    def snapshot(self, fresh: bool, training: bool) -> Snapshot | None:
         """The active adapters now; `None` without any. `fresh`: do not trust that unchanged versions mean equal values.
+
+        `training`: whether the blocks are in training mode. Else adapters are sent with dropout that is not live, too:
+        it drops nothing then, and they are the same bundles as in training.
 
         Raises `BadAdapter` and `BadUsage` for what cannot travel.
         """
         if fresh and self._watch is not None:
             self._watch.refuse_misuse()
-        if self._watch is None or self._watch.changed():
-            self._watch, watch = None, _Watch(self._blocks)
+        if self._watch is None or self._watch.changed() or self._watch.training != training:
+            self._watch, watch = None, _Watch(self._blocks, training)
             watch.refuse_misuse()
-            self._snapshot = self._collect(watch.layers)
+            self._snapshot = self._collect(watch.layers, training)
             self._watch = watch
         elif fresh and self._snapshot is not None:
             self._snapshot = replace(self._snapshot, _bundles={})
         return self._snapshot
 
-    def _collect(self, layers: "Mapping[str, BaseTunerLayer]") -> Snapshot | None:
-        specs, shift = self._specs(layers), shift_adapter(self._blocks)
-        active = {spec.name for spec in specs}
-        scaling = {path: found for path, layer in layers.items() if (found := _scaling(layer, active))}
-        tensors = dict(self._tensors(layers, active))
+    def _collect(self, layers: "Mapping[str, BaseTunerLayer]", training: bool) -> Snapshot | None:
+        active = _active(layers)
+        has_dropout = any(
+            is_live and rate > 0
+            for name, targets in active.items()
+            for layer in targets.values()
+            for rate, is_live in adapter_dropout(layer, name).values()
+        )
+        configs: Mapping[str, PeftConfig] = self._model.peft_config if active else {}  # type: ignore[assignment]
+        specs = [_spec(name, configs[name], on, training or has_dropout) for name, on in active.items()]
+        shift = shift_adapter(self._blocks)
+        scaling = {path: found for path, layer in layers.items() if (found := _scaling(layer, active.keys()))}
+        tensors = dict(self._tensors(layers, active.keys()))
         if shift is not None:
             if any(spec.options.get("use_dora") for spec in specs):
                 raise BadAdapter(
@@ -125,28 +138,10 @@ class AdapterSource:
                 scaling[path] = {**scaling.get(path, {}), shift.spec.name: factor}
         if not specs:
             return None
-        return Snapshot(
-            tuple(specs),
-            scaling,
-            tensors,
-            any(isinstance(m, nn.Dropout) and m.p > 0 for m in self._blocks.modules())
-            or any(spec.options.get(option) for spec in specs for option in DROPOUTS),
-        )
-
-    def _specs(self, layers: "Mapping[str, BaseTunerLayer]") -> list[AdapterSpec]:
-        first = next(iter(layers.values()), None)
-        if first is None or first.disable_adapters:
-            return []
-        configs: Mapping[str, PeftConfig] = self._model.peft_config  # type: ignore[assignment]
-        specs = []
-        for name in first.active_adapters:
-            targets = {_target(path, layer): layer for path, layer in layers.items() if name in _adapters_of(layer)}
-            if targets:
-                specs.append(_spec(name, configs[name], targets))
-        return specs
+        return Snapshot(tuple(specs), scaling, tensors, has_dropout)
 
     @staticmethod
-    def _tensors(layers: "Mapping[str, BaseTunerLayer]", active: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _tensors(layers: "Mapping[str, BaseTunerLayer]", active: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
         for path, layer in layers.items():
             members = (*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False))
             for name, tensor in members:
@@ -158,7 +153,8 @@ class AdapterSource:
 class _Watch:
     """Notices cheaply whether modules, adapters' state or tensors have changed since it was made."""
 
-    def __init__(self, blocks: nn.ModuleList):
+    def __init__(self, blocks: nn.ModuleList, training: bool):
+        self.training = training
         self.layers = {n: m for n, m in blocks.named_modules() if _is_adapter(m)}
         self._dicts = [
             (members, len(members), list(members.items()))
@@ -174,6 +170,8 @@ class _Watch:
         ]
         self._tensors = [(tensor, tensor._version, tensor.requires_grad) for tensor in tensors]
         self._states = [(layer, *_state(layer)) for layer in self.layers.values()]
+        parts = [part for layer in self.layers.values() for part in layer.modules()]
+        self._dropout = [(part, state) for part in parts if (state := dropout_state(part)) is not None]
         self._modules = list(blocks.modules())
         self._ghosts = [(n, p) for n, p in blocks.named_parameters() if isinstance(p, GhostTensor)]
         self._shifts = [p.shift for _, p in self._ghosts]
@@ -200,6 +198,8 @@ class _Watch:
         if any(t._version != version or t.requires_grad != trained for t, version, trained in self._tensors):
             return True
         if any(_state(layer) != (active, disabled, scaling) for layer, active, disabled, scaling in self._states):
+            return True
+        if any(dropout_state(part) != state for part, state in self._dropout):
             return True
         return any(ghost.shift is not shift for (_, ghost), shift in zip(self._ghosts, self._shifts, strict=True))
 
@@ -230,16 +230,28 @@ def _target(path: str, layer: "BaseTunerLayer") -> str:
     return f"{path}.{layer.parameter_name}"
 
 
+def _active(layers: "Mapping[str, BaseTunerLayer]") -> "dict[str, dict[str, BaseTunerLayer]]":
+    """Adapter -> the layers that it is on, by target; in the order in which adapters apply."""
+    first = next(iter(layers.values()), None)
+    if first is None or first.disable_adapters:
+        return {}
+    found = {
+        name: {_target(path, layer): layer for path, layer in layers.items() if name in _adapters_of(layer)}
+        for name in first.active_adapters
+    }
+    return {name: targets for name, targets in found.items() if targets}
+
+
 def _adapters_of(layer: "BaseTunerLayer") -> set[str]:
     return {name for attribute in layer.adapter_layer_names for name in getattr(layer, attribute, {})}
 
 
-def _scaling(layer: "BaseTunerLayer", active: set[str]) -> dict[str, float]:
+def _scaling(layer: "BaseTunerLayer", active: Collection[str]) -> dict[str, float]:
     factors = getattr(layer, "scaling", None)
     return {k: float(v) for k, v in factors.items() if k in active} if isinstance(factors, dict) else {}
 
 
-def _spec(name: str, config: "PeftConfig", targets: "Mapping[str, BaseTunerLayer]") -> AdapterSpec:
+def _spec(name: str, config: "PeftConfig", targets: "Mapping[str, BaseTunerLayer]", training: bool) -> AdapterSpec:
     method = config.peft_type.value if hasattr(config.peft_type, "value") else str(config.peft_type)
     if method not in METHODS:
         raise BadAdapter(f"PEFT method {method} does not work through a swarm; expected one of {', '.join(METHODS)}.")
@@ -248,6 +260,7 @@ def _spec(name: str, config: "PeftConfig", targets: "Mapping[str, BaseTunerLayer
         if values.get(option) and values[option] != harmless:
             raise BadAdapter(f"{option}={values[option]!r} of {method} does not work through a swarm; leave it out.")
     options = {key: _plain(values[key]) for key in METHODS[method] if key in values}
+    options |= _dropout(name, targets, training)
     attributes = ("r", _ALPHA.get(method, "alpha"), "fourierft_n_frequency")
     for pattern, attribute in zip(PATTERNS, attributes, strict=True):
         if options.get(pattern):
@@ -257,6 +270,17 @@ def _spec(name: str, config: "PeftConfig", targets: "Mapping[str, BaseTunerLayer
     parameters = tuple(target for target, layer in targets.items() if _is_on_parameter(layer))
     modules = tuple(target for target in targets if target not in parameters)
     return AdapterSpec(name=name, method=method, options=options, targets=modules, parameters=parameters)
+
+
+def _dropout(adapter: str, targets: "Mapping[str, BaseTunerLayer]", training: bool) -> dict[str, float]:
+    """As the modules have it: they can be switched off, and TRL does so, while the configuration stays."""
+    found = [
+        {option: rate if is_live or not training else 0.0 for option, (rate, is_live) in rates.items()}
+        for rates in (adapter_dropout(layer, adapter) for layer in targets.values())
+    ]
+    if any(rates != found[0] for rates in found):
+        raise BadAdapter(f"Adapter {adapter!r} has other dropout on some modules than on others; make it the same.")
+    return found[0]
 
 
 _ALPHA = {"LORA": "lora_alpha", "ADALORA": "lora_alpha"}

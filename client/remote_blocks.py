@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from client.adapters import AdapterSource
 from client.cache import RemoteLayer, adopt
 from client.calls import Trace, run_backward, run_forward
+from client.dropout import BlockDropout
 from client.ghost import GhostBlocks
 from client.loop import LOOP
 from client.reach import ReachDependence
@@ -32,7 +33,7 @@ class RemoteBlocks:
 
     def __init__(self, swarm: Swarm, adapters: AdapterSource, ghosts: GhostBlocks, reach: ReachDependence):
         self._swarm, self._adapters, self._ghosts, self._reach = swarm, adapters, ghosts, reach
-        self._drops = _has_dropout(ghosts)
+        self._dropout = BlockDropout(ghosts)
 
     def __len__(self) -> int:
         return len(self._ghosts)
@@ -64,9 +65,15 @@ class RemoteBlocks:
         """
         _check_2d("attention_mask", mask)
         _check_2d("position_ids", positions)
-        adapters = self._adapters.snapshot(fresh)
-        training = self._ghosts.training
-        drops = training and (self._drops or bool(adapters and adapters.has_dropout))
+        is_random = self._dropout.is_live()
+        adapters = self._adapters.snapshot(fresh, self._ghosts.training or is_random)
+        drops = is_random or bool(adapters and adapters.has_dropout)
+        if drops and self._dropout and not is_random:
+            raise BadUsage(
+                "Peers cannot apply dropout of adapters while the blocks' own is off; switch both on or off."
+            )
+        # Blocks with dropout of their own that is off are sent as in evaluation, where peers leave it out.
+        training = drops or (self._ghosts.training and not self._dropout)
         return Work(
             mask=None if mask is None else mask.long(),  # PEFT puts floats before it
             positions=positions,
@@ -170,7 +177,7 @@ class PseudoLayer:
         if prefix:
             work = replace(work, prefix=prefix)
         is_first = bool(prefix) or not layer.length
-        if torch.is_grad_enabled() and _needs_grad(work, hidden) and (is_first or work.training):
+        if torch.is_grad_enabled() and _needs_grad(work, hidden) and (is_first or self._ghosts.training):
             if not is_first:
                 raise BadUsage("A backward through an earlier call's cache is not possible; pass use_cache=False.")
             return self._train(work, blocks, hidden, layer)
@@ -205,17 +212,6 @@ def _detached(work: Work) -> Work:
         return work
     prefix = {block: (key.detach(), value.detach()) for block, (key, value) in work.prefix.items()}
     return replace(work, prefix=prefix)
-
-
-def _has_dropout(blocks: nn.Module) -> bool:
-    """Whether the blocks themselves are random in training mode."""
-    for module in blocks.modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            return True
-        rates = (getattr(module, name, 0.0) for name in ("dropout", "attention_dropout", "hidden_dropout"))
-        if any(isinstance(rate, float) and rate > 0 for rate in rates):
-            return True
-    return False
 
 
 def _autocast_dtype() -> torch.dtype | None:

@@ -211,7 +211,8 @@ def test_an_adapter_travels_once_per_optimizer_step(
     fused: bool, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not once per micro-batch, and not again for a backward, an evaluation or a generation."""
-    tuned = adapted(connect(micro_batch_tokens=12), lora(lora_alpha=10 + fused)).train()  # a row is a micro-batch
+    model = connect(micro_batch_tokens=12)  # a row
+    tuned = adapted(model, lora(lora_alpha=10 + fused, lora_dropout=0.1)).train()
     optimizer = torch.optim.AdamW(trained(tuned).values(), lr=1e-2, fused=fused)
     size = sum(parameter.numel() * 4 for parameter in trained(tuned).values())
     with watched(monkeypatch) as traffic:

@@ -62,7 +62,7 @@ def build_bundles(model: Path) -> list[Bundle]:
             | ({"target_modules": ["q_proj", "down_proj"]} if method == "IA3" else {})
         )
         tuned: Any = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(model), config)
-        snapshot = AdapterSource(tuned, tuned.base_model.model.model.layers).snapshot(fresh=True)
+        snapshot = AdapterSource(tuned, tuned.base_model.model.model.layers).snapshot(fresh=True, training=False)
         assert snapshot is not None
         bundle = snapshot.bundle(range(START, END))
         assert bundle is not None
