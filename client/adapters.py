@@ -6,9 +6,11 @@ training calls and the first step of a generation hash them anew; later steps of
 """
 
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -118,15 +120,19 @@ class AdapterSource:
         active = _active(layers)
         has_dropout = any(
             is_live and rate > 0
-            for name, targets in active.items()
-            for layer in targets.values()
+            for name, on in active.items()
+            for layer in on.values()
             for rate, is_live in adapter_dropout(layer, name).values()
         )
         configs: Mapping[str, PeftConfig] = self._model.peft_config if active else {}  # type: ignore[assignment]
         specs = [_spec(name, configs[name], on, training or has_dropout) for name, on in active.items()]
         shift = shift_adapter(self._blocks)
-        scaling = {path: found for path, layer in layers.items() if (found := _scaling(layer, active.keys()))}
-        tensors = dict(self._tensors(layers, active.keys()))
+        scaling, tensors = dict[str, dict[str, float]](), dict[str, torch.Tensor]()
+        for name, on in active.items():
+            for path, layer in on.items():
+                tensors |= _tensors(path, layer, name)
+                if isinstance(factors := getattr(layer, "scaling", None), dict) and name in factors:
+                    scaling.setdefault(path, {})[name] = float(factors[name])
         if shift is not None:
             if any(spec.options.get("use_dora") for spec in specs):
                 raise BadAdapter(
@@ -139,15 +145,6 @@ class AdapterSource:
         if not specs:
             return None
         return Snapshot(tuple(specs), scaling, tensors, has_dropout)
-
-    @staticmethod
-    def _tensors(layers: "Mapping[str, BaseTunerLayer]", active: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        for path, layer in layers.items():
-            members = (*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False))
-            for name, tensor in members:
-                owner = name.split(".")[1:2]
-                if not isinstance(tensor.data, GhostTensor) and owner and owner[0] in active:
-                    yield f"{path}.{name}", tensor
 
 
 class _Watch:
@@ -231,27 +228,37 @@ def _target(path: str, layer: "BaseTunerLayer") -> str:
 
 
 def _active(layers: "Mapping[str, BaseTunerLayer]") -> "dict[str, dict[str, BaseTunerLayer]]":
-    """Adapter -> the layers that it is on, by target; in the order in which adapters apply."""
-    first = next(iter(layers.values()), None)
-    if first is None or first.disable_adapters:
-        return {}
-    found = {
-        name: {_target(path, layer): layer for path, layer in layers.items() if name in _adapters_of(layer)}
-        for name in first.active_adapters
-    }
-    return {name: targets for name, targets in found.items() if targets}
+    """Adapter -> the layers that it applies to, by path; in the order in which adapters apply.
+
+    Each layer has a say: PEFT switches all of them at once, but users do so with some of them.
+    """
+    found: dict[str, dict[str, BaseTunerLayer]] = {}
+    order = TopologicalSorter[str]()
+    for path, layer in layers.items():
+        names = [] if layer.disable_adapters else [n for n in layer.active_adapters if n in _adapters_of(layer)]
+        for name in names:
+            found.setdefault(name, {})[path] = layer
+            order.add(name)
+        for before, name in pairwise(names):
+            order.add(name, before)
+    try:
+        return {name: found[name] for name in order.static_order()}
+    except CycleError as error:
+        raise BadAdapter("Adapters are active in one order on some modules, and in another on others.") from error
 
 
 def _adapters_of(layer: "BaseTunerLayer") -> set[str]:
     return {name for attribute in layer.adapter_layer_names for name in getattr(layer, attribute, {})}
 
 
-def _scaling(layer: "BaseTunerLayer", active: Collection[str]) -> dict[str, float]:
-    factors = getattr(layer, "scaling", None)
-    return {k: float(v) for k, v in factors.items() if k in active} if isinstance(factors, dict) else {}
+def _tensors(path: str, layer: "BaseTunerLayer", adapter: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in (*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)):
+        if name.split(".")[1:2] == [adapter] and not isinstance(tensor.data, GhostTensor):
+            yield f"{path}.{name}", tensor
 
 
-def _spec(name: str, config: "PeftConfig", targets: "Mapping[str, BaseTunerLayer]", training: bool) -> AdapterSpec:
+def _spec(name: str, config: "PeftConfig", layers: "Mapping[str, BaseTunerLayer]", training: bool) -> AdapterSpec:
+    targets = {_target(path, layer): layer for path, layer in layers.items()}
     method = config.peft_type.value if hasattr(config.peft_type, "value") else str(config.peft_type)
     if method not in METHODS:
         raise BadAdapter(f"PEFT method {method} does not work through a swarm; expected one of {', '.join(METHODS)}.")

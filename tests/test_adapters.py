@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from peft.helpers import rescale_adapter_scale
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from client import calls
 from client.ghost import RemoteWeightError
@@ -140,6 +141,28 @@ def test_adapters_switched_and_scaled(connect: Connect, local: Connect) -> None:
     assert torch.equal(ours[0], ours[5])
     assert torch.equal(ours[2], logits(local()))
     assert len({float(found.sum()) for found in ours}) == 5
+
+
+@pytest.mark.parametrize("block", [0, 3])
+def test_adapters_switched_on_some_layers(block: int, connect: Connect, local: Connect) -> None:
+    """Two adapters; on the layers of one block another one, both, none."""
+
+    def outputs(model: Any) -> list[torch.Tensor]:
+        tuned = adapted(model, lora())
+        tuned.add_adapter("second", lora(r=2, target_modules=["k_proj", "v_proj"]))
+        switched = [m for m in model.model.layers[block].modules() if isinstance(m, BaseTunerLayer)]
+        found = [logits(tuned)]
+        for active in ("second", ["default", "second"], ["second", "default"]):
+            for layer in switched:
+                layer.set_adapter(active)
+            found.append(logits(tuned))
+        for layer in switched:
+            layer.enable_adapters(False)
+        return [*found, logits(tuned)]
+
+    theirs, ours = outputs(local()), outputs(connect())
+    assert all(map(torch.equal, ours, theirs))
+    assert len({float(found.sum()) for found in ours}) >= 4
 
 
 def test_an_adapter_deleted_and_made_anew(connect: Connect, local: Connect) -> None:
@@ -311,6 +334,14 @@ def _twice(model: Any) -> Any:
     return _forward(tuned)
 
 
+def _two_orders(model: Any) -> Any:
+    tuned = adapted(model, lora())
+    tuned.add_adapter("second", lora())
+    tuned.base_model.set_adapter(["default", "second"])
+    model.model.layers[3].self_attn.q_proj.set_adapter(["second", "default"])
+    return _forward(tuned)
+
+
 def _train_a_block(model: Any) -> Any:
     _forward(model)
     model.model.layers[3].mlp.down_proj.weight.requires_grad_(True)
@@ -345,6 +376,7 @@ REFUSED: dict[Callable[[Any], Any], tuple[type[SwarmError], str]] = {
     _merge: (RemoteWeightError, "lives on remote peers"),
     _merge_and_unload: (RemoteWeightError, "lives on remote peers"),
     _adapter_per_row: (BadUsage, "adapter_names"),
+    _two_orders: (BadAdapter, "in one order"),
     _train_a_block: (BadAdapter, r"3\.mlp\.down_proj\.weight.* cannot be trained"),
     _hidden_states: (BadUsage, "output_hidden_states"),
     _attentions: (BadUsage, "output_attentions"),
