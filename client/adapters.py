@@ -125,14 +125,15 @@ class AdapterSource:
             for rate, is_live in adapter_dropout(layer, name).values()
         )
         configs: Mapping[str, PeftConfig] = self._model.peft_config if active else {}  # type: ignore[assignment]
-        specs = [_spec(name, configs[name], on, training or has_dropout) for name, on in active.items()]
-        shift = shift_adapter(self._blocks)
+        specs, shift = list[AdapterSpec](), shift_adapter(self._blocks)
         scaling, tensors = dict[str, dict[str, float]](), dict[str, torch.Tensor]()
-        for name, on in active.items():
+        for number, (name, on) in enumerate(active.items()):
+            alias = f"a{number}"  # users' names may have characters that must not travel, and tell peers nothing
+            specs.append(_spec(name, alias, configs[name], on, training or has_dropout))
             for path, layer in on.items():
-                tensors |= _tensors(path, layer, name)
+                tensors |= _tensors(path, layer, name, alias)
                 if isinstance(factors := getattr(layer, "scaling", None), dict) and name in factors:
-                    scaling.setdefault(path, {})[name] = float(factors[name])
+                    scaling.setdefault(path, {})[alias] = float(factors[name])
         if shift is not None:
             if any(spec.options.get("use_dora") for spec in specs):
                 raise BadAdapter(
@@ -251,13 +252,16 @@ def _adapters_of(layer: "BaseTunerLayer") -> set[str]:
     return {name for attribute in layer.adapter_layer_names for name in getattr(layer, attribute, {})}
 
 
-def _tensors(path: str, layer: "BaseTunerLayer", adapter: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(path: str, layer: "BaseTunerLayer", adapter: str, alias: str) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in (*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)):
-        if name.split(".")[1:2] == [adapter] and not isinstance(tensor.data, GhostTensor):
-            yield f"{path}.{name}", tensor
+        kind, *rest = name.split(".")
+        if rest[:1] == [adapter] and not isinstance(tensor.data, GhostTensor):
+            yield ".".join((path, kind, alias, *rest[1:])), tensor
 
 
-def _spec(name: str, config: "PeftConfig", layers: "Mapping[str, BaseTunerLayer]", training: bool) -> AdapterSpec:
+def _spec(
+    name: str, alias: str, config: "PeftConfig", layers: "Mapping[str, BaseTunerLayer]", training: bool
+) -> AdapterSpec:
     targets = {_target(path, layer): layer for path, layer in layers.items()}
     method = config.peft_type.value if hasattr(config.peft_type, "value") else str(config.peft_type)
     if method not in METHODS:
@@ -276,7 +280,7 @@ def _spec(name: str, config: "PeftConfig", layers: "Mapping[str, BaseTunerLayer]
         options["feedforward_modules"] = sorted(t for t, layer in targets.items() if layer.is_feedforward)
     parameters = tuple(target for target, layer in targets.items() if _is_on_parameter(layer))
     modules = tuple(target for target in targets if target not in parameters)
-    return AdapterSpec(name=name, method=method, options=options, targets=modules, parameters=parameters)
+    return AdapterSpec(name=alias, method=method, options=options, targets=modules, parameters=parameters)
 
 
 def _dropout(adapter: str, targets: "Mapping[str, BaseTunerLayer]", training: bool) -> dict[str, float]:

@@ -165,6 +165,22 @@ def test_adapters_switched_on_some_layers(block: int, connect: Connect, local: C
     assert len({float(found.sum()) for found in ours}) >= 4
 
 
+def test_adapters_of_any_name(connect: Connect, local: Connect) -> None:
+    def outputs(model: Any) -> list[torch.Tensor]:
+        torch.manual_seed(7)
+        names = ["my adapter", "org/adapter", "sft+dpo", "ä", "base-shift", "a0", "long" * 26]
+        tuned = peft.get_peft_model(model, lora(), adapter_name=names[0])
+        for name in names[1:]:
+            tuned.add_adapter(name, lora())
+        tuned.base_model.set_adapter(names)
+        loss = loss_of(tuned)
+        loss.backward()
+        return [loss, *(p.grad for p in trained(tuned).values())]
+
+    theirs, ours = outputs(local()), outputs(connect())
+    assert all(map(torch.equal, ours, theirs))
+
+
 def test_an_adapter_deleted_and_made_anew(connect: Connect, local: Connect) -> None:
     def outputs(model: Any) -> list[torch.Tensor]:
         tuned = adapted(model, lora())
