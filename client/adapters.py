@@ -2,7 +2,7 @@
 
 Collecting them costs milliseconds on a large model, so what was collected is kept until modules or states change.
 Values are another matter: fused optimizers and `.data` change a parameter without touching its `_version`, so
-training calls and the first step of a generation hash them anew; later steps of it trust the versions.
+every call hashes them anew, but for the decode steps of a generation: these trust the versions.
 """
 
 import sys

@@ -61,7 +61,7 @@ class RemoteBlocks:
     def describe(self, mask: torch.Tensor | None, positions: torch.Tensor | None, fresh: bool = True) -> Work:
         """The work for one forward through the model, in the state that it is in now.
 
-        `fresh` False: in the middle of a generation, see `AdapterSource.snapshot`.
+        `fresh` False: a decode step in the middle of a generation, see `AdapterSource.snapshot`.
         """
         _check_2d("attention_mask", mask)
         _check_2d("position_ids", positions)
@@ -170,7 +170,8 @@ class PseudoLayer:
     def _run(self, hidden: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         layer, prefix = adopt(cache) if cache is not None else (None, {})
         goes_on = layer is not None and layer.session is not None
-        work = self._remote.describe(self._caught.mask, self._caught.positions, fresh=not goes_on)
+        is_decoding = goes_on and hidden.shape[1] == 1  # more at once may be a prompt on a cache from before training
+        work = self._remote.describe(self._caught.mask, self._caught.positions, fresh=not is_decoding)
         blocks = range(len(self._remote))
         if layer is None:
             return self._remote.apply(work, blocks, hidden)

@@ -212,6 +212,30 @@ def test_weights_replaced_behind_autograds_back(connect: Connect, local: Connect
     assert all(map(torch.equal, ours, theirs))
 
 
+def test_a_cached_prompt_is_gone_on_with_after_training(connect: Connect, local: Connect) -> None:
+    """Fused optimizers do not count up versions either; the prompt's cache, and copies of it, outlive their steps."""
+
+    def outputs(model: Any) -> list[torch.Tensor]:
+        tuned = adapted(model, lora()).eval()
+        optimizer = torch.optim.AdamW(trained(tuned).values(), lr=0.1, fused=True)
+        ids, cache, found = batch()["input_ids"], transformers.DynamicCache(config=model.config), []
+        with torch.no_grad(), tuned.disable_adapter():
+            tuned(ids, past_key_values=cache)
+        for _ in range(2):
+            with torch.no_grad():
+                found += [tuned(ids[:, :4], past_key_values=used).logits for used in (copy.deepcopy(cache), cache)]
+            cache.crop(-4)
+            loss_of(tuned).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return found
+
+    theirs, ours = outputs(local()), outputs(connect())
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert not torch.equal(ours[0], ours[2])
+
+
 # ---- what travels
 
 
