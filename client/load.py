@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from client.build import build_model
@@ -14,6 +14,13 @@ from protocol.errors import BadUsage, UnsupportedModel
 from protocol.model.checkpoint import Checkpoint, open_checkpoint
 from protocol.model.loading import class_for
 from protocol.tensors import COMPUTE_DTYPES
+
+_HELD_HERE = {
+    "num_labels", "id2label", "label2id", "problem_type", "classifier_dropout", "initializer_range", "vocab_size",
+    "tie_word_embeddings", "embd_pdrop", "final_logit_softcapping", "logit_scale", "logits_scaling",
+    "pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "return_dict",
+}  # fmt: skip
+"""Fields of a configuration that speak of embeddings, heads and tokens only: no block looks at them."""
 
 
 def load_distributed(
@@ -36,9 +43,7 @@ def load_distributed(
     checkpoint = open_checkpoint(str(model), revision)
     config = checkpoint.config
     for name, value in options.items():
-        if not hasattr(config, name):
-            raise BadUsage(f"{name!r} is neither an option of the swarm nor of {type(config).__name__}.")
-        setattr(config, name, value)
+        _override(config, name, value)
     if cls is None:
         cls = class_for(config, getattr(modeling_auto, mapping))
     if cls is None:
@@ -57,6 +62,27 @@ def named_dtype(name: str) -> torch.dtype:
     if name not in COMPUTE_DTYPES:
         raise BadUsage(f"dtype {name!r} is unknown; expected one of {', '.join(COMPUTE_DTYPES)}.")
     return COMPUTE_DTYPES[name]
+
+
+def _override(config: PreTrainedConfig, name: str, value: Any) -> None:
+    """Set a field of the configuration where peers need not know of it, as they never will.
+
+    Raises `BadUsage` for any other: the blocks would run without it, and nobody would notice.
+    """
+    if not hasattr(config, name):
+        raise BadUsage(f"{name!r} is neither an option of the swarm nor of {type(config).__name__}.")
+    if name not in _HELD_HERE and getattr(config, name) != value and not _leaves_blocks_out(config, name, value):
+        raise BadUsage(
+            f"{name!r} changes the blocks, which the peers run as the checkpoint's config.json says; "
+            "serve a checkpoint that has it."
+        )
+    setattr(config, name, value)
+
+
+def _leaves_blocks_out(config: PreTrainedConfig, name: str, value: Any) -> bool:
+    """Whether this asks for the first blocks only, which routes then go through."""
+    own = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    return name in (own, "num_hidden_layers") and isinstance(value, int) and 0 < value <= getattr(config, own)
 
 
 def _dtype(asked: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dtype:

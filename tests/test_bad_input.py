@@ -368,6 +368,38 @@ def test_a_wrong_option_of_a_client(served: Swarm, llama: Path) -> None:
         AutoDistributedModelForCausalLM()
 
 
+CHANGES: dict[str, Any] = {
+    "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+    "rms_norm_eps": 0.1,
+    "hidden_act": "gelu",
+    "attention_dropout": 0.5,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 6,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_option_that_peers_would_not_know_of(name: str, served: Swarm, llama: Path) -> None:
+    with pytest.raises(BadUsage, match=f"'{name}' changes the blocks, which the peers run as .* says; serve a"):
+        connect(llama, served, **{name: CHANGES[name]})
+
+
+def test_an_option_that_says_what_the_checkpoint_says(served: Swarm, llama: Path) -> None:
+    said = transformers.AutoConfig.from_pretrained(llama)
+    connect(llama, served, **{name: getattr(said, name) for name in CHANGES})
+
+
+def test_the_first_blocks_of_a_model(served: Swarm, llama: Path, models: Callable[[str], Path]) -> None:
+    """Peers need not know that there is no more to come, nor what concerns this machine only."""
+    options = {"num_hidden_layers": 3, "pad_token_id": 5, "use_cache": False}
+    local = transformers.AutoModelForCausalLM.from_pretrained(llama, **options)
+    with torch.no_grad():
+        ours = connect(llama, served, **options)(input_ids=IDS)
+        assert torch.equal(ours.logits, local(input_ids=IDS).logits)
+    assert ours.past_key_values is None
+    assert connect(models("bloom"), served, n_layer=3).config.num_hidden_layers == 3
+
+
 def test_commands_of_a_client(
     command: Command, served: Swarm, small: Swarm, llama: Path, models: Callable[[str], Path]
 ) -> None:
