@@ -28,6 +28,8 @@ class RemoteLayer(CacheLayerMixin):
         self.session: Session | None = None
         self.unsent: tuple[Work, torch.Tensor] | None = None
         """A forward with gradients that filled this cache in name only."""
+        self.sources: tuple[torch.Tensor, ...] = ()
+        """What the gradients of that forward go to, and so would those of whatever goes on from here."""
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to allocate here."""
@@ -86,7 +88,7 @@ class RemoteLayer(CacheLayerMixin):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RemoteLayer":
         twin = RemoteLayer(self.length, self.keep_past)
-        twin.edits, twin.unsent = list(self.edits), self.unsent
+        twin.edits, twin.unsent, twin.sources = list(self.edits), self.unsent, self.sources
         if self.session is not None:
             twin.session = self.session.fork()  # now, not lazily: the original may move on
         return twin

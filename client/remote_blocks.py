@@ -26,6 +26,7 @@ _REFUSED = {
     "output_hidden_states": "the hidden states between blocks stay on the peers",
     "output_router_logits": "router logits stay on the peers",
 }
+_NO_BACKWARD = "A backward through an earlier call's cache is not possible; pass use_cache=False."
 
 
 class RemoteBlocks:
@@ -129,6 +130,18 @@ class _RemoteCall(torch.autograd.Function):
         return None, None, None, None, None, hidden, *cast
 
 
+class _EarlierCache(torch.autograd.Function):
+    """Nobody who decodes with gradients on need switch them off, and nobody gets them without the cache's share."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise BadUsage(_NO_BACKWARD)
+
+
 class PseudoLayer:
     """What the trunk's loop over blocks runs: all of them at once, on the swarm."""
 
@@ -178,11 +191,15 @@ class PseudoLayer:
         if prefix:
             work = replace(work, prefix=prefix)
         is_first = bool(prefix) or not layer.length
-        if torch.is_grad_enabled() and _needs_grad(work, hidden) and (is_first or self._ghosts.training):
-            if not is_first:
-                raise BadUsage("A backward through an earlier call's cache is not possible; pass use_cache=False.")
+        sources = (*layer.sources, *_sources(work, hidden)) if torch.is_grad_enabled() else ()
+        if not sources:
+            return self._generate(work, hidden, layer)
+        if is_first:
+            layer.sources = sources
             return self._train(work, blocks, hidden, layer)
-        return self._generate(work, hidden, layer)
+        if self._ghosts.training:
+            raise BadUsage(_NO_BACKWARD)
+        return _EarlierCache.apply(self._generate(work, hidden, layer), *sources)  # type: ignore[no-any-return]
 
     def _train(self, work: Work, blocks: range, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
         """A forward with gradients. Transformers made a cache for it, which is filled only if it comes to be used."""
@@ -201,11 +218,11 @@ class PseudoLayer:
         return output
 
 
-def _needs_grad(work: Work, hidden: torch.Tensor) -> bool:
+def _sources(work: Work, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What gradients of this work's output would reach."""
     prefix = (tensor for pair in work.prefix.values() for tensor in pair)
-    return (
-        hidden.requires_grad or any(t.requires_grad for t in prefix) or bool(work.adapters and work.adapters.trainable)
-    )
+    adapters = work.adapters.tensors.values() if work.adapters else ()
+    return tuple(tensor for tensor in (hidden, *prefix, *adapters) if tensor.requires_grad)
 
 
 def _detached(work: Work) -> Work:

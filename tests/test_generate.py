@@ -17,6 +17,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import DynamicCache, TextIteratorStreamer
 
+from protocol.errors import BadUsage
 from tests import arena
 from tests.swarm import Swarm
 
@@ -236,6 +237,33 @@ def test_decoding_by_hand_with_an_adapter_and_gradients_on(llama_swarm: tuple[Pa
 
     theirs, ours = pair.both(run, grad=True)
     assert torch.equal(ours, theirs)
+
+
+def with_prefix(model: Any) -> Any:
+    return peft.get_peft_model(model, peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
+
+
+def with_trained_embeddings(model: Any) -> Any:
+    model.get_input_embeddings().weight.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("trained", "grad_on_prompt"),
+    [(with_lora, True), (with_lora, False), (with_trained_embeddings, False), (with_prefix, True)],
+)
+def test_no_backward_leaves_the_cache_out(
+    trained: Callable[[Any], Any], grad_on_prompt: bool, llama_swarm: tuple[Path, Swarm]
+) -> None:
+    """Decoding goes on with gradients on; whoever then asks for them learns that they would be wrong."""
+    model, ids = trained(connect(*llama_swarm).remote), one()["input_ids"]
+    with torch.set_grad_enabled(grad_on_prompt):
+        prompt = model(input_ids=ids, use_cache=True)
+    plain = model.get_base_model() if isinstance(model, peft.PeftModel) else model  # PEFT would put the prefix anew
+    for cache in copy.deepcopy(prompt.past_key_values), prompt.past_key_values:
+        out = plain(input_ids=ids[:, :1], past_key_values=cache)
+        with pytest.raises(BadUsage, match=r"through an earlier call's cache is not possible; pass use_cache=False\.$"):
+            out.logits.log_softmax(-1).max().backward()
 
 
 def test_generating_with_an_adapter(llama_swarm: tuple[Path, Swarm]) -> None:
