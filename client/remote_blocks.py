@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.cache_utils import Cache
 
 from client.adapters import AdapterSource
@@ -122,6 +123,7 @@ class _RemoteCall(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable  # without it a second backward would take these gradients for constants
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         traces: list[Trace] = ctx.traces
         hidden, gradients = LOOP.run(run_backward(ctx.swarm, traces, grads[0]))

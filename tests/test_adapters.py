@@ -236,6 +236,16 @@ def test_a_cached_prompt_is_gone_on_with_after_training(connect: Connect, local:
     assert not torch.equal(ours[0], ours[2])
 
 
+def test_no_gradient_of_a_gradient(connect: Connect) -> None:
+    """A penalty on gradients would train with the blocks' part of it left out."""
+    tuned = adapted(connect(), lora()).train()
+    embedded = tuned.get_input_embeddings()(batch()["input_ids"]).requires_grad_(True)
+    loss = tuned(inputs_embeds=embedded, labels=batch()["input_ids"]).loss
+    (gradient,) = torch.autograd.grad(loss, embedded, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (loss + gradient.pow(2).sum()).backward()
+
+
 # ---- what travels
 
 
