@@ -6,7 +6,7 @@ every call hashes them anew, but for the decode steps of a generation: these tru
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
@@ -94,6 +94,7 @@ class AdapterSource:
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList):
         self._model, self._blocks = model, blocks
+        self._remote = frozenset(blocks.modules())
         self._watch: _Watch | None = None
         self._snapshot: Snapshot | None = None
 
@@ -108,7 +109,7 @@ class AdapterSource:
         if fresh and self._watch is not None:
             self._watch.refuse_misuse()
         if self._watch is None or self._watch.changed() or self._watch.training != training:
-            self._watch, watch = None, _Watch(self._blocks, training)
+            self._watch, watch = None, _Watch(self._blocks, self._remote, training)
             watch.refuse_misuse()
             self._snapshot = self._collect(watch.layers, training)
             self._watch = watch
@@ -151,7 +152,7 @@ class AdapterSource:
 class _Watch:
     """Notices cheaply whether modules, adapters' state or tensors have changed since it was made."""
 
-    def __init__(self, blocks: nn.ModuleList, training: bool):
+    def __init__(self, blocks: nn.ModuleList, remote: Collection[nn.Module], training: bool):
         self.training = training
         self.layers = {n: m for n, m in blocks.named_modules() if _is_adapter(m)}
         self._dicts = [
@@ -173,16 +174,25 @@ class _Watch:
         self._modules = list(blocks.modules())
         self._ghosts = [(n, p) for n, p in blocks.named_parameters() if isinstance(p, GhostTensor)]
         self._shifts = [p.shift for _, p in self._ghosts]
+        self._stranger = next(_strangers(blocks, remote, self.layers.values()), None)
 
     def refuse_misuse(self) -> None:
-        """Raise for what would pass without effect: training a ghost, hooks on modules that never run here."""
+        """Raise for what would pass without effect: training a ghost, modules and hooks where nothing runs here."""
         for name, parameter in self._ghosts:
             if parameter.requires_grad:
                 raise BadAdapter(
                     f"{name} is a weight of the remote blocks and cannot be trained (requires_grad was turned on); "
                     "train an adapter on it instead."
                 )
-        if any(module._forward_pre_hooks or module._forward_hooks for module in self._modules):
+        if self._stranger is not None:
+            raise BadAdapter(
+                f"{self._stranger} was put into the remote blocks, where nothing of this machine's runs; use a LoRA or "
+                "another of PEFT's adapters that a swarm knows."
+            )
+        if any(
+            m._forward_pre_hooks or m._forward_hooks or m._backward_pre_hooks or m._backward_hooks
+            for m in self._modules
+        ):
             raise BadUsage(
                 "Hooks on modules of the remote blocks never run, so neither adapter_names= (another adapter per row: "
                 "use one call per adapter) nor an initialisation from activations (EVA, CorDA) works through a swarm."
@@ -200,6 +210,17 @@ class _Watch:
         if any(dropout_state(part) != state for part, state in self._dropout):
             return True
         return any(ghost.shift is not shift for (_, ghost), shift in zip(self._ghosts, self._shifts, strict=True))
+
+
+def _strangers(blocks: nn.Module, remote: Collection[nn.Module], layers: "Iterable[BaseTunerLayer]") -> Iterator[str]:
+    """What is neither on the peers nor of an adapter: the names of modules, and of parameters in place of ghosts."""
+    adapters = {m for layer in layers for m in set(layer.modules()) - set(layer.get_base_layer().modules())}
+    for path, module in blocks.named_modules():
+        if module not in remote and module not in adapters:
+            yield path
+        elif module in remote:
+            own = module.named_parameters(path, recurse=False)
+            yield from (name for name, parameter in own if not isinstance(parameter.data, GhostTensor))
 
 
 def _is_adapter(module: nn.Module) -> "TypeGuard[BaseTunerLayer]":

@@ -398,6 +398,33 @@ def _train_a_block(model: Any) -> Any:
     return _forward(model)
 
 
+def _adaption_prompt(model: Any) -> Any:
+    config = peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")
+    return _forward(peft.get_peft_model(model, config))
+
+
+def _own_module(model: Any) -> Any:
+    _forward(model)
+    model.model.layers[2].mlp.act_fn = torch.nn.Identity()
+    return _forward(model)
+
+
+def _own_module_under_an_adapter(model: Any) -> Any:
+    model.model.layers[2].mlp.down_proj = torch.nn.Linear(64, 32)
+    return _forward(adapted(model, lora()))
+
+
+def _own_weight(model: Any) -> Any:
+    tuned = adapted(model, lora())
+    tuned.base_model.model.model.layers[2].mlp.down_proj.base_layer.weight = torch.nn.Parameter(torch.zeros(32, 64))
+    return _forward(tuned)
+
+
+def _backward_hook(model: Any) -> Any:
+    model.model.layers[1].mlp.register_full_backward_hook(lambda *args: None)
+    return _forward(model)
+
+
 def _hidden_states(model: Any) -> Any:
     return model(**batch(), output_hidden_states=True)
 
@@ -428,6 +455,11 @@ REFUSED: dict[Callable[[Any], Any], tuple[type[SwarmError], str]] = {
     _adapter_per_row: (BadUsage, "adapter_names"),
     _two_orders: (BadAdapter, "in one order"),
     _train_a_block: (BadAdapter, r"3\.mlp\.down_proj\.weight.* cannot be trained"),
+    _adaption_prompt: (BadAdapter, r"3\.self_attn was put into the remote blocks"),
+    _own_module: (BadAdapter, r"2\.mlp\.act_fn was put into"),
+    _own_module_under_an_adapter: (BadAdapter, r"2\.mlp\.down_proj\.base_layer was put into"),
+    _own_weight: (BadAdapter, r"2\.mlp\.down_proj\.base_layer\.weight was put into"),
+    _backward_hook: (BadUsage, "Hooks on modules of the remote blocks never run"),
     _hidden_states: (BadUsage, "output_hidden_states"),
     _attentions: (BadUsage, "output_attentions"),
     _static_cache: (BadUsage, "StaticCache"),
