@@ -8,6 +8,7 @@ from transformers.models.auto import modeling_auto
 
 from client.build import build_model
 from client.config import SwarmConfig
+from client.remote_blocks import refuse_outputs
 from client.saving import base_of, load_generation_config, name_base
 from client.swarm import Swarm
 from protocol.errors import BadUsage, UnsupportedModel
@@ -19,8 +20,9 @@ _HELD_HERE = {
     "num_labels", "id2label", "label2id", "problem_type", "classifier_dropout", "initializer_range", "vocab_size",
     "tie_word_embeddings", "embd_pdrop", "final_logit_softcapping", "logit_scale", "logits_scaling",
     "pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "return_dict",
+    "output_attentions", "output_hidden_states", "output_router_logits",
 }  # fmt: skip
-"""Fields of a configuration that speak of embeddings, heads and tokens only: no block looks at them."""
+"""Fields of a configuration that speak of embeddings, heads, tokens and outputs only: no block computes by them."""
 
 
 def load_distributed(
@@ -44,6 +46,8 @@ def load_distributed(
     config = checkpoint.config
     for name, value in options.items():
         _override(config, name, value)
+    for part in config, config.get_text_config():
+        refuse_outputs(part, {})
     if cls is None:
         cls = class_for(config, getattr(modeling_auto, mapping))
     if cls is None:

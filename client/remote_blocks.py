@@ -2,6 +2,7 @@
 
 import inspect
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from protocol.errors import BadUsage
 _REFUSED = {
     "output_attentions": "attention weights stay on the peers",
     "output_hidden_states": "the hidden states between blocks stay on the peers",
-    "output_router_logits": "router logits stay on the peers",
+    "output_router_logits": "router logits stay on the peers (TRL asks for none with router_aux_loss_coef=0.0)",
 }
 _NO_BACKWARD = "A backward through an earlier call's cache is not possible; pass use_cache=False."
 
@@ -169,9 +170,7 @@ class PseudoLayer:
         if args:
             names = list(inspect.signature(type(trunk).forward).parameters)[1:]
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        for option, reason in _REFUSED.items():
-            if kwargs.get(option) is not None and kwargs[option] is not False:
-                raise BadUsage(f"{option} does not work through a swarm: {reason}.")
+        refuse_outputs(trunk.config, kwargs)
         if kwargs.get("cu_seq_lens_q") is not None:
             _check_packing(trunk.config, kwargs.get("position_ids"))
         self._caught.mask, self._caught.positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -218,6 +217,18 @@ class PseudoLayer:
         output = layer.session.step(_detached(work), hidden.detach(), layer.take_edits(), layer.keep_past)
         layer.length += hidden.shape[1]
         return output
+
+
+def refuse_outputs(config: Any, asked: Mapping[str, Any]) -> None:
+    """Raise `BadUsage` for what remote blocks cannot give, be it asked for in a call or by the configuration."""
+    for option, reason in _REFUSED.items():
+        wanted = asked.get(option)
+        if wanted is None:
+            wanted = getattr(config, option, None)
+        if wanted is not None and wanted is not False:  # 0 is a hidden state's number
+            raise BadUsage(
+                f"{option} does not work through a swarm: {reason}; pass {option}=False, or set it so in model.config."
+            )
 
 
 def _sources(work: Work, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -400,6 +400,38 @@ def test_the_first_blocks_of_a_model(served: Swarm, llama: Path, models: Callabl
     assert connect(models("bloom"), served, n_layer=3).config.num_hidden_layers == 3
 
 
+@pytest.mark.parametrize(
+    ("family", "option"),
+    [("llama", "output_hidden_states"), ("bloom", "output_hidden_states"), ("mixtral", "output_router_logits")],
+)
+def test_outputs_that_a_configuration_asks_for(
+    family: str, option: str, served: Swarm, models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """When the model is made, from a folder and by an option, and when it is called."""
+    said = f"^{option} does not work through a swarm: .*; pass {option}=False, or set it so in model.config\\.$"
+    folder = shutil.copytree(models(family), tmp_path / family)
+    with pytest.raises(BadUsage, match=said):
+        connect(folder, served, **{option: True})
+    edit(CONFIG, **{option: True})(folder)
+    with pytest.raises(BadUsage, match=said):
+        connect(folder, served)
+    model = connect(folder, served, **{option: False})
+    setattr(model.config, option, True)
+    with pytest.raises(BadUsage, match=said):
+        model(input_ids=IDS)
+
+
+def test_an_output_that_is_no_longer_asked_for(served: Swarm, llama: Path) -> None:
+    with pytest.raises(BadUsage, match="output_attentions"):
+        connect(llama, served, output_attentions=True)
+    model = connect(llama, served, num_hidden_layers=3)
+    model.config.output_hidden_states = True
+    with pytest.raises(BadUsage, match="output_hidden_states"):
+        model(input_ids=IDS)
+    model.config.output_hidden_states = False
+    assert model.generate(IDS, max_new_tokens=2, eos_token_id=None).shape == (1, 10)
+
+
 def test_commands_of_a_client(
     command: Command, served: Swarm, small: Swarm, llama: Path, models: Callable[[str], Path]
 ) -> None:
