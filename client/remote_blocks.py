@@ -162,6 +162,7 @@ class PseudoLayer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _caught=threading.local())
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def capture(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook on the trunk: the mask and positions as the user gave them.
 
@@ -175,6 +176,7 @@ class PseudoLayer:
             _check_packing(trunk.config, kwargs.get("position_ids"))
         self._caught.mask, self._caught.positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.probing:
             cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
