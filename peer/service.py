@@ -153,7 +153,7 @@ class Service:
             logger.exception("a call of %s failed", channel.remote)
             await channel.fail(_told(error))
         else:
-            await channel.send(answer)
+            await _reply(channel, answer)
         finally:
             self.load.calls -= 1
 
@@ -377,3 +377,11 @@ def _told(error: Exception) -> SwarmError:
     if "can't allocate memory" in text or isinstance(error, MemoryError):
         return OutOfMemory("The call did not fit this peer's memory; send fewer tokens at once.")
     return PeerFailed(f"{type(error).__name__}: {text[:300]}")
+async def _reply(channel: Channel, answer: Message) -> None:
+    """An answer over the limits is refused before any of it is written: the stream is whole, and can say so."""
+    try:
+        await channel.send(answer)
+    except BadRequest as error:
+        await channel.fail(error)
+
+

@@ -13,6 +13,7 @@ import transformers
 from bootstrap.member import Member, MemberOptions
 from client.loop import LOOP
 from peer.scheduler import Priority, Scheduler
+from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
 from protocol.errors import BadAdapter, BadRequest, OverQuota, PeerUnreachable, SwarmError, UnknownAdapter
 from protocol.tensors import Limits
@@ -162,6 +163,19 @@ def test_messages(narrow: Wire, models: Callable[[str], Path], swarm: Swarm) -> 
     with pytest.raises(BadRequest, match=r"over the limit of \d+ \+ 1048576; send fewer tokens at once"):
         model(torch.ones(200, MAX_LENGTH, dtype=torch.long), use_cache=False)
     model(torch.ones(2, MAX_LENGTH, dtype=torch.long), use_cache=False)
+
+
+def test_an_answer_that_is_too_large(narrow: Wire) -> None:
+    """It says so, and the stream goes on: no client is to take a peer for lost that is well."""
+
+    async def use() -> None:
+        (channel,) = await opened(narrow, 1)
+        request = forward({"hidden_states": torch.zeros(150, MAX_LENGTH, WIDTH, dtype=torch.bfloat16)})
+        await refused(channel.call(request), BadRequest, "1228800 bytes is over the limit of")
+        await refused(channel.call(Message(pb.Ping())), OverQuota, "bytes per second")  # answered on the same stream
+        channel.close()
+
+    narrow.run(use())
 
 
 def test_idle_sessions_give_way(models: Callable[[str], Path], swarm: Swarm) -> None:
