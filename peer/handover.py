@@ -24,12 +24,15 @@ from protocol.tensors import nbytes
 _KEPT = 30.0
 """Seconds for which a push waits for its request."""
 _MAX_KEPT = 1024
-_PATIENCE = 10.0
+_PATIENCE = 4.0
+"""Less than a client's own: it is to hear that the next peer is out of reach before it gives that one up itself."""
 _LOOK_UP_PERIOD = 2.0
 """Seconds between two looks for a peer that the directory did not know."""
 logger = logging.getLogger(__name__)
 
 Tensors = Mapping[str, torch.Tensor]
+Request = pb.Step | pb.Forward | pb.Backward
+"""What a result may be handed over of."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class Outbox:
 
     async def answer(
         self,
-        body: pb.Step | pb.Forward | pb.Backward,
+        body: Request,
         result: pb.Result,
         tensors: dict[str, torch.Tensor],
         name: str = "hidden_states",

@@ -15,7 +15,7 @@ from peer.call_runner import CallRunner, Task
 from peer.calls import Call
 from peer.checks import check_inputs, check_mode, check_prefix, prefix_length
 from peer.factors import check_factorize, factorize
-from peer.handover import Mailbox, Outbox
+from peer.handover import Mailbox, Outbox, Request
 from peer.kv_cache import CacheMemory, Session, SpanCache
 from peer.quotas import Account
 from peer.reception import Reception
@@ -228,7 +228,7 @@ class Service:
     async def _step(self, connection: _Connection, message: Message, body: pb.Step) -> Message:
         session, mode = self._session(connection)
         if body.number == session.number and session.answer is not None:
-            return await self._stepped(body, session.answer)
+            return await self._stepped(connection, body, session.answer)
         if body.number != session.number + 1:
             raise BadRequest(f"Step {body.number} follows step {session.number}; expected {session.number + 1}.")
         wanted = check_mode(self._span, body.context)
@@ -240,14 +240,15 @@ class Service:
             step = Step(session, message, body, wanted, bundle)
             hidden = await self._answered(connection, self._submit_step(step, connection.client))
         session.number, session.answer = body.number, hidden
-        return await self._stepped(body, hidden)
+        return await self._stepped(connection, body, hidden)
 
     def _submit_step(self, step: Step, client: str) -> "asyncio.Future[torch.Tensor]":
         group = self._steps.group(step)
         return self._scheduler.submit_joint(Priority.STEP, self._steps.run, step, client, group, step.size)
 
-    async def _stepped(self, body: pb.Step, hidden: torch.Tensor) -> Message:
-        return await self._outbox.answer(body, pb.Result(leaving=self.draining), {"hidden_states": hidden})
+    async def _stepped(self, connection: _Connection, body: pb.Step, hidden: torch.Tensor) -> Message:
+        result = pb.Result(leaving=self.draining)
+        return await self._handed_over(connection, body, result, {"hidden_states": hidden})
 
     def _session(self, connection: _Connection) -> tuple[Session, Mode]:
         if connection.session is None or connection.mode is None:
@@ -273,7 +274,7 @@ class Service:
         call = self._call(connection, message, body.context)
         task = self._calls.forward(call, connection.client, body.keep)
         hidden, call_id = await self._called(connection, task)
-        return await self._outbox.answer(body, pb.Result(call_id=call_id), {"hidden_states": hidden})
+        return await self._handed_over(connection, body, pb.Result(call_id=call_id), {"hidden_states": hidden})
 
     async def _backward(self, connection: _Connection, message: Message, body: pb.Backward) -> Message:
         message = await self._completed(connection, message, body.hand_over)
@@ -288,7 +289,7 @@ class Service:
                 raise BadRequest("grad and hidden_states differ in shape.")
             task = self._calls.backward(call, grad)
         gradients = await self._called(connection, task)
-        return await self._outbox.answer(body, pb.Result(), gradients, "grad.hidden_states")
+        return await self._handed_over(connection, body, pb.Result(), gradients, "grad.hidden_states")
 
     async def _called(self, connection: _Connection, task: Task) -> Any:
         """The result of a training call."""
@@ -312,6 +313,20 @@ class Service:
                 self._mailbox.put(body.token, message.tensors)
         except SwarmError as error:
             logger.debug("a push of %s was dropped: %s", connection.client, error)
+
+    async def _handed_over(
+        self,
+        connection: _Connection,
+        body: Request,
+        result: pb.Result,
+        tensors: dict[str, torch.Tensor],
+        name: str = "hidden_states",
+    ) -> Message:
+        """See `Outbox.answer`. The next peer may hang, and this one is not to look as if it did."""
+        answer = self._outbox.answer(body, result, tensors, name)
+        if not body.hand_over.to:
+            return await answer  # a step of a generation: not worth a task
+        return await self._answered(connection, asyncio.ensure_future(answer))
 
     async def _completed(self, connection: _Connection, message: Message, hand_over: pb.HandOver) -> Message:
         """A request with the tensor that comes from another peer, once it is here."""
@@ -371,12 +386,6 @@ class Service:
             raise
 
 
-def _told(error: Exception) -> SwarmError:
-    """The typed error for a failure of torch's own."""
-    text = str(error)
-    if "can't allocate memory" in text or isinstance(error, MemoryError):
-        return OutOfMemory("The call did not fit this peer's memory; send fewer tokens at once.")
-    return PeerFailed(f"{type(error).__name__}: {text[:300]}")
 async def _reply(channel: Channel, answer: Message) -> None:
     """An answer over the limits is refused before any of it is written: the stream is whole, and can say so."""
     try:
@@ -385,3 +394,9 @@ async def _reply(channel: Channel, answer: Message) -> None:
         await channel.fail(error)
 
 
+def _told(error: Exception) -> SwarmError:
+    """The typed error for a failure of torch's own."""
+    text = str(error)
+    if "can't allocate memory" in text or isinstance(error, MemoryError):
+        return OutOfMemory("The call did not fit this peer's memory; send fewer tokens at once.")
+    return PeerFailed(f"{type(error).__name__}: {text[:300]}")

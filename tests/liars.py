@@ -1,23 +1,30 @@
 """Ways for a real peer to answer wrongly, or late."""
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from peer import service
 from peer.calls import Trainer
 from peer.handover import Outbox
 from peer.steps import StepRunner
+
+_BEAT = 0.05
 
 
 def begin_to_lie(kind: str) -> None:
     """Make this process's peer lie: `outputs`, `subtle` ones, `gradients`, answers `replayed`; or be `slow`.
 
-    `cut off`: it reaches no other peer; `loses pushes`: what it pushes never comes.
+    `cut off`: it reaches no other peer; `loses pushes`: what it pushes never comes; `hangs on pushes`: the next peer
+    takes some of its signs of life to be found out of reach.
     """
-    if kind in ("cut off", "loses pushes"):
-        _push_nothing(says=kind == "loses pushes")
+    if kind in ("cut off", "loses pushes", "hangs on pushes"):
+        hangs = kind == "hangs on pushes"
+        service.HEARTBEAT = _BEAT if hangs else service.HEARTBEAT
+        _push_nothing(says=kind == "loses pushes", after=10 * _BEAT if hangs else 0.0)
         return
     if kind == "slow":
         for owner, name in ((StepRunner, "run"), (Trainer, "forward")):
@@ -32,8 +39,9 @@ def begin_to_lie(kind: str) -> None:
     _change(Trainer, "forward", lambda found: (twist(found[0]), found[1]))
 
 
-def _push_nothing(says: bool) -> None:
+def _push_nothing(says: bool, after: float) -> None:
     async def push(*args: Any) -> bool:
+        await asyncio.sleep(after)
         return says
 
     Outbox.push = push  # type: ignore[method-assign]

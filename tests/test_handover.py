@@ -18,7 +18,7 @@ from protocol.channel import PUSH_TOKEN_BYTES, Message
 from protocol.errors import BadRequest, NotPushed
 from tests.arena import AtToken, assert_close, batch, step, with_adapter
 from tests.swarm import ForkServer, Peer, Swarm, new_swarm
-from tests.wire import HIDDEN, Wire, forward
+from tests.wire import HIDDEN, OPEN, Wire, context, forward, open_wire
 
 SPANS = ("0:2", "2:3", "3:5")
 
@@ -150,6 +150,33 @@ def test_a_peer_that_hands_nothing_on(
         model = with_adapter(connect(swarm, models("llama")))
         theirs = with_adapter(transformers.AutoModelForCausalLM.from_pretrained(models("llama")))
         assert_close(step(model), step(theirs))
+
+
+def test_signs_of_life_while_the_next_peer_hangs(fork_server: ForkServer, models: Callable[[str], Path]) -> None:
+    """A client that hears nothing would take the peer that waits for the one that hangs."""
+    to = pb.HandOver(to="the next", token=b"1" * PUSH_TOKEN_BYTES)
+    requests = [
+        Message(pb.Forward(context=context(), hand_over=to), {"hidden_states": HIDDEN}),
+        Message(pb.Backward(context=context(), hand_over=to), {"hidden_states": HIDDEN, "grad": HIDDEN}),
+        Message(pb.Step(context=context(), number=1, hand_over=to), {"hidden_states": HIDDEN}),
+    ]
+
+    async def ask(wire: Wire, request: Message) -> None:
+        channel, signs = await wire.greeted(), list[pb.Working]()
+
+        async def note(sign: pb.Working) -> None:
+            signs.append(sign)
+
+        await channel.call(OPEN)
+        answer = await channel.call(request, note)
+        assert not answer.body.pushed  # type: ignore[attr-defined]
+        assert answer.tensors
+        assert len(signs) >= 3
+        channel.close()
+
+    with open_wire(fork_server, models("llama"), lie="hangs on pushes") as wire:
+        for request in requests:
+            wire.run(ask(wire, request))
 
 
 def victim_of(model: Any, peers: list[Peer], index: int) -> Peer:

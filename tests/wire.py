@@ -86,12 +86,12 @@ class Wire:
 
 
 @contextmanager
-def open_wire(server: ForkServer, model: Path, *options: str) -> Iterator[Wire]:
-    """A peer that serves blocks of a small llama, and a connection to its swarm."""
+def open_wire(server: ForkServer, model: Path, *options: str, lie: str | None = None) -> Iterator[Wire]:
+    """A peer that serves blocks of a small llama, and a connection to its swarm; `lie`: see `liars.py`."""
     checkpoint = open_checkpoint(str(model))
     with new_swarm(server) as swarm:
         limits = ("--max-length", str(MAX_LENGTH), "--cache-tokens", "1024", *options)
-        peer = swarm.serve(model, f"{START}:{END}", options=limits)[0]
+        peer = swarm.serve(model, f"{START}:{END}", options=limits, lie=lie)[0]
         member = LOOP.run(Member.join(MemberOptions(tuple(swarm.initial_peers), client_mode=True)))
         LOOP.run(member.directory.peers(checkpoint.model_id.config_hash))  # learns where the peer's door is
         hello = pb.Hello(version=VERSION, config_hash=checkpoint.model_id.config_hash, weights=checkpoint.digests)
