@@ -38,7 +38,7 @@ Request = pb.Step | pb.Forward | pb.Backward
 @dataclass(frozen=True)
 class _Parcel:
     tensors: Tensors
-    came: float
+    expiry: asyncio.TimerHandle
 
 
 @dataclass
@@ -62,9 +62,8 @@ class Mailbox:
         """
         if len(token) != PUSH_TOKEN_BYTES or token in self._awaited:
             raise BadRequest(f"A token has {PUSH_TOKEN_BYTES} bytes, and one request waits for it.")
-        parcel = self._parcels.pop(token, None)
-        if parcel is not None:
-            return parcel.tensors
+        if token in self._parcels:
+            return self._remove(token)
         self._awaited[token] = future = asyncio.Future[Tensors]()
         try:
             async with asyncio.timeout(self.patience):
@@ -83,17 +82,21 @@ class Mailbox:
         if awaited is not None and not awaited.done():
             awaited.set_result(tensors)
             return
-        self._parcels[token] = _Parcel(tensors, time.monotonic())
-        self._clear()
+        if token in self._parcels:
+            self._remove(token)
+        expiry = asyncio.get_running_loop().call_later(_KEPT, self._remove, token)
+        self._parcels[token] = _Parcel(tensors, expiry)
+        self._make_room()
 
-    def _clear(self) -> None:
+    def _make_room(self) -> None:
         total = sum(nbytes(parcel.tensors) for parcel in self._parcels.values())
-        too_old = time.monotonic() - _KEPT
-        for token, parcel in list(self._parcels.items()):
-            if total <= self.max_bytes and parcel.came > too_old and len(self._parcels) <= _MAX_KEPT:
-                return
-            total -= nbytes(parcel.tensors)
-            del self._parcels[token]
+        while total > self.max_bytes or len(self._parcels) > _MAX_KEPT:
+            total -= nbytes(self._remove(next(iter(self._parcels))))
+
+    def _remove(self, token: bytes) -> Tensors:
+        parcel = self._parcels.pop(token)
+        parcel.expiry.cancel()  # or it would take what comes under this token next
+        return parcel.tensors
 
 
 class Outbox:

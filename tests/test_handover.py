@@ -12,6 +12,7 @@ import transformers
 from transformers import LogitsProcessorList
 
 from client.handover import Border
+from peer import handover
 from peer.handover import Mailbox
 from protocol import swarm_pb2 as pb
 from protocol.channel import PUSH_TOKEN_BYTES, Message
@@ -215,6 +216,26 @@ def test_what_nobody_asks_for_is_forgotten() -> None:
         assert len(box._parcels) == 2
         with pytest.raises(NotPushed, match="No other peer pushed"):
             await box.take(bytes([0]) * PUSH_TOKEN_BYTES)
+
+    asyncio.run(main())
+
+
+def test_what_nobody_asks_for_is_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though nothing else comes."""
+    monkeypatch.setattr(handover, "_KEPT", 0.4)
+
+    async def main() -> None:
+        box, token = Mailbox(100, patience=0.01), b"4" * PUSH_TOKEN_BYTES
+        box.put(token, parcel())
+        await asyncio.sleep(0.25)
+        box.put(token, parcel(2))  # its time begins anew
+        await asyncio.sleep(0.25)
+        assert (await box.take(token))["hidden_states"].shape == (2,)
+        box.put(token, parcel())
+        await asyncio.sleep(0.5)
+        assert not box._parcels
+        with pytest.raises(NotPushed):
+            await box.take(token)
 
     asyncio.run(main())
 
