@@ -39,7 +39,7 @@ class Quota:
     adapter_bytes: int | None = None
     """Bytes of kept adapters; None: as many as there are."""
     bytes_per_second: float = inf
-    """Bytes of tensors that the client sends."""
+    """Bytes that the client sends, as `protocol.channel.Message` counts them."""
 
 
 @dataclass

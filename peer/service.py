@@ -34,7 +34,7 @@ from protocol.errors import (
     SessionLost,
     SwarmError,
 )
-from protocol.tensors import nbytes, torch_dtype
+from protocol.tensors import torch_dtype
 from protocol.transport.base import Stream
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class Service:
             return self._take_push(connection, message, message.body)
         self.load.calls += 1
         try:
-            with connection.account.call(nbytes(message.tensors)):
+            with connection.account.call(message.cost):
                 answer = await self._answer(connection, message)
         except torch.OutOfMemoryError as error:
             await channel.fail(OutOfMemory(f"The call did not fit this peer's memory: {error}"))
@@ -309,7 +309,7 @@ class Service:
     def _take_push(self, connection: _Connection, message: Message, body: pb.Push) -> None:
         """Nobody waits for an answer: it would be taken for that to the next request. Who misses the push will ask."""
         try:
-            with connection.account.call(nbytes(message.tensors)):
+            with connection.account.call(message.cost):
                 self._mailbox.put(body.token, message.tensors)
         except SwarmError as error:
             logger.debug("a push of %s was dropped: %s", connection.client, error)

@@ -3,7 +3,9 @@
 import asyncio
 import struct
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from google.protobuf.message import DecodeError
@@ -21,9 +23,22 @@ PUSH_TOKEN_BYTES = 16
 _LENGTHS = struct.Struct("<IQ")
 _INLINE = 2**16
 """Bytes of tensors to be coded or decoded that are not worth another thread: a step of a generation is not to wait."""
+_INLINE_HEADER = 2**12
+"""Bytes of a header that is not worth another thread."""
+_ASIDE = ThreadPoolExecutor(1, "headers")
+"""Headers are Python's to read, so more threads would only keep the event loop longer from running."""
+_CALL_TENSORS = 1024
+"""A few, and of a KV prefix two for each block."""
+_MAX_TENSORS = {
+    "forward": _CALL_TENSORS, "backward": _CALL_TENSORS, "step": _CALL_TENSORS, "push": 1, "factorize": 3, "ping": 1,
+}  # fmt: skip
+"""Of a message, by its kind: what is not here has none, but for adapters and answers, which `Limits` are for."""
+_TENSOR_COST = 1024
+"""Bytes that reading a tensor's entry is reckoned as, by the time that it takes."""
 _FIELD_OF_TYPE = {f.message_type.name: f.name for f in pb.Frame.DESCRIPTOR.oneofs_by_name["body"].fields}  # type: ignore[union-attr]
 
 
+T = TypeVar("T")
 OnWorking = Callable[[pb.Working], Awaitable[None]]
 
 
@@ -35,6 +50,8 @@ class Message:
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     codecs: Mapping[str, int] = field(default_factory=dict)
     """How tensors are to travel, by name; RAW unless said. Of a message that came: empty."""
+    cost: int = 0
+    """Bytes of a message that came, as quotas count them: header and decoded tensors, and something for each tensor."""
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor `name`. Raises `BadRequest` when it is missing."""
@@ -110,20 +127,33 @@ class Channel:
     async def _receive(self, patience: float | None) -> Message:
         header_length, payload_length = _LENGTHS.unpack(await self.stream.receive(_LENGTHS.size, patience))
         self._check_lengths(header_length, payload_length, self.limits.max_payload)
-        try:
-            frame = pb.Frame.FromString(bytes(await self.stream.receive(header_length, self.patience)))
-        except DecodeError as error:
-            raise BadRequest("A frame's header is not a valid message.") from error
-        check_entries(frame.tensors, payload_length, self.limits)
-        kind = frame.WhichOneof("body")
-        if kind is None:
-            raise BadRequest("A frame came without a body.")
+        header = bytes(await self.stream.receive(header_length, self.patience))
+        is_large = header_length > _INLINE_HEADER
+        parsed = await _aside(self._parse, header, payload_length) if is_large else self._parse(header, payload_length)
+        frame, size = parsed
         payload = await self.stream.receive(payload_length, self.patience) if payload_length else bytearray()
-        if decoded_size(frame.tensors) <= _INLINE:
+        if is_large:
+            tensors = await _aside(decode, frame.tensors, payload)
+        elif decoded_size(frame.tensors) <= _INLINE:
             tensors = decode(frame.tensors, payload)
         else:
             tensors = await asyncio.to_thread(decode, frame.tensors, payload)
-        return Message(getattr(frame, kind), tensors)
+        cost = header_length + size + _TENSOR_COST * len(tensors)
+        return Message(getattr(frame, frame.WhichOneof("body")), tensors, cost=cost)
+
+    def _parse(self, header: bytes, payload: int) -> tuple[pb.Frame, int]:
+        """A checked header, and the bytes that its tensors will take."""
+        try:
+            frame = pb.Frame.FromString(header)
+        except DecodeError as error:
+            raise BadRequest("A frame's header is not a valid message.") from error
+        kind = frame.WhichOneof("body")
+        if kind is None:
+            raise BadRequest("A frame came without a body.")
+        most = self.limits.max_tensors
+        if kind not in ("put_adapter", "result"):
+            most = min(most, _MAX_TENSORS.get(kind, 0))
+        return frame, check_entries(frame.tensors, payload, replace(self.limits, max_tensors=most))
 
     async def _encode(self, message: Message) -> list[tuple[pb.Tensor, memoryview]]:
         codecs = {name: codec for name, codec in message.codecs.items() if codec in self.remote_codecs}
@@ -140,3 +170,7 @@ class Channel:
                 f"A frame of {header} + {payload} bytes is over the limit of {self.limits.max_header} + "
                 f"{max_payload}; send fewer tokens at once."
             )
+
+
+async def _aside(work: Callable[..., T], *arguments: object) -> T:
+    return await asyncio.get_running_loop().run_in_executor(_ASIDE, work, *arguments)

@@ -1,6 +1,6 @@
 """Tensor <-> bytes. What arrives is checked before any memory is taken for it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -39,6 +39,7 @@ class Limits:
     max_payload: int = 512 * 2**20
     """Bytes of all tensors together, as they travel and as they come out of their codecs."""
     max_tensors: int = 50_000
+    """Of an adapter or an answer; `protocol.channel` has the other kinds of messages."""
 
 
 def wire_dtype(dtype: torch.dtype | None) -> pb.DType:
@@ -78,12 +79,14 @@ def encode(name: str, tensor: torch.Tensor, codec: int = pb.RAW) -> tuple[pb.Ten
     return entry, data
 
 
-def check_entries(entries: Iterable[pb.Tensor], payload: int, limits: Limits) -> None:
-    """Refuse a header whose tensors cannot be what it says, before their bytes are read.
+def check_entries(entries: Sequence[pb.Tensor], payload: int, limits: Limits) -> int:
+    """Refuse a header whose tensors cannot be what it says, before their bytes are read; the bytes that they take.
 
     Raises `BadRequest` when there are too many, when a name repeats, when shape, dtype, codec and byte counts disagree,
     or when they would come out of their codecs larger than a payload may be.
     """
+    if len(entries) > limits.max_tensors:
+        raise BadRequest(f"A message of {len(entries)} tensors; one of its kind has at most {limits.max_tensors}.")
     total, decoded, names = 0, 0, set[str]()
     for entry in entries:
         dtype = torch_dtype(entry.dtype)
@@ -100,14 +103,15 @@ def check_entries(entries: Iterable[pb.Tensor], payload: int, limits: Limits) ->
             raise BadRequest(
                 f"Tensor {entry.name!r}: shape {list(entry.shape)} of {dtype} is not {entry.nbytes} bytes."
             )
-        if entry.name in names or len(names) >= limits.max_tensors:
-            raise BadRequest(f"Tensor name {entry.name!r} is repeated, or there are over {limits.max_tensors} tensors.")
+        if entry.name in names:
+            raise BadRequest(f"Tensor name {entry.name!r} is repeated.")
         names.add(entry.name)
         total, decoded = total + entry.nbytes, decoded + size
     if total != payload:
         raise BadRequest(f"The frame announces {payload} bytes, but its tensors have {total}.")
     if decoded > limits.max_payload:
         raise BadRequest(f"The frame's tensors take {decoded} bytes decoded, over the limit of {limits.max_payload}.")
+    return decoded
 
 
 def decoded_size(entries: Iterable[pb.Tensor]) -> int:

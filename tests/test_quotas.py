@@ -148,6 +148,17 @@ def test_bytes_per_second(narrow: Wire) -> None:
     narrow.run(use())
 
 
+def test_entries_without_bytes_count(narrow: Wire) -> None:
+    async def use() -> None:
+        (channel,) = await opened(narrow, 1)
+        empty = {str(i): torch.empty(0) for i in range(1000)}
+        await channel.call(forward({"hidden_states": torch.zeros(1, 4, WIDTH), **empty}))
+        await refused(channel.call(forward()), OverQuota, "bytes per second")
+        channel.close()
+
+    narrow.run(use())
+
+
 def test_messages(narrow: Wire, models: Callable[[str], Path], swarm: Swarm) -> None:
     """A client is told by the peer's greeting; what comes all the same ends the stream."""
 

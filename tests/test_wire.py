@@ -2,6 +2,7 @@
 
 import asyncio
 import struct
+import time
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from google.protobuf.message import Message as ProtoMessage
 from bootstrap.member import Member, MemberOptions
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
-from protocol.errors import BadRequest, PeerUnreachable, SwarmError, TooLong, UnknownCall, WrongModel
+from protocol.errors import BadAdapter, BadRequest, PeerUnreachable, SwarmError, TooLong, UnknownCall, WrongModel
 from protocol.tensors import Limits
 from tests.spans import END, START, WIDTH
 from tests.wire import HIDDEN, MAX_LENGTH, MIB, OPEN, TARGET, Wire, context, forward, step
@@ -30,6 +31,10 @@ def described(*tensors: pb.Tensor, payload: int = 0) -> bytes:
 
 def entry(name: str = "hidden_states", dtype: int = pb.FLOAT32, **fields: Any) -> pb.Tensor:
     return pb.Tensor(**({"name": name, "dtype": dtype, "shape": [1], "nbytes": 4} | fields))
+
+
+def nothings(count: int) -> list[pb.Tensor]:
+    return [entry(str(i), shape=[0], nbytes=0) for i in range(count)]
 
 
 FRAMES = {
@@ -67,9 +72,15 @@ FRAMES = {
         "decoded, over the limit",
     ),
     "a name twice": (described(entry(), entry(), payload=8), "repeated"),
-    "too many tensors": (
-        described(*(entry(str(i), shape=[0], nbytes=0) for i in range(Limits().max_tensors + 1))),
-        "over 50000 tensors",
+    "more tensors than a call has": (described(*nothings(1025)), "1025 tensors; one of its kind has at most 1024"),
+    "more than an adapter has": (
+        frame(pb.Frame(put_adapter=pb.PutAdapter(), tensors=nothings(50_001)).SerializeToString(), 0),
+        "50001 tensors; one of its kind has at most 50000",
+    ),
+    "tensors of a ping's": (frame(pb.Frame(ping=pb.Ping(), tensors=nothings(2)).SerializeToString(), 0), "at most 1"),
+    "a tensor of none's": (
+        frame(pb.Frame(open_session=pb.OpenSession(), tensors=nothings(1)).SerializeToString(), 0),
+        "at most 0",
     ),
 }
 
@@ -102,6 +113,32 @@ def test_memory_is_taken_as_bytes_come_not_as_announced(wire: Wire) -> None:
     assert wire.peer.rss() - before < 50 * MIB
     for channel in channels:
         channel.close()
+
+
+def test_others_do_not_wait_for_whoever_sends_many_entries(wire: Wire) -> None:
+    """They weigh nothing, and take long to read."""
+    many = frame(pb.Frame(put_adapter=pb.PutAdapter(), tensors=nothings(40_000)).SerializeToString(), 0)
+
+    async def flood(channel: Channel) -> None:
+        await channel.stream.send(many, patience=5)
+        with pytest.raises(BadAdapter):
+            await channel.receive_answer()
+        channel.close()
+
+    async def ping() -> list[float]:
+        channel, *greedy = [await wire.greeted() for _ in range(3)]
+        floods = asyncio.gather(*map(flood, greedy))
+        waits = []
+        while not floods.done():
+            began = time.perf_counter()
+            await channel.call(Message(pb.Ping()))
+            waits.append(time.perf_counter() - began)
+        await floods
+        channel.close()
+        return sorted(waits)
+
+    waits = wire.run(ping())
+    assert waits[len(waits) // 2] < 0.2
 
 
 def test_a_client_does_not_send_what_is_over_the_limit(wire: Wire) -> None:
