@@ -296,7 +296,7 @@ class Session:
     number: int = 0
     """Of the last step run."""
     answer: torch.Tensor | None = None
-    """Of the last step run: a repeated step is answered by it."""
+    """Of the last step run, unless it was large: a repeated step is answered by it."""
     idle_since: float = inf
     """When its last step ended (`time.monotonic`); infinite before the first and during a step."""
     lost: bool = False

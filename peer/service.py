@@ -45,6 +45,8 @@ HEARTBEAT = 2.0
 _LIVELY = 3.0
 """Seconds after its last step in which a session's next one is likely to come."""
 _MAX_NAMES = 4096
+_MAX_ANSWER = 2**20
+"""Bytes of a step's answer that are kept for a repetition: no quota counts them."""
 
 
 @dataclass
@@ -227,7 +229,9 @@ class Service:
 
     async def _step(self, connection: _Connection, message: Message, body: pb.Step) -> Message:
         session, mode = self._session(connection)
-        if body.number == session.number and session.answer is not None:
+        if body.number == session.number > 0:
+            if session.answer is None:
+                raise SessionLost("The answer to this step was too large to be kept; send the session's tokens again.")
             return await self._stepped(connection, body, session.answer)
         if body.number != session.number + 1:
             raise BadRequest(f"Step {body.number} follows step {session.number}; expected {session.number + 1}.")
@@ -239,7 +243,7 @@ class Service:
             message = await self._completed(connection, message, body.hand_over)
             step = Step(session, message, body, wanted, bundle)
             hidden = await self._answered(connection, self._submit_step(step, connection.client))
-        session.number, session.answer = body.number, hidden
+        session.number, session.answer = body.number, hidden if hidden.nbytes <= _MAX_ANSWER else None
         return await self._stepped(connection, body, hidden)
 
     def _submit_step(self, step: Step, client: str) -> "asyncio.Future[torch.Tensor]":

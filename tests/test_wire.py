@@ -3,6 +3,8 @@
 import asyncio
 import struct
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +14,20 @@ from google.protobuf.message import Message as ProtoMessage
 from bootstrap.member import Member, MemberOptions
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
-from protocol.errors import BadAdapter, BadRequest, PeerUnreachable, SwarmError, TooLong, UnknownCall, WrongModel
+from protocol.errors import (
+    BadAdapter,
+    BadRequest,
+    PeerUnreachable,
+    SessionLost,
+    SwarmError,
+    TooLong,
+    UnknownCall,
+    WrongModel,
+)
 from protocol.tensors import Limits
 from tests.spans import END, START, WIDTH
-from tests.wire import HIDDEN, MAX_LENGTH, MIB, OPEN, TARGET, Wire, context, forward, step
+from tests.swarm import ForkServer
+from tests.wire import HIDDEN, MAX_LENGTH, MIB, OPEN, TARGET, Wire, context, forward, open_wire, step
 
 # Frames that are none. The peer says what is wrong with them, and ends the stream: it is out of step.
 
@@ -378,6 +390,16 @@ def test_a_repeated_step_is_answered_again_not_run_again(wire: Wire) -> None:
     assert torch.equal(last(step(1), step(1), step(2, hidden=HIDDEN[:, :1])), once)
     assert torch.equal(last(step(1), step(2, hidden=HIDDEN[:, :1]), step(2, hidden=HIDDEN[:, 1:2])), once)
     assert torch.equal(last(step(1)), wire.expected)
+
+
+def test_a_large_answer_is_not_kept(fork_server: ForkServer, models: Callable[[str], Path]) -> None:
+    large, small = torch.zeros(150, MAX_LENGTH - 1, WIDTH), torch.zeros(150, 1, WIDTH)
+    assert large.nbytes > MIB
+    with open_wire(fork_server, models("llama"), "--cache-tokens", "16384") as wire:
+        with pytest.raises(SessionLost, match="too large to be kept"):
+            wire.ask(OPEN, step(1, hidden=large), step(1, hidden=large))
+        later = [step(1, hidden=large), step(2, hidden=small), step(2, hidden=small)]
+        assert wire.ask(OPEN, *later).tensor("hidden_states").shape == small.shape
 
 
 @pytest.mark.parametrize("body", [{"start": 0, "end": 4}, {"start": 2, "end": 2}, {"start": 1, "end": 9}])
