@@ -7,6 +7,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from peer.rotary import forget_between_calls
 from peer.span import Span, cut_to_span
 from protocol.errors import UnsupportedModel
 from protocol.model.anatomy import BlockList, find_blocks
@@ -46,6 +47,7 @@ def load_span(
     if missing:
         raise UnsupportedModel(f"{checkpoint.name} lacks weights of blocks {start}:{end}, such as {missing[0]}.")
     _forbid_packing(model)
+    forget_between_calls(model)
     return Span(model, where, start, end, dtype)
 
 

@@ -12,6 +12,7 @@ from peer.kinds import blocks_of_each_kind
 from peer.kv_cache import SpanCache
 from peer.lockstep import Lockstep
 from peer.packing import Packer
+from peer.rotary import rope_types
 from peer.span import Inputs, Mode, Span
 from protocol.errors import first_line
 
@@ -55,9 +56,8 @@ def _known_obstacle(span: Span) -> str:
     if others:
         return f"layers of {min(others)}"
     for module in span.model.modules():
-        found = getattr(module, "rope_type", None)
-        for kind in found.values() if isinstance(found, dict) else [found]:
-            if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+        for kind in rope_types(module).values():
+            if "dynamic" in kind or kind == "longrope":
                 return f"{kind} rotary embeddings are those of the longest sequence"
     return "" if span.takes_positions else "the trunk takes no positions"
 
