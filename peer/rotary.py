@@ -27,5 +27,6 @@ def rope_types(module: nn.Module) -> dict[str, str]:
 def _begin_anew(module: Any, arguments: Any) -> None:
     for prefix, kind in rope_types(module).items():
         if "dynamic" in kind:
-            setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq"))
+            device = getattr(module, f"{prefix}inv_freq").device  # the original stays where the module was made
+            setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq").to(device))
             setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
