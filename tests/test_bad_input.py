@@ -1,9 +1,11 @@
 """Every mistake gets one clear sentence and exit code 2, or a typed exception; peers serve on."""
 
 import json
+import multiprocessing
 import shutil
 import socket
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -430,6 +432,32 @@ def test_an_output_that_is_no_longer_asked_for(served: Swarm, llama: Path) -> No
         model(input_ids=IDS)
     model.config.output_hidden_states = False
     assert model.generate(IDS, max_new_tokens=2, eos_token_id=None).shape == (1, 10)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_model_from_before_a_fork(small: Swarm, llama: Path) -> None:
+    model = connect(llama, small)
+    answers, answer = multiprocessing.Pipe(duplex=False)
+
+    def call() -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with pytest.raises(BadUsage) as refused:
+                model(input_ids=IDS)
+        answer.send((str(refused.value), [str(warning.message) for warning in caught]))
+
+    child = multiprocessing.get_context("fork").Process(target=call)
+    child.start()
+    try:
+        assert answers.poll(20)
+        assert answers.recv() == (
+            "This process was forked from one that is in a swarm already; load the model after the fork.",
+            [],
+        )
+    finally:
+        child.kill()
+        child.join()
+    assert model(input_ids=IDS).logits.shape == (1, 8, 128)
 
 
 def test_commands_of_a_client(
