@@ -24,6 +24,7 @@ class RemoteLayer(CacheLayerMixin):
         super().__init__()
         self.is_initialized = True
         self.length, self.keep_past = length, keep_past
+        self.rows = 0
         self.edits: list[pb.CacheEdit] = []
         self.session: Session | None = None
         self.unsent: tuple[Work, torch.Tensor] | None = None
@@ -59,21 +60,27 @@ class RemoteLayer(CacheLayerMixin):
     def crop(self, max_length: int) -> None:
         """Drop `-max_length` tokens from the end (Transformers calls it with negative numbers)."""
         count = -max_length if max_length <= 0 else self.length - max_length
-        if count > 0:
+        if count >= self.length:
+            self.reset()
+        elif count > 0:
             self.length -= count
             self.edits.append(pb.CacheEdit(crop=count))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the rows."""
+        self.rows = len(beam_idx)
         self.edits.append(pb.CacheEdit(reorder=pb.IndexList(index=beam_idx.tolist())))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
+        self.rows *= repeats
         self.edits.append(pb.CacheEdit(repeat_interleave=repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep some rows."""
-        self.edits.append(pb.CacheEdit(select=pb.IndexList(index=indices.tolist())))
+        """Keep some rows, chosen in any way that a tensor is indexed."""
+        kept = torch.arange(self.rows)[indices].tolist()
+        self.rows = len(kept)
+        self.edits.append(pb.CacheEdit(select=pb.IndexList(index=kept)))
 
     def reset(self) -> None:
         """Empty the cache."""
@@ -88,6 +95,7 @@ class RemoteLayer(CacheLayerMixin):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RemoteLayer":
         twin = RemoteLayer(self.length, self.keep_past)
+        twin.rows = self.rows
         twin.edits, twin.unsent, twin.sources = list(self.edits), self.unsent, self.sources
         if self.session is not None:
             twin.session = self.session.fork()  # now, not lazily: the original may move on

@@ -191,6 +191,7 @@ class PseudoLayer:
         blocks = range(len(self._remote))
         if layer is None:
             return self._remote.apply(work, blocks, hidden)
+        layer.rows = len(hidden)
         if prefix:
             work = replace(work, prefix=prefix)
         is_first = bool(prefix) or not layer.length

@@ -217,6 +217,29 @@ def test_a_cache_that_is_reset_is_empty(llama: Pair) -> None:
     assert torch.equal(ours, theirs)
 
 
+def test_a_cache_cropped_beyond_its_beginning_is_empty(llama: Pair) -> None:
+    cache = llama.remote(input_ids=one()["input_ids"]).past_key_values
+    cache.crop(-20)
+    assert cache.get_seq_length() == 0
+    again, ids = llama.remote(input_ids=batch()["input_ids"], past_key_values=cache), torch.full((3, 1), 5)
+    with torch.no_grad():
+        expected = llama.local(input_ids=torch.cat([batch()["input_ids"], ids], 1)).logits[:, -1:]
+        torch.testing.assert_close(llama.remote(input_ids=ids, past_key_values=again.past_key_values).logits, expected)
+
+
+@pytest.mark.parametrize("rows", [torch.tensor([True, False, True]), torch.tensor([-1, 0]), [2, 1], slice(1, None)])
+def test_rows_of_a_cache_chosen_in_any_way(rows: Any, llama: Pair) -> None:
+    def run(model: Any) -> torch.Tensor:
+        cache = model(input_ids=batch()["input_ids"]).past_key_values
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([0, 2, -1]))
+        cache.batch_select_indices(rows)
+        return model(input_ids=torch.full((2, 1), 5), past_key_values=cache).logits
+
+    theirs, ours = llama.both(run)
+    assert torch.equal(ours, theirs)
+
+
 def with_lora(model: Any) -> Any:
     torch.manual_seed(7)
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
