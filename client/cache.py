@@ -101,6 +101,11 @@ class RemoteLayer(CacheLayerMixin):
             twin.session = self.session.fork()  # now, not lazily: the original may move on
         return twin
 
+    def __reduce__(self) -> Any:
+        raise BadUsage(
+            "A cache that peers hold cannot be pickled; keep the tokens, and send them through the model again."
+        )
+
 
 def adopt(cache: Cache) -> tuple[RemoteLayer, Prefix]:
     """Turn a cache that Transformers made into a remote one, in place; also the KV prefix that PEFT had put into it.

@@ -15,7 +15,7 @@ from client.routing import Health, Hop, find_route, spare_blocks
 from client.verify import Verifier
 from client.work import Puts
 from protocol.connections import Connections, Wanted
-from protocol.errors import NoRoute, PeerUnreachable, SwarmError
+from protocol.errors import BadUsage, NoRoute, PeerUnreachable, SwarmError
 from protocol.model.checkpoint import Checkpoint
 from protocol.records import MAX_ACCUSED, Accusation, Complaint, PeerRecord, holes
 
@@ -57,10 +57,16 @@ class Swarm:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Swarm":
         """For a copy of the model: the same membership, the copy's own blocks."""
-        twin = copy.copy(self)
+        twin = object.__new__(Swarm)
+        vars(twin).update(vars(self))
         memo[id(self)] = twin
         twin.blocks = copy.deepcopy(self.blocks, memo)
         return twin
+
+    def __reduce__(self) -> Any:
+        raise BadUsage(
+            "A model whose blocks run on a swarm cannot be pickled, nor go through torch.save; use save_pretrained."
+        )
 
     @classmethod
     def connect(cls, config: SwarmConfig, checkpoint: Checkpoint) -> "Swarm":

@@ -1,7 +1,9 @@
 """A swarm model without PEFT: what this machine holds is trained, saved and loaded again; the blocks never are."""
 
 import copy
+import io
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -286,6 +288,15 @@ class TestRefusals:
                 call(llama.remote().requires_grad_(True))
         with pytest.raises(BadAdapter, match=r"cannot be trained"):
             run_trainer(llama.remote().requires_grad_(True), tmp_path)
+
+    def test_pickling(self, llama: Family) -> None:
+        model = llama.remote()
+        lora = peft.LoraConfig(target_modules=["q_proj"])
+        for what in model, peft.get_peft_model(llama.remote(), lora):
+            with pytest.raises(BadUsage, match=r"cannot be pickled, .*; use save_pretrained\.$"):
+                torch.save(what, io.BytesIO())
+        with pytest.raises(BadUsage, match="A cache that peers hold cannot be pickled"):
+            pickle.dumps(model(IDS).past_key_values)
 
     def test_a_folder_whose_base_is_gone(self, llama: Family, tmp_path: Path) -> None:
         shutil.copytree(llama.path, tmp_path / "base")
