@@ -52,6 +52,12 @@ def load_distributed(
         cls = class_for(config, getattr(modeling_auto, mapping))
     if cls is None:
         raise UnsupportedModel(f"{model} is a {config.model_type} model, which Transformers has no such task for.")
+    known = cls.config_class
+    if known is not None and not isinstance(config, known):
+        raise BadUsage(
+            f"{model} is a {config.model_type} model, and {cls.__name__} runs {known.model_type} models; "
+            "use the class of its family, or an AutoDistributedModel."
+        )
     base = base_of(checkpoint)
     swarm = Swarm.connect(network_config, base)
     built = build_model(cls, checkpoint, config, swarm, _dtype(dtype or torch_dtype, checkpoint))

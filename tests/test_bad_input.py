@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 
+import client
 from client import AutoDistributedModelForCausalLM
 from protocol.errors import BadUsage, NoRoute, PeerFull, PeerUnreachable, TooLong, UnsupportedModel, WrongModel
 from tests.command import Command
@@ -368,6 +369,11 @@ def test_a_wrong_option_of_a_client(served: Swarm, llama: Path) -> None:
         connect(llama, served, dtype="float9")
     with pytest.raises(BadUsage, match="from_pretrained"):
         AutoDistributedModelForCausalLM()
+
+
+def test_a_class_of_another_family(served: Swarm, llama: Path) -> None:
+    with pytest.raises(BadUsage, match=r"is a llama model, and BloomForCausalLM runs bloom models; use the class of"):
+        client.DistributedBloomForCausalLM.from_pretrained(str(llama), initial_peers=served.initial_peers)
 
 
 CHANGES: dict[str, Any] = {
