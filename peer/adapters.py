@@ -52,7 +52,8 @@ class AdapterStore:
         self._bundles = dict[bytes, Bundle]()
         self._owned = defaultdict[str, OrderedDict[bytes, int]](OrderedDict)
         """Client -> the hashes that it put, the least recently used first, and their sizes in bytes."""
-        self._trees = OrderedDict[str, PreTrainedModel]()
+        self._trees = OrderedDict[str, tuple[PreTrainedModel, int]]()
+        """Of bundles that are here: module tree and its bytes, by `Bundle.tree_key`, the least recently used first."""
 
     def put(self, manifest_json: str, tensors: Mapping[str, torch.Tensor], client: str) -> bytes:
         """Keep a bundle; returns its hash. Runs PEFT's construction, so it belongs on the compute thread.
@@ -107,7 +108,9 @@ class AdapterStore:
         if not self._owned[client]:
             del self._owned[client]
         if not any(key in owned for owned in self._owned.values()):
-            del self._bundles[key]
+            tree_key = self._bundles.pop(key).tree_key
+            if all(bundle.tree_key != tree_key for bundle in self._bundles.values()):
+                self._trees.pop(tree_key, None)
 
     def adapt(self, bundle: Bundle, tensors: Mapping[str, torch.Tensor]) -> Adapted:
         """The tree to run for `bundle`, with `tensors` (its own, or leaves made from them) in place."""
@@ -146,13 +149,15 @@ class AdapterStore:
 
     def _tree(self, manifest: Manifest, key: str) -> PreTrainedModel:
         if key not in self._trees:
-            from peer.trees import build_tree  # and with it PEFT: seconds, in which a peer can serve already
+            from peer.trees import build_tree, own_bytes  # and with it PEFT: seconds, in which a peer can serve already
 
-            self._trees[key] = build_tree(self._span, manifest.adapters, self._max_bytes)
-            while len(self._trees) > _MAX_TREES:
+            tree = build_tree(self._span, manifest.adapters, self._max_bytes)
+            self._trees[key] = tree, own_bytes(tree, self._span.model)
+            while len(self._trees) > _MAX_TREES or sum(size for _, size in self._trees.values()) > self._max_bytes:
                 self._trees.popitem(last=False)
+            return tree
         self._trees.move_to_end(key)
-        return self._trees[key]
+        return self._trees[key][0]
 
 
 def _fits(name: str, tensor: torch.Tensor, like: torch.Tensor) -> bool:

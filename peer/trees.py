@@ -27,7 +27,9 @@ def build_tree(span: Span, specs: Sequence[AdapterSpec], max_bytes: int) -> PreT
         for target in spec.targets:
             if not _own_module(span, blocks, target):
                 raise BadAdapter(f"Adapter target {target!r} is no module of blocks {span.start}:{span.end}.")
-    _check_parameters(span, blocks, specs, max_bytes)
+    size = sum(_parameter_bytes(span, blocks, spec) + _permutation_bytes(blocks, spec) for spec in specs)
+    if size > max_bytes:
+        raise BadAdapter(f"An adapter of {size} bytes is over this peer's limit of {max_bytes}.")
     _inject(tree, span.where.path, specs)
     active = [spec.name for spec in specs]
     for module in tree.modules():
@@ -57,24 +59,42 @@ def _own_module(span: Span, blocks: nn.Module, name: str) -> nn.Module | None:
     return find_module(blocks, name) if block.isdigit() and int(block) in span.blocks else None
 
 
-def _check_parameters(span: Span, blocks: nn.Module, specs: Sequence[AdapterSpec], max_bytes: int) -> None:
+def own_bytes(tree: PreTrainedModel, model: PreTrainedModel) -> int:
+    """What `tree` takes beside the weights that it shares with `model`: what PEFT computed, for no client sent it."""
+    shared = {storage.data_ptr() for storage in _storages(model)}
+    return sum({s.data_ptr(): s.nbytes() for s in _storages(tree) if s.data_ptr() not in shared}.values())
+
+
+def _storages(model: nn.Module) -> list[torch.UntypedStorage]:
+    return [t.untyped_storage() for t in (*model.parameters(), *model.buffers()) if not t.is_meta]
+
+
+def _parameter_bytes(span: Span, blocks: nn.Module, spec: AdapterSpec) -> int:
     """PEFT makes LoRA of rank x experts for a parameter, before that can be compared with what came."""
     size = 0
-    for spec in specs:
-        ranks = spec.options.get("rank_pattern") or {}
-        for name in spec.parameters:
-            path, _, leaf = name.rpartition(".")
-            parameter = getattr(_own_module(span, blocks, path), "_parameters", {}).get(leaf)
-            if parameter is None or parameter.ndim not in (2, 3) or not parameter.is_floating_point():
-                raise BadAdapter(
-                    f"Adapter target {name!r} is no unquantized parameter of 2 or 3 dimensions of blocks "
-                    f"{span.start}:{span.end}."
-                )
-            *experts, rows, columns = parameter.shape
-            rank = ranks.get(name, spec.options.get("r")) or 0
-            size += max(rank, 0) * math.prod(experts) * (rows + columns) * parameter.element_size()
-    if size > max_bytes:
-        raise BadAdapter(f"An adapter of {size} bytes is over this peer's limit of {max_bytes}.")
+    ranks = spec.options.get("rank_pattern") or {}
+    for name in spec.parameters:
+        path, _, leaf = name.rpartition(".")
+        parameter = getattr(_own_module(span, blocks, path), "_parameters", {}).get(leaf)
+        if parameter is None or parameter.ndim not in (2, 3) or not parameter.is_floating_point():
+            raise BadAdapter(
+                f"Adapter target {name!r} is no unquantized parameter of 2 or 3 dimensions of blocks "
+                f"{span.start}:{span.end}."
+            )
+        *experts, rows, columns = parameter.shape
+        rank = ranks.get(name, spec.options.get("r")) or 0
+        size += max(rank, 0) * math.prod(experts) * (rows + columns) * parameter.element_size()
+    return size
+
+
+def _permutation_bytes(blocks: nn.Module, spec: AdapterSpec) -> int:
+    """BOFT's are dense matrices over a module's inputs, of which a client sends nothing."""
+    if spec.method != "BOFT":
+        return 0
+    factors = spec.options.get("boft_n_butterfly_factor")
+    count = max(factors, 1) if isinstance(factors, int) else 1
+    widths = [getattr(find_module(blocks, target), "in_features", 0) for target in spec.targets]
+    return sum(count * width**2 * torch.float32.itemsize for width in widths)
 
 
 def _inject(tree: PreTrainedModel, path: str, specs: Sequence[AdapterSpec]) -> None:
