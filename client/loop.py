@@ -6,7 +6,6 @@ import contextlib
 import os
 import threading
 from collections.abc import Coroutine, Sequence
-from concurrent.futures import Future
 from typing import Any, TypeVar
 
 try:
@@ -31,16 +30,17 @@ class BackgroundLoop:
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` on the loop and wait for it. Ctrl-C cancels it. Raises `BadUsage` in a fork."""
-        future = self._submit(coroutine)
+        if self._is_forked:
+            coroutine.close()  # nobody will await it, and Python would say so
+            raise BadUsage(
+                "This process was forked from one that is in a swarm already; load the model after the fork."
+            )
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._running())
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
-
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run `coroutine` on the loop without waiting."""
-        self._submit(coroutine)
 
     def call(self, function: Any, *arguments: Any) -> None:
         """Have the loop call `function`; does nothing when it has stopped. May be called from a finalizer."""
@@ -55,14 +55,6 @@ class BackgroundLoop:
     @property
     def _is_forked(self) -> bool:
         return self._loop is not None and self._process != os.getpid()
-
-    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        if self._is_forked:
-            coroutine.close()  # nobody will await it, and Python would say so
-            raise BadUsage(
-                "This process was forked from one that is in a swarm already; load the model after the fork."
-            )
-        return asyncio.run_coroutine_threadsafe(coroutine, self._running())
 
     def _running(self) -> asyncio.AbstractEventLoop:
         with self._lock:
