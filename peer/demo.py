@@ -1,6 +1,7 @@
 """`peer demo`: a swarm on this machine, text from it, an adapter trained through it and loaded in plain PEFT."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -37,6 +38,7 @@ def run_demo(model: str | None, steps: int, output: Path) -> None:
     checkpoint = open_checkpoint(folder)
     if checkpoint.model_id.num_blocks < 3:
         raise BadUsage(f"{folder} has {checkpoint.model_id.num_blocks} blocks; the demo needs 3 for its three peers.")
+    _empty(output)
     with _processes() as start:
         console.print(Rule("A swarm: a bootstrap node and three peers", align="left"))
         addresses = _start_swarm(start, checkpoint, console)
@@ -71,22 +73,24 @@ def _tune(folder: str, model: Any, tokenizer: Any, steps: int, output: Path, con
     from client.tune.dataset import prepare
     from client.tune.run import TuneRun, context_length
 
-    config = TuneConfig.model_validate(
-        {
-            "model": folder,
-            "data": {"path": str(persona_path())},
-            "adapter": {"method": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
-            "trainer": {"steps": steps, "batch_size": 4, "learning_rate": 1e-3, "save_every": steps},
-            "samples": {"count": 0},
-            "output": str(output),
-        }
-    )
+    config = TuneConfig.model_validate(_description(folder, steps, output))
     prepared = prepare(config, tokenizer, context_length(model.config))
     run = TuneRun(config, model, tokenizer, prepared)
     console.print(run.plan())
     result = run.train(console)
     console.print(str(result))
     return result.adapter, run.model
+
+
+def _description(folder: str, steps: int, output: Path) -> dict[str, Any]:
+    return {
+        "model": folder,
+        "data": {"path": str(persona_path())},
+        "adapter": {"method": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
+        "trainer": {"steps": steps, "batch_size": 4, "learning_rate": 1e-3, "save_every": steps},
+        "samples": {"count": 0},
+        "output": str(output),
+    }
 
 
 def _ask(model: Any, tokenizer: Any, console: Console) -> str:
@@ -126,11 +130,39 @@ def _fetch(console: Console) -> Path:
 
 def _check_output(output: Path) -> None:
     """The demo's own folder may be replaced, nobody else's."""
-    if not output.exists():
+    from client.tune.output import RunFolder
+
+    found = {path.name for path in output.iterdir()} if output.exists() else set()
+    if not found:
         return
-    if not (output / "adapter").is_dir() and any(output.iterdir()):
+    run = RunFolder(output)
+    if not _is_demo(run.record):
         raise BadUsage(f"--output {output} is not empty and not from an earlier demo; name another folder.")
-    shutil.rmtree(output)
+    written = (run.record, run.checkpoints, run.adapter, run.log, run.plot, run.samples)
+    if foreign := sorted(found - {path.name for path in written}):
+        raise BadUsage(f"--output {output} holds {foreign[0]!r}, which no demo wrote; name another folder.")
+
+
+def _is_demo(record: Path) -> bool:
+    """Whether the run written down here is a demo's. A user's run never is: it names the members of its swarm."""
+    from client.tune.config import TuneConfig
+
+    try:
+        config = json.loads(record.read_text(encoding="utf-8"))["config"]
+        description = _description(config["model"], config["trainer"]["steps"], Path(config["output"]))
+        return bool(config == TuneConfig.model_validate(description).model_dump(mode="json"))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _empty(output: Path) -> None:
+    """Makes room for this demo's files. Looks again first: fetching a model gives time to put something there."""
+    _check_output(output)
+    for path in output.iterdir() if output.exists() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 class _Start:

@@ -1,0 +1,79 @@
+"""`peer demo`: what it may replace, and what it leaves behind when it is stopped."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from client.tune.config import TuneConfig
+from peer import demo
+from tests.command import Command
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    """The folder of an earlier demo."""
+    output = tmp_path / "earlier"
+    (output / "adapter").mkdir(parents=True)
+    config = TuneConfig.model_validate(demo._description("m/other", 7, Path("elsewhere")))
+    (output / "run.json").write_text(json.dumps({"config": config.model_dump(mode="json"), "data": "abc"}))
+    return output
+
+
+class _StartedError(Exception):
+    """The demo has got as far as its processes."""
+
+
+@pytest.fixture
+def stops_before_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop() -> None:
+        raise _StartedError
+
+    monkeypatch.setattr(demo, "_processes", stop)
+
+
+def content(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+# The output folder
+
+
+@pytest.mark.parametrize("record", [None, "no JSON", "[]", '{"config": {"model": "m"}}'])
+def test_a_folder_that_is_no_demos_is_left_alone(
+    command: Command, llama: Path, tmp_path: Path, record: str | None
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "thesis.txt").write_text("x")
+    if record is not None:
+        (tmp_path / "run.json").write_text(record)
+    before = content(tmp_path)
+    said = command("demo", "--model", llama, "--output", tmp_path).refusal()
+    assert "not from an earlier demo; name another folder" in said
+    assert content(tmp_path) == before
+
+
+def test_a_run_of_the_users_on_the_same_data_is_left_alone(command: Command, llama: Path, earlier: Path) -> None:
+    record = json.loads((earlier / "run.json").read_text())
+    record["config"]["initial_peers"] = ["/ip4/192.0.2.1/tcp/1/p2p/Qm"]
+    (earlier / "run.json").write_text(json.dumps(record))
+    assert "not from an earlier demo" in command("demo", "--model", llama, "--output", earlier).refusal()
+    assert content(earlier) == {"adapter", "run.json"}
+
+
+def test_what_somebody_put_into_a_demos_folder_is_left_alone(command: Command, llama: Path, earlier: Path) -> None:
+    (earlier / "thesis.txt").write_text("x")
+    assert "holds 'thesis.txt', which no demo wrote" in command("demo", "--model", llama, "--output", earlier).refusal()
+    assert content(earlier) == {"adapter", "run.json", "thesis.txt"}
+
+
+def test_an_earlier_demo_stays_until_its_model_is_open(command: Command, tmp_path: Path, earlier: Path) -> None:
+    assert "has no config.json" in command("demo", "--model", tmp_path / "nope", "--output", earlier).refusal()
+    assert content(earlier) == {"adapter", "run.json"}
+
+
+@pytest.mark.usefixtures("stops_before_processes")
+def test_an_earlier_demo_is_replaced(llama: Path, earlier: Path) -> None:
+    with pytest.raises(_StartedError):
+        demo.run_demo(str(llama), 1, earlier)
+    assert content(earlier) == set()
