@@ -130,12 +130,17 @@ def _fetch(console: Console) -> Path:
 
 def _check_output(output: Path) -> None:
     """The demo's own folder may be replaced, nobody else's."""
+    from client.tune.errors import OutputError
     from client.tune.output import RunFolder
 
+    run = RunFolder(output)
+    try:
+        run.check(resume=True)
+    except OutputError as error:
+        raise BadUsage(f"--output must be a folder that can be written to: {error}.") from error
     found = {path.name for path in output.iterdir()} if output.exists() else set()
     if not found:
         return
-    run = RunFolder(output)
     if not _is_demo(run.record):
         raise BadUsage(f"--output {output} is not empty and not from an earlier demo; name another folder.")
     written = (run.record, run.checkpoints, run.adapter, run.log, run.plot, run.samples)

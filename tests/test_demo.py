@@ -77,3 +77,11 @@ def test_an_earlier_demo_is_replaced(llama: Path, earlier: Path) -> None:
     with pytest.raises(_StartedError):
         demo.run_demo(str(llama), 1, earlier)
     assert content(earlier) == set()
+
+
+@pytest.mark.usefixtures("stops_before_processes")
+@pytest.mark.parametrize("inside", ["", "folder"])
+def test_an_output_that_cannot_be_a_folder(command: Command, llama: Path, tmp_path: Path, inside: str) -> None:
+    (tmp_path / "file").write_text("x")
+    said = command("demo", "--model", llama, "--output", tmp_path / "file" / inside).refusal()
+    assert "--output must be a folder that can be written to" in said
