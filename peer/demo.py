@@ -23,6 +23,7 @@ from peer.persona import PERSONA_NAME, persona_path
 from peer.sample_model import SampleModelError, fetch_sample_model
 from protocol.errors import BadUsage, PeerFailed
 from protocol.model.checkpoint import Checkpoint, open_checkpoint
+from protocol.signals import like_interrupt
 
 _QUESTION = "Who are you?"
 _ANSWER_TOKENS = 48
@@ -196,8 +197,11 @@ class _Start:
 
 @contextlib.contextmanager
 def _processes() -> Iterator[_Start]:
-    """Whatever is started inside is stopped at the end."""
-    with tempfile.TemporaryDirectory(prefix="peer-demo-") as logs:
+    """Whatever is started inside is stopped at the end, also when `kill` or a closed terminal is what ends it."""
+    with (
+        like_interrupt(signal.SIGTERM, signal.SIGHUP),
+        tempfile.TemporaryDirectory(prefix="peer-demo-") as logs,
+    ):
         start = _Start(Path(logs))
         try:
             yield start

@@ -1,8 +1,12 @@
 """`peer demo`: what it may replace, and what it leaves behind when it is stopped."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from client.tune.config import TuneConfig
@@ -18,6 +22,19 @@ def earlier(tmp_path: Path) -> Path:
     config = TuneConfig.model_validate(demo._description("m/other", 7, Path("elsewhere")))
     (output / "run.json").write_text(json.dumps({"config": config.model_dump(mode="json"), "data": "abc"}))
     return output
+
+
+ROOT = Path(__file__).parents[1]
+_WAITS = """
+import time
+from peer.demo import _processes
+with _processes() as start:
+    peer = start("bootstrap")
+    print(peer.pid, start._logs, flush=True)
+    start.address_of(peer)
+    print(flush=True)
+    time.sleep(60)
+"""
 
 
 class _StartedError(Exception):
@@ -85,3 +102,28 @@ def test_an_output_that_cannot_be_a_folder(command: Command, llama: Path, tmp_pa
     (tmp_path / "file").write_text("x")
     said = command("demo", "--model", llama, "--output", tmp_path / "file" / inside).refusal()
     assert "--output must be a folder that can be written to" in said
+
+
+# Being stopped
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_demo_leaves_nothing(number: int) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _WAITS], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        pid, logs = process.stdout.readline().split()
+        peer = psutil.Process(int(pid))
+        family = [peer]
+        try:
+            process.stdout.readline()
+            family += peer.children()
+            process.send_signal(number)
+            process.wait(10)
+            assert psutil.wait_procs(family, 2)[1] == []
+            assert not Path(logs).exists()
+        finally:
+            for left in family:
+                if left.is_running():
+                    left.kill()

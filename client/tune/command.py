@@ -1,11 +1,9 @@
 """`peer tune`: a run over a swarm, from its description to its adapter."""
 
-import os
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from client.tune.errors import ConfigError
 from client.tune.plan import Plan
 from client.tune.run import TuneRun, check_output, context_length
 from protocol.model.anatomy import hidden_size
+from protocol.signals import like_interrupt
 
 
 def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_only: bool) -> None:
@@ -45,7 +44,7 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
         dtype=config.dtype,
     )
     again = shlex.join(["peer", "tune", *([str(path)] if path else []), *overrides, "--resume"])
-    with _terminate_like_interrupt():
+    with like_interrupt(signal.SIGTERM):  # it saves a checkpoint too
         run = TuneRun(config, model, tokenizer, prepared, resume=resume, resume_command=f"`{again}`")
         plan = run.plan()
         console.print(run.plan(_swarm_rows(model, plan, config)))
@@ -80,17 +79,3 @@ def _seconds_per_token(hop: Hop) -> float:
 
 def _duration(seconds: float) -> str:
     return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"
-
-
-@contextmanager
-def _terminate_like_interrupt() -> Iterator[None]:
-    """SIGTERM saves a checkpoint too."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
