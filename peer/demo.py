@@ -72,13 +72,17 @@ def _use_swarm(
 def _tune(folder: str, model: Any, tokenizer: Any, steps: int, output: Path, console: Console) -> tuple[Path, Any]:
     from client.tune.config import TuneConfig
     from client.tune.dataset import prepare
+    from client.tune.errors import Interrupted
     from client.tune.run import TuneRun, context_length
 
     config = TuneConfig.model_validate(_description(folder, steps, output))
     prepared = prepare(config, tokenizer, context_length(model.config))
     run = TuneRun(config, model, tokenizer, prepared)
     console.print(run.plan())
-    result = run.train(console)
+    try:
+        result = run.train(console)
+    except Interrupted as error:  # its own text says to resume; the swarm it ran through ends with the demo
+        raise Interrupted("stopped while training the adapter; the same command begins the demo anew") from error
     console.print(str(result))
     return result.adapter, run.model
 

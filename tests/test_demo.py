@@ -8,8 +8,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import transformers
+from rich.console import Console
 
 from client.tune.config import TuneConfig
+from client.tune.errors import Interrupted
+from client.tune.trainer import TuneTrainer
 from peer import demo
 from tests.command import Command
 
@@ -127,3 +131,17 @@ def test_a_stopped_demo_leaves_nothing(number: int) -> None:
             for left in family:
                 if left.is_running():
                     left.kill()
+
+
+def test_a_demo_stopped_in_its_training_says_how_to_begin_again(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TuneTrainer, "training_step", interrupt)
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    with pytest.raises(Interrupted, match="the same command begins the demo anew"):
+        demo._tune(str(llama), model, tokenizer, 2, tmp_path / "out", Console(quiet=True))
+    demo._check_output(tmp_path / "out")
