@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from client.tune.adapters import METHODS, attach, peft_config
 from client.tune.config import DataConfig, SamplesConfig, TrainerConfig, TuneConfig, json_schema, load_config
@@ -66,6 +67,9 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ({"trainer": {"stps": 3}}, "trainer: unknown key 'stps'; did you mean 'steps'?"),
         ({"adapter": {"method": "lora", "alpha": 3}}, "adapter: unknown key 'alpha'; did you mean 'lora_alpha'?"),
         ({"lerning_rate": 1}, "unknown key 'lerning_rate'; did you mean 'trainer.learning_rate'?"),
+        ({"network": {"codec_outt": "bf16"}}, "network: unknown key 'codec_outt'; did you mean 'codec_out'?"),
+        ({"network": {"zzz": 1}}, "network: unknown key 'zzz'; known are carrier, allowed_peers,"),
+        ({"codec_gradient": "bf16"}, "unknown key 'codec_gradient'; did you mean 'network.codec_gradients'?"),
         ({"qqq": 1}, "unknown key 'qqq'; known are model, revision,"),
         ({"adapter": {"method": "lorra"}}, "adapter.method: unknown method 'lorra'; did you mean 'lora'?"),
         ({"adapter": {"r": 3}}, "adapter.method is missing; one of lora, rslora, dora, adalora"),
@@ -83,6 +87,14 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_wrong_key_or_value_is_one_sentence(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
     assert sentence(tmp_path, {**MINIMAL, **change}).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "section", [key for key, value in TuneConfig.model_validate(MINIMAL) if isinstance(value, BaseModel)]
+)
+def test_no_section_takes_an_unknown_key(tmp_path: Path, section: str) -> None:
+    unknown = {"zzz": 1, **({"method": "lora"} if section == "adapter" else {})}
+    assert f"{section}: unknown key 'zzz'; known are" in sentence(tmp_path, {**MINIMAL, section: unknown})
 
 
 def test_every_problem_is_named_at_once(tmp_path: Path) -> None:

@@ -233,8 +233,10 @@ def _merge(values: dict[str, Any], flags: dict[str, Any]) -> None:
 
 
 def _sections() -> dict[str, type[BaseModel]]:
-    adapter = {"adapter": OPTIONS["lora"]}
-    return {"": TuneConfig, "data": DataConfig, **adapter, "trainer": TrainerConfig, "samples": SamplesConfig}
+    return {
+        "": TuneConfig, "network": NetworkConfig, "data": DataConfig, "adapter": OPTIONS["lora"],
+        "trainer": TrainerConfig, "samples": SamplesConfig,
+    }  # fmt: skip
 
 
 def _explain(detail: ErrorDetails) -> str:
