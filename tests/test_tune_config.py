@@ -178,6 +178,13 @@ def test_the_method_fixes_what_its_name_says() -> None:
     assert made("adalora").total_step == 10
 
 
+def test_the_adapter_is_of_the_revision_of_the_model_that_was_asked_for() -> None:
+    """Its own tokenizer too, and what PEFT writes down for whoever loads the adapter."""
+    adapter = {"method": "prompt", "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "Answer"}
+    made = peft_config(TuneConfig.model_validate({**MINIMAL, "adapter": adapter}).adapter, "m", 10, "old")
+    assert (made.revision, made.tokenizer_name_or_path, made.tokenizer_kwargs) == ("old", "m", {"revision": "old"})
+
+
 @pytest.mark.parametrize(
     ("adapter", "expected"),
     [

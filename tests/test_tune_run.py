@@ -12,12 +12,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from transformers import BloomConfig, GPT2Config, LlamaConfig, Trainer, TrainingArguments, set_seed
 
+from client.tune.command import run_tune
 from client.tune.config import TuneConfig
 from client.tune.dataset import Collator, prepare
 from client.tune.errors import ConfigError, DataError, Interrupted
 from client.tune.plan import count_steps
 from client.tune.run import TuneResult, TuneRun, check_output, context_length
 from client.tune.samples import Sample, samples_markdown
+from tests.command import Command
 from tests.test_tune_support import (
     ALPACA,
     byte_tokenizer,
@@ -253,6 +255,37 @@ def test_the_context_of_a_model() -> None:
     assert context_length(LlamaConfig(max_position_embeddings=77)) == 77
     assert context_length(GPT2Config(n_positions=78)) == 78
     assert context_length(BloomConfig()) is None  # alibi sets no limit
+
+
+def described(folder: Path, **keys: Any) -> Path:
+    """The file of a run that gets as far as to its data."""
+    write_jsonl(folder / "data.jsonl", ALPACA)
+    values = {
+        "initial_peers": "nobody",
+        "data": {"path": str(folder / "data.jsonl"), "max_length": 100},
+        "output": str(folder / "out"),
+        **keys,
+    }
+    file = folder / "tune.yaml"
+    file.write_text(json.dumps(values))  # which is YAML too
+    return file
+
+
+def test_the_context_is_that_of_the_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(model: str, name: str, revision: str | None) -> str:
+        LlamaConfig(max_position_embeddings=64 if revision == "old" else 256).save_pretrained(tmp_path)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("protocol.model.checkpoint.hf_hub_download", download)
+    monkeypatch.setattr("client.tune.command.load_tokenizer", lambda *_: byte_tokenizer())
+    with pytest.raises(ConfigError, match=r"data\.max_length: 100 tokens do not fit, some/model has room for 64"):
+        run_tune(described(tmp_path, model="some/model", revision="old"), [], resume=False, plan_only=False)
+
+
+def test_a_model_with_a_tokenizer_and_no_configuration(command: Command, tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    file = described(tmp_path, model=str(tmp_path / "model"))
+    assert "model' has no config.json; expected a Hugging Face model folder" in command("tune", file).refusal()
 
 
 def test_tensorboard_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,8 +110,8 @@ else:
     AdapterChoice = Annotated[Union[tuple(OPTIONS.values())], Field(discriminator="method")]  # noqa: UP007
 
 
-def peft_config(adapter: AdapterOptions, model_name: str, steps: int) -> peft.PeftConfig:
-    """The PEFT config of a run of `steps` optimizer steps on `model_name`.
+def peft_config(adapter: AdapterOptions, model_name: str, steps: int, revision: str | None = None) -> peft.PeftConfig:
+    """The PEFT config of a run of `steps` optimizer steps on `revision` of `model_name`.
 
     Raises:
         ConfigError: PEFT refuses the options.
@@ -126,10 +126,12 @@ def peft_config(adapter: AdapterOptions, model_name: str, steps: int) -> peft.Pe
         options.setdefault("total_step", steps)
     if adapter.method in PROMPT_METHODS:
         options.setdefault("num_virtual_tokens", adapter.virtual_tokens)
-    if str(options.get("prompt_tuning_init", "")).upper().endswith("TEXT"):
-        options.setdefault("tokenizer_name_or_path", model_name)
+    is_text = str(options.get("prompt_tuning_init", "")).upper().endswith("TEXT")
+    if is_text and "tokenizer_name_or_path" not in options:
+        options["tokenizer_name_or_path"] = model_name
+        options["tokenizer_kwargs"] = {"revision": revision, **(options.get("tokenizer_kwargs") or {})}
     try:
-        return METHODS[adapter.method].config(task_type="CAUSAL_LM", **options)
+        return METHODS[adapter.method].config(task_type="CAUSAL_LM", revision=revision, **options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"adapter: PEFT refuses these options for {adapter.method}: {_line(error)}") from error
 

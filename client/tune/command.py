@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import AutoConfig
 
 from client import AutoDistributedModelForCausalLM
 from client.routing import Hop
@@ -20,6 +19,7 @@ from client.tune.errors import ConfigError
 from client.tune.plan import Plan
 from client.tune.run import TuneRun, check_output, context_length
 from protocol.model.anatomy import hidden_size
+from protocol.model.checkpoint import open_checkpoint
 from protocol.signals import like_interrupt
 
 
@@ -34,7 +34,7 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
         raise ConfigError("initial_peers is empty; give the address of a member, which `peer serve` prints when ready")
     check_output(config, resume)
     tokenizer = load_tokenizer(config.model, config.revision)
-    prepared = prepare(config, tokenizer, context_length(AutoConfig.from_pretrained(config.model)))
+    prepared = prepare(config, tokenizer, context_length(open_checkpoint(config.model, config.revision).config))
     model = AutoDistributedModelForCausalLM.from_pretrained(
         config.model,
         revision=config.revision,

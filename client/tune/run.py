@@ -111,7 +111,7 @@ class TuneRun:
             check_packing(model)
         # The seed is set here too: the adapter's first values are the same in a run and in its continuation.
         set_seed(config.trainer.seed)
-        self.model: PeftModel = attach(model, peft_config(config.adapter, config.model, self.steps))
+        self.model: PeftModel = attach(model, peft_config(config.adapter, config.model, self.steps, config.revision))
         self.folder.check_same(config, prepared.train.fingerprint())
         self._store = CheckpointStore(self.folder.checkpoints, config.trainer.keep_checkpoints)
         self._start = self._store.newest()
