@@ -108,6 +108,10 @@ def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
     [
         ("model: [", "is not valid YAML on line 1"),
         ("model: a\nmodel: b\n", "is not valid YAML on line 2: the key 'model' stands twice"),
+        ("output: o\nmodel: {{MODEL}}\n", "is not valid YAML on line 2: found unhashable key"),
+        ("? [a]\n: b\n", "is not valid YAML on line 1: found unhashable key"),
+        ("model: m\nd: 2024-99-99\n", "is not valid YAML on line 2: '2024-99-99' is no value"),
+        ("model: !!bool maybe\n", "is not valid YAML on line 1: 'maybe' is no value"),
         ("just words", "must hold keys and values"),
         ("", "must hold keys and values"),
     ],
@@ -122,6 +126,8 @@ def test_a_file_that_is_no_description(tmp_path: Path, text: str, expected: str)
         ("steps", "'steps' is not an override; write it as section.key=value"),
         ("trainer..steps=1", "'trainer..steps=1' is not an override"),
         ("trainer.steps=[", "'trainer.steps=[': the value is not valid YAML"),
+        ("trainer.seed=2024-99-99", "'trainer.seed=2024-99-99': the value is not valid YAML"),
+        ("trainer.seed={{SEED}}", "'trainer.seed={{SEED}}': the value is not valid YAML"),
         ("trainer.stps=1", "trainer: unknown key 'stps'; did you mean 'steps'?"),
     ],
 )
