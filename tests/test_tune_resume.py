@@ -274,6 +274,22 @@ def test_more_steps_can_be_asked_of_a_finished_run(config: TuneConfig) -> None:
     assert (config.output / "checkpoints" / "checkpoint-9").is_dir()  # the new save_every holds
 
 
+def test_fewer_steps_than_are_done_cannot_be_asked_for(config: TuneConfig) -> None:
+    """Its adapter would be that of all the steps done; and what the folder says of itself stays true."""
+    interrupted(config, on_forward(10, interrupt))
+    record = (config.output / "run.json").read_text()
+    shorter = config.model_copy(update={"trainer": config.trainer.model_copy(update={"steps": 4})})
+    with pytest.raises(ConfigError) as caught:
+        start(shorter, resume=True)
+    assert str(caught.value) == (
+        f"the run in {config.output} has done 5 steps and can't go back to 4; ask for at least 5 (trainer.steps or"
+        " trainer.epochs), or name another output"
+    )
+    assert (config.output / "run.json").read_text() == record
+    enough = config.model_copy(update={"trainer": config.trainer.model_copy(update={"steps": 5})})
+    assert start(enough, resume=True).train(silent()).steps == 5
+
+
 @pytest.mark.parametrize(
     ("section", "change", "expected"),
     [

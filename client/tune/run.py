@@ -88,7 +88,7 @@ class TuneRun:
 
     Raises:
         ConfigError: the adapter does not go on this model, packing does not go with it, or the run to be resumed is
-            another one.
+            another one or has done more steps than are asked for.
         OutputError: the output folder can't be used.
     """
 
@@ -115,6 +115,11 @@ class TuneRun:
         self.folder.check_same(config, prepared.train.fingerprint())
         self._store = CheckpointStore(self.folder.checkpoints, config.trainer.keep_checkpoints)
         self._start = self._store.newest()
+        if self.first_step > self.steps:
+            raise ConfigError(
+                f"the run in {config.output} has done {self.first_step} steps and can't go back to {self.steps}; ask"
+                f" for at least {self.first_step} (trainer.steps or trainer.epochs), or name another output"
+            )
         self._guard = InterruptGuard()
 
     @property
@@ -142,7 +147,7 @@ class TuneRun:
         console = console or Console()
         self.begin()
         self._store.discard_after(self.first_step)
-        if self._start and self._start[0] >= self.steps:
+        if self._start and self.first_step == self.steps:
             load_trained(self.model, self._start[1])
         else:
             self._train(console)
