@@ -222,6 +222,21 @@ def test_steps_are_counted_as_trainer_counts_them(tmp_path: Path) -> None:
     assert list(losses(config)) == [1, 2, 3]
 
 
+def test_the_largest_numbers_that_are_taken_can_be_trained_with(tmp_path: Path) -> None:
+    most = {
+        "batch_size",
+        "gradient_accumulation",
+        "warmup",
+        "log_every",
+        "eval_every",
+        "save_every",
+        "keep_checkpoints",
+    }
+    trainer = dict.fromkeys(most, 2**31 - 1)
+    config = describe(tmp_path, data={"validation": 0.2}, trainer={**trainer, "steps": 1}, samples={"count": 2**31 - 1})
+    assert start(config).train(silent()).steps == 1
+
+
 @pytest.mark.parametrize("validation", [0.25, 0.01])
 def test_the_split_is_seeded_and_takes_at_least_one(tmp_path: Path, validation: float) -> None:
     def split(seed: int) -> tuple[str, int, int]:

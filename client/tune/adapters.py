@@ -56,7 +56,7 @@ METHODS: dict[str, Method] = {
 class AdapterOptions(BaseModel):
     """The adapter section of a run: a method and the options the user set for it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     method: str
 
     def options(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def attach(model: PreTrainedModel, config: peft.PeftConfig) -> peft.PeftModel:
         _check_modules(model, field, getattr(config, field, None))
     try:
         return peft.get_peft_model(model, config)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:  # the last two: a size past reason
         raise ConfigError(f"adapter: PEFT can't attach this adapter: {_line(error)}") from error
 
 

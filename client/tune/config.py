@@ -17,6 +17,9 @@ from protocol.transport.base import Carrier
 
 DEFAULT_EPOCHS = 3.0
 LONGEST_DEFAULT = 2048
+_MOST = 2**31 - 1  # of anything that is counted: what Torch and Transformers do with more differs from field to field
+
+Count = Annotated[int, Field(gt=0, le=_MOST)]
 
 
 def _as_list(value: object) -> object:
@@ -24,9 +27,9 @@ def _as_list(value: object) -> object:
 
 
 class Section(BaseModel):
-    """A part of the description: unknown keys are errors, values do not change once read."""
+    """A part of the description: unknown keys are errors, values do not change once read, numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -37,8 +40,13 @@ class DataConfig(Section):
     columns: dict[str, str] = Field(default_factory=dict, description="our column name: the name in the file")
     system: str | None = Field(default=None, description="system message of records that bring none")
     train_on: Literal["answers", "all"] = "answers"
-    validation: float | Path = Field(default=0.0, description="a share of the records, or the path of a file")
-    max_length: int | None = Field(default=None, ge=8, description="tokens; none: the model's context, at most 2048")
+    # The validator below is the one to refuse inf: pydantic would add in how many ways it is no path either.
+    validation: Annotated[float, Field(allow_inf_nan=True)] | Path = Field(
+        default=0.0, description="a share of the records, or the path of a file"
+    )
+    max_length: int | None = Field(
+        default=None, ge=8, le=_MOST, description="tokens; none: the model's context, at most 2048"
+    )
     too_long: Literal["refuse", "truncate", "drop"] = "refuse"
     packing: bool = False
 
@@ -61,20 +69,24 @@ class DataConfig(Section):
 class TrainerConfig(Section):
     """How it learns; each is the `TrainingArguments` field of the same meaning."""
 
-    steps: int | None = Field(default=None, gt=0, description="optimizer steps; instead of epochs")
-    epochs: float | None = Field(default=None, gt=0, description="passes over the data; 3 if neither is given")
-    batch_size: int = Field(default=8, gt=0, description="rows per micro-batch")
-    gradient_accumulation: int = Field(default=1, gt=0, description="micro-batches per optimizer step")
+    steps: Count | None = Field(default=None, description="optimizer steps; instead of epochs")
+    epochs: float | None = Field(
+        default=None, gt=0, le=_MOST, description="passes over the data; 3 if neither is given"
+    )
+    batch_size: Count = Field(default=8, description="rows per micro-batch")
+    gradient_accumulation: Count = Field(default=1, description="micro-batches per optimizer step")
     learning_rate: float = Field(default=2e-4, gt=0)
     schedule: Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt"] = "cosine"
-    warmup: float = Field(default=0.03, ge=0, description="a share of the steps if below 1, else a number of steps")
+    warmup: float = Field(
+        default=0.03, ge=0, le=_MOST, description="a share of the steps if below 1, else a number of steps"
+    )
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, ge=0, description="0: do not clip")
     seed: int = Field(default=42, ge=0, lt=2**32)
-    log_every: int = Field(default=1, gt=0)
-    eval_every: int | None = Field(default=None, gt=0, description="none: before the first step and after the last")
-    save_every: int = Field(default=100, gt=0)
-    keep_checkpoints: int = Field(default=2, gt=0)
+    log_every: Count = 1
+    eval_every: Count | None = Field(default=None, description="none: before the first step and after the last")
+    save_every: Count = 100
+    keep_checkpoints: Count = 2
     tensorboard: bool = False
 
     @model_validator(mode="after")
@@ -88,8 +100,10 @@ class SamplesConfig(Section):
     """Texts that the model continues before and after, greedily."""
 
     prompts: list[str] = Field(default_factory=list)
-    count: int = Field(default=3, ge=0, description="how many to take from the data when no prompts are given")
-    max_new_tokens: int = Field(default=64, gt=0)
+    count: int = Field(
+        default=3, ge=0, le=_MOST, description="how many to take from the data when no prompts are given"
+    )
+    max_new_tokens: Count = 64
 
 
 class NetworkConfig(Section):
@@ -107,8 +121,10 @@ class NetworkConfig(Section):
     codec_out: Codec | None = Field(default=None, description="how hidden states travel to peers")
     codec_back: Codec | None = Field(default=None, description="how hidden states travel back")
     codec_gradients: GradientCodec | None = Field(default=None, description="how gradients of hidden states travel")
-    silence_timeout: float | None = Field(default=None, gt=0, description="seconds until a silent peer counts as lost")
-    micro_batch_tokens: int | None = Field(default=None, gt=0, description="larger batches are split")
+    silence_timeout: float | None = Field(
+        default=None, gt=0, le=_MOST, description="seconds until a silent peer counts as lost"
+    )
+    micro_batch_tokens: Count | None = Field(default=None, description="larger batches are split")
 
 
 class TuneConfig(Section):
