@@ -1,5 +1,7 @@
 """Options of the network."""
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +14,7 @@ Codec = Literal["none", "bf16", "f16", "int8", "lossless"]
 """See `protocol.codecs`; `peer certify` measures what each does to a model."""
 GradientCodec = Literal["none", "bf16", "f16", "lossless"]
 """Gradients stay at 16 bits or more."""
+_PEER_ID = re.compile(r"Qm[1-9A-HJ-NP-Za-km-z]{44}")
 
 
 class SwarmConfig(BaseModel):
@@ -52,13 +55,20 @@ class SwarmConfig(BaseModel):
     hand_over_above: float = Field(default=0.005, ge=0)
     """Seconds of round trip to a peer from which on peers hand their results to each other, without a detour here."""
 
+    @field_validator("allowed_peers", "blocked_peers")
+    @classmethod
+    def _check_peers(cls, peers: frozenset[str] | None) -> frozenset[str] | None:
+        _check_ids(peers or ())
+        return peers
+
     @field_validator("pins")
     @classmethod
     def _check_pins(cls, pins: dict[str, frozenset[str]]) -> dict[str, frozenset[str]]:
-        for span in pins:
+        for span, peers in pins.items():
             start, _, end = span.partition(":")
             if not (start.isdecimal() and end.isdecimal() and int(start) < int(end)):
                 raise ValueError(f"{span!r} is not a span of blocks; expected START:END, such as 0:2")
+            _check_ids(peers)
         return pins
 
     @classmethod
@@ -76,4 +86,11 @@ class SwarmConfig(BaseModel):
         except ValidationError as error:
             problem = error.errors()[0]
             field = ".".join(str(part) for part in problem["loc"])
-            raise BadUsage(f"Option {field} of the swarm: {problem['msg']}.") from error
+            raise BadUsage(f"Option {field} of the swarm: {problem['msg'].removeprefix('Value error, ')}.") from error
+
+
+def _check_ids(peers: Iterable[str]) -> None:
+    """A peer's name in place of its ID would match nobody, and keep nothing from anybody."""
+    for peer in sorted(peers):
+        if not _PEER_ID.fullmatch(peer):
+            raise ValueError(f"{peer!r} is not a peer's ID, such as Qm…; `peer status --json` shows them")

@@ -71,6 +71,7 @@ class Swarm:
     @classmethod
     def connect(cls, config: SwarmConfig, checkpoint: Checkpoint) -> "Swarm":
         """Join as a client. Raises `BadUsage` for a malformed address or key file, `PeerUnreachable`, `WrongKey`."""
+        _check_pins(config, checkpoint)
 
         async def join() -> Swarm:
             return cls(config, checkpoint, await _MEMBERSHIPS.acquire(config.initial_peers, config.swarm_key))
@@ -193,6 +194,13 @@ class Swarm:
     def _allows(self, peer_id: str) -> bool:
         allowed = self.config.allowed_peers
         return peer_id not in self.config.blocked_peers and (allowed is None or peer_id in allowed)
+
+
+def _check_pins(config: SwarmConfig, checkpoint: Checkpoint) -> None:
+    total = checkpoint.model_id.num_blocks
+    for span in config.pins:
+        if int(span.partition(":")[2]) > total:
+            raise BadUsage(f"Option pins of the swarm: {span!r} is out of range; the model has blocks 0:{total}.")
 
 
 def _leave(connections: Connections, membership: Membership) -> None:

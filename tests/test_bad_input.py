@@ -371,6 +371,20 @@ def test_a_wrong_option_of_a_client(served: Swarm, llama: Path) -> None:
         AutoDistributedModelForCausalLM()
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"blocked_peers": [SOMEBODY, "ada"]}, "Option blocked_peers of the swarm: 'ada' is not a peer's ID"),
+        ({"allowed_peers": ["ada"]}, "Option allowed_peers of the swarm: 'ada' is not a peer's ID"),
+        ({"pins": {"0:1": [SOMEBODY + "x"]}}, f"'{SOMEBODY}x' is not a peer's ID, .*; `peer status --json` shows"),
+        ({"pins": {"0:1": [SOMEBODY], "3:6": [SOMEBODY]}}, "'3:6' is out of range; the model has blocks 0:5."),
+    ],
+)
+def test_peers_and_blocks_to_keep_to_that_are_none(llama: Path, option: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadUsage, match=said):
+        AutoDistributedModelForCausalLM.from_pretrained(str(llama), initial_peers=["x"], **option)
+
+
 def test_a_class_of_another_family(served: Swarm, llama: Path) -> None:
     with pytest.raises(BadUsage, match=r"is a llama model, and BloomForCausalLM runs bloom models; use the class of"):
         client.DistributedBloomForCausalLM.from_pretrained(str(llama), initial_peers=served.initial_peers)
