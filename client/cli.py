@@ -71,11 +71,23 @@ def load_model(
     if adapter is None:
         return swarm_model
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     try:
         return PeftModel.from_pretrained(swarm_model, adapter).eval()
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
-        raise BadUsage(f"--adapter {adapter} cannot be put on {model} ({first_line(error)}).") from error
+    except (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise BadUsage(f"--adapter {adapter} cannot be put on {model} ({_misfit(error)}).") from error
+
+
+def _misfit(error: Exception) -> str:
+    """Why an adapter does not load; PEFT's first line does not tell when sizes differ."""
+    from client.merge.adapter import find_mismatch
+
+    mismatch = find_mismatch(error)
+    if mismatch is None:
+        return first_line(error)
+    name, given, needed = mismatch
+    return f"it was trained on another model: its tensor {name} is {given}, and here it must be {needed}"
 
 
 @app.command()

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import client
 from client import AutoDistributedModelForCausalLM
@@ -478,6 +480,36 @@ def test_a_model_from_before_a_fork(small: Swarm, llama: Path) -> None:
         child.kill()
         child.join()
     assert model(input_ids=IDS).logits.shape == (1, 8, 128)
+
+
+ADAPTER, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated": (lambda folder: (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:-9]), "deserializing"),
+    "a list": (write(ADAPTER, "[]"), "list"),
+    "a module of nonsense": (edit(ADAPTER, target_modules=5), "'int' object"),
+    "a rank of nonsense": (edit(ADAPTER, r="eight"), "'str'"),
+    "of another model": (
+        lambda folder: save_file(
+            {name: torch.zeros(3, 7) for name in load_file(folder / TENSORS)}, folder / TENSORS, {"format": "pt"}
+        ),
+        "it was trained on another model: its tensor model.layers.0.self_attn.q_proj.lora_A.weight is [3, 7], and here "
+        "it must be [2, 32]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), BROKEN.values(), ids=BROKEN)
+def test_an_adapter_that_cannot_be_used(
+    command: Command, served: Swarm, llama: Path, tmp_path: Path, damage: Callable[[Path], Any], said: str
+) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(llama), config).save_pretrained(tmp_path)
+    damage(tmp_path)
+    refusal = command(
+        "generate", llama, "w5", "--adapter", tmp_path, "--initial-peers", served.initial_peers[0]
+    ).refusal()
+    assert f"--adapter {tmp_path} cannot be put on" in refusal
+    assert said in refusal
 
 
 def test_commands_of_a_client(

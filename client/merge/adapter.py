@@ -220,7 +220,7 @@ class Adapted:
         try:
             result = set_peft_model_state_dict(self.peft, tensors, _NAME, low_cpu_mem_usage=True)
         except RuntimeError as error:
-            raise MergeError(self._mismatch(str(error))) from error
+            raise MergeError(self._mismatch(error)) from error
         except (KeyError, ValueError) as error:
             raise MergeError(f"The adapter file lacks or garbles {_line(error)}.") from error
         if result.unexpected_keys:
@@ -252,11 +252,11 @@ class Adapted:
             "them: it was trained on another model."
         )
 
-    def _mismatch(self, error: str) -> str:
-        found = re.search(r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\).*?torch\.Size\((\[.*?\])\)", error)
-        if found is None:
+    def _mismatch(self, error: Exception) -> str:
+        mismatch = find_mismatch(error)
+        if mismatch is None:
             return f"The adapter's tensors do not fit the base ({self._kind}): {_line(error)}"
-        return self._resized(_plain(found[1]), found[2], found[3])
+        return self._resized(*mismatch)
 
     def _resized(self, name: str, here: object, there: object) -> str:
         message = f"The adapter was trained on another model: its tensor {name} is {here}, and this base needs {there}"
@@ -282,6 +282,13 @@ class Adapted:
                 layer.pissa_init(_NAME, self._init) if self._init == "pissa" else layer.olora_init(_NAME)
                 for factor, data in zip(factors, trained, strict=True):
                     factor.data = data
+
+
+def find_mismatch(error: Exception) -> tuple[str, str, str] | None:
+    """The first tensor that torch could not load for its size: its name, its own shape, and the model's."""
+    pattern = r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\).*?torch\.Size\((\[.*?\])\)"
+    found = re.search(pattern, str(error))
+    return None if found is None else (_plain(found[1]), found[2], found[3])
 
 
 def _fill_with_stubs(model: nn.Module, dtype: torch.dtype) -> list[Stub]:
