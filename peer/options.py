@@ -46,16 +46,18 @@ def _load_defaults(context: typer.Context, value: Path | None) -> Path | None:
         raise BadUsage(f"--config {value} cannot be read as YAML ({first_line(error)}).") from error
     if not isinstance(options, dict):
         raise BadUsage(f"--config {value} must hold a mapping of options to values.")
-    known = {str(parameter.name): parameter for parameter in context.command.params}
-    options = {str(key).replace("-", "_"): item for key, item in options.items()}
-    for key in options:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, 1)
+    # By the names that people type: Python's differ where they would hide a built-in, as for --json.
+    known = {name.lstrip("-").replace("-", "_"): option for option in context.command.params for name in option.opts}
+    defaults = {}
+    for key, item in options.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, 1)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            raise BadUsage(f"--config {value}: {key!r} is no option of `peer {context.info_name}`.{hint}")
-        if getattr(known[key], "multiple", False) and not isinstance(options[key], list):
-            options[key] = [options[key]]
-    context.default_map = {**(context.default_map or {}), **options}
+            raise BadUsage(f"--config {value}: {name!r} is no option of `peer {context.info_name}`.{hint}")
+        is_one_of_many = getattr(known[name], "multiple", False) and not isinstance(item, list)
+        defaults[str(known[name].name)] = [item] if is_one_of_many else item
+    context.default_map = {**(context.default_map or {}), **defaults}
     return value
 
 

@@ -116,6 +116,7 @@ def test_options_that_are_none(command: Command, llama: Path, arguments: list[st
     [
         ("bloks: 0:2", "'bloks' is no option of `peer serve`. Did you mean 'blocks'?"),
         ("cache-token: 3", "Did you mean 'cache_tokens'?"),
+        ("compil: yes", "Did you mean 'compile'?"),
         ("zzz: 3", "'zzz' is no option of `peer serve`."),
         ("[blocks]", "must hold a mapping"),
         ("blocks: [", "cannot be read as YAML"),
@@ -128,6 +129,14 @@ def test_a_wrong_file_of_options(command: Command, llama: Path, tmp_path: Path, 
     if content is not None:
         file.write_text(content)
     assert said in command("serve", llama, "--config", file).refusal()
+
+
+def test_an_option_in_a_file_has_the_name_that_people_type(command: Command, llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("compile: yes\nblocks: 0:9\nhost: 127.0.0.1\n")
+    assert "0:9 is out of range" in command("serve", llama, "--config", file).refusal()
+    file.write_text("json: yes\ninitial-peers: here\n")
+    assert "'here' is not the address of a peer" in command("status", "--config", file).refusal()
 
 
 def test_an_option_in_a_file_is_checked_like_any_other(command: Command, llama: Path, tmp_path: Path) -> None:
