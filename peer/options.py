@@ -42,7 +42,7 @@ def _load_defaults(context: typer.Context, value: Path | None) -> Path | None:
     try:
         # All values as text, for the options to parse: YAML 1.1 takes 12:24 for 744, sixties and units.
         options = yaml.load(value.read_text(), yaml.BaseLoader) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadUsage(f"--config {value} cannot be read as YAML ({first_line(error)}).") from error
     if not isinstance(options, dict):
         raise BadUsage(f"--config {value} must hold a mapping of options to values.")

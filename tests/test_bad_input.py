@@ -114,6 +114,7 @@ def test_options_that_are_none(command: Command, llama: Path, arguments: list[st
 @pytest.mark.parametrize(
     ("content", "said"),
     [
+        ("name: \xe9", "cannot be read as YAML ('utf-8' codec"),
         ("bloks: 0:2", "'bloks' is no option of `peer serve`. Did you mean 'blocks'?"),
         ("cache-token: 3", "Did you mean 'cache_tokens'?"),
         ("compil: yes", "Did you mean 'compile'?"),
@@ -127,7 +128,7 @@ def test_options_that_are_none(command: Command, llama: Path, arguments: list[st
 def test_a_wrong_file_of_options(command: Command, llama: Path, tmp_path: Path, content: str | None, said: str) -> None:
     file = tmp_path / "options.yaml"
     if content is not None:
-        file.write_text(content)
+        file.write_bytes(content.encode("latin-1"))
     assert said in command("serve", llama, "--config", file).refusal()
 
 
