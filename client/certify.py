@@ -102,8 +102,9 @@ def certify(
 
     `data`: a file as for `peer tune`. Raises `BadUsage`, `UnsupportedModel`.
     """
-    open_checkpoint(model, revision)
+    checkpoint = open_checkpoint(model, revision)
     rows = _read_text(load_tokenizer(model, revision), data)
+    checkpoint.state_dict(lambda _: True)  # says what is wrong with the files, which Transformers does in many ways
     local = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype).eval()
     borders = Borders(local, plan.spans)
     report("the next token's distribution")

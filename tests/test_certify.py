@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,11 @@ def test_bad_usage_is_told(command: Command, llama: Path, text: Path, tmp_path: 
     assert "more than the model's 5 blocks" in command("certify", llama, "--data", text, "--spans", "6").refusal()
     assert "'int4' is unknown" in command("certify", llama, "--dtype", "int4").refusal()
     assert "has no config.json" in command("certify", tmp_path / "nothing").refusal()
+
+
+def test_a_model_that_lacks_a_shard_is_told(command: Command, llama: Path, text: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama, tmp_path / "model")
+    shard = min(folder.glob("*.safetensors"))
+    shard.unlink()
+    said = command("certify", folder, "--data", text).refusal()
+    assert f"lacks its shard {shard.name}; download the model again" in said
