@@ -13,7 +13,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from client.ghost import GhostBlocks, GhostTensor
-from protocol.errors import BadUsage, UnsupportedModel
+from protocol.errors import BadUsage, UnsupportedModel, first_line
 from protocol.model.checkpoint import Checkpoint, find_file, open_checkpoint
 
 _BASE = "swarm_base"
@@ -51,10 +51,19 @@ def base_of(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def load_generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Take over how the checkpoint wants to be sampled and where it stops, as `from_pretrained` does."""
+    """Take over how the checkpoint wants to be sampled and where it stops, as `from_pretrained` does.
+
+    Raises `UnsupportedModel` when its file cannot be used.
+    """
     path = find_file(checkpoint.name, _GENERATION, checkpoint.revision)
-    if path is not None and model.can_generate():
+    if path is None or not model.can_generate():
+        return
+    try:
         model.generation_config = GenerationConfig.from_pretrained(path.parent)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UnsupportedModel(
+            f"{path} cannot be used ({first_line(error)}); download the model again, or remove this file."
+        ) from error
 
 
 def hide_ghosts(ghosts: GhostBlocks) -> None:

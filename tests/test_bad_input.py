@@ -285,6 +285,15 @@ def test_a_client_of_a_damaged_model_folder(copy: Path, served: Swarm) -> None:
         connect(copy, served)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"max_new_tokens": "many"}', "\xe9"])
+def test_a_damaged_generation_config(copy: Path, served: Swarm, content: str) -> None:
+    (copy / "generation_config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(
+        UnsupportedModel, match=r"generation_config\.json cannot be used \(.*\); download the model again"
+    ):
+        connect(copy, served)
+
+
 _TINY: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3}
 REFUSED: dict[str, transformers.PreTrainedConfig] = {
     "mamba": transformers.MambaConfig(**_TINY, state_size=4),
