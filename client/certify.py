@@ -7,7 +7,7 @@ model as it is: the next token's distribution on a text, and the loss of a short
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ class Certificate:
     model: str
     dtype: str
     plan: Plan
+    """What was measured."""
     perplexity: float
     loss: float
     effects: tuple[Effect, ...]
@@ -108,7 +109,8 @@ def certify(
     local = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype).eval()
     borders = Borders(local, plan.spans)
     report("the next token's distribution")
-    perplexity, found = _compare(local, borders, rows[: max(1, plan.tokens // _WINDOW)])
+    compared = rows[: max(1, plan.tokens // _WINDOW)]
+    perplexity, found = _compare(local, borders, compared)
     report("LoRA training without a codec")
     loss = _train(local, borders, rows, plan.steps, "none", "none")
     effects = []
@@ -119,7 +121,8 @@ def certify(
             after = _train(local, borders, rows, plan.steps, codec, gradients)
         effects.append(Effect(codec, gradients, **found[codec], loss=after, loss_change=after / loss - 1))
     name = str(local.dtype).removeprefix("torch.")
-    return Certificate(model, name, plan, perplexity, loss, tuple(effects))
+    measured = replace(plan, tokens=compared.numel())  # whole rows, and no more than the text has
+    return Certificate(model, name, measured, perplexity, loss, tuple(effects))
 
 
 class Borders:

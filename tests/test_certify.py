@@ -45,6 +45,15 @@ def test_a_model_is_certified(command: Command, llama: Path, text: Path) -> None
     assert found["spans"] == 2
 
 
+@pytest.mark.parametrize(("asked", "measured"), [("1", 128), ("300", 256), ("5000000", 640)])
+def test_it_says_how_much_text_was_measured(
+    command: Command, llama: Path, text: Path, asked: str, measured: int
+) -> None:
+    asking = ("certify", llama, "--data", text, "--tokens", asked, "--steps", "1")
+    assert json.loads(command(*asking, "--json").stdout)["tokens"] == measured
+    assert f"{measured} tokens of text" in command(*asking).stdout
+
+
 def test_the_table_says_what_is_safe(command: Command, llama: Path, text: Path) -> None:
     outcome = command("certify", llama, "--data", text, "--tokens", "128", "--steps", "1")
     assert outcome.code == 0
