@@ -32,7 +32,7 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="For sampling.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="For sampling.")] = None,
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter: a folder or hub name.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of what this machine holds; default: the checkpoint's.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,

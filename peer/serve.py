@@ -88,7 +88,7 @@ def serve(
     drain_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that clients get to go elsewhere when this peer is told to stop.")
     ] = 30.0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads to compute with.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=4096, help="CPU threads to compute with.")] = None,
     compile_: Annotated[
         bool, typer.Option("--compile", help="Compile decode steps (torch.compile): starts later, steps sooner.")
     ] = False,

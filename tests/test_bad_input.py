@@ -99,6 +99,7 @@ def test_options_that_are_wrong(command: Command, llama: Path, arguments: list[s
         ["--direct-port", "70000"],
         ["--num-blocks", "0"],
         ["--max-length", "x"],
+        ["--threads", "99999999999"],
         ["--bloks", "0:2"],
         ["a", "b"],
     ],
@@ -538,6 +539,8 @@ def test_commands_of_a_client(
     assert "has no tokenizer" in command("generate", models("llama"), "w5", *joined).refusal()
     assert "No peer serves 'opt'" in command("status", "opt", *joined).refusal()
     assert "--initial-peers" in command("generate", llama, "w5").refusal()
+    unseeded = command("generate", llama, "w5", "--seed", str(2**64), *joined)
+    assert (unseeded.code, "Invalid value for '--seed'" in unseeded.stderr) == (2, True)
     assert "The prompt is empty" in command("generate", llama, "", *joined).refusal()
     assert "no chat template" in command("generate", llama, "w5", "--chat", *joined).refusal()
     assert "expected one of float32" in command("generate", llama, "w5", "--dtype", "float9", *joined).refusal()
