@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from client.merge import write as merge_write
 from client.merge.run import MergeError, MergeReport, merge_adapter
+from tests.command import Command
 
 _TOKENS = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _LLAMA = _TOKENS | {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
@@ -363,6 +364,24 @@ def test_refuses_what_is_no_adapter(base: Base, tmp_path: Path, monkeypatch: pyt
     (tmp_path / "adapter/adapter_model.safetensors").unlink()
     assert "adapter_model.safetensors" in _refused(tmp_path / "adapter", base("llama"), tmp_path / "out")
     assert "'no/such-adapter'" in _refused(Path("no/such-adapter"), base("llama"), tmp_path / "out")
+
+
+def test_a_revision_of_a_base_on_the_hub(
+    base: Base, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {}
+
+    def download(name: str, revision: str | None = None, **_patterns: Any) -> str:
+        asked[name] = revision
+        return str(base("llama"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    _train(base("llama"), _lora("llama"), tmp_path / "adapter")
+    wanted = ("--base", "some/model", "--revision", "v2", "--dtype", "auto", "--out", tmp_path / "out")
+    outcome = command("merge", tmp_path / "adapter", *wanted)
+    assert outcome.code == 0, outcome
+    assert asked == {"some/model": "v2"}
+    assert _plain(tmp_path / "out").dtype == torch.float32
 
 
 @pytest.mark.parametrize("config", [

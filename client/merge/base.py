@@ -38,8 +38,8 @@ class Entry:
     """Of a quantized weight: name of a piece of its quantization state -> (its key, its file)."""
 
 
-def find_folder(name: Path | str, what: str, files: tuple[str, ...]) -> Path:
-    """The folder `name`, or a snapshot of the hub repository `name` with its `files` (glob patterns).
+def find_folder(name: Path | str, what: str, files: tuple[str, ...], revision: str | None = None) -> Path:
+    """The folder `name`, or a snapshot of the hub repository `name` with its `files` (glob patterns) at `revision`.
 
     Raises MergeError where there is neither; `what` says what was looked for.
     """
@@ -47,8 +47,12 @@ def find_folder(name: Path | str, what: str, files: tuple[str, ...]) -> Path:
     if folder.is_dir():
         return folder
     try:
-        allowed, ignored = list(files), list(_NOT_WANTED)
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=allowed, ignore_patterns=ignored))
+        repository, allowed, ignored = str(name), list(files), list(_NOT_WANTED)
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision, allow_patterns=allowed, ignore_patterns=ignored
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MergeError(

@@ -47,6 +47,7 @@ def merge_adapter(
     base: Path | str,
     out: Path,
     *,
+    revision: str | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 2 * 2**30,
     report: Callable[[str], None] = _logger.info,
@@ -57,12 +58,13 @@ def merge_adapter(
     `dtype`; the arithmetic runs in the wider of the two. The result computes what the adapted model computes: where
     the adapter makes tied embeddings differ, the result has two of them. Memory: the weights of one module a few times
     over (of a block's experts, where they are fused; of the embeddings, where adapted). `out` appears when all is
-    written. `report` gets a line now and then. Raises MergeError, whose message is one sentence for a person.
+    written. `report` gets a line now and then. `revision`: of a base on the hub. Raises MergeError, whose message is
+    one sentence for a person.
     """
     out = Path(out)
     check_out(out)
     tuned = AdapterFolder(find_folder(adapter, "adapter", (CONFIG_FILE, WEIGHTS_FILE, *_TOKENIZER_FILES)))
-    checkpoint = BaseCheckpoint(find_folder(base, "base model", ("*.safetensors", *SIDE_FILES)))
+    checkpoint = BaseCheckpoint(find_folder(base, "base model", ("*.safetensors", *SIDE_FILES), revision))
     plan = MergePlan(tuned, checkpoint, dtype)
     specs = [spec for unit in plan.units for spec in unit.specs]
     check_space(out, sum(spec.nbytes for spec in specs))
