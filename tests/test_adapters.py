@@ -1,7 +1,6 @@
 """Adapters through a swarm: as locally, sent no oftener than they must be, refused where they cannot work."""
 
 import copy
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +15,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from client import calls
 from client.ghost import RemoteWeightError
-from peer.adapters import AdapterStore
-from peer.quotas import Quota
-from peer.span import Span
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
 from protocol.errors import BadAdapter, BadUsage, SwarmError
 from protocol.tensors import nbytes
-from tests.lora import lora_manifest
-from tests.spans import START, WIDTH
 from tests.swarm import Swarm
 
 VOCABULARY = 128
@@ -483,37 +477,3 @@ def test_what_cannot_work_is_refused_in_one_sentence(attempt: Callable[[Any], An
     assert "\n" not in message
     assert message.endswith(".")
     assert len(message) < 300
-
-
-# What PEFT computes for an adapter: its client sends nothing of it
-
-
-def put_boft(store: AdapterStore, name: str, modules: tuple[str, ...] = ("q_proj",)) -> None:
-    targets = [f"{START}.self_attn.{module}" for module in modules]
-    shapes = {"boft_R": (1, WIDTH // 2, 2, 2), "boft_s": (WIDTH, 1)}
-    tensors = {f"{target}.{part}.{name}": torch.zeros(shape) for target in targets for part, shape in shapes.items()}
-    manifest = lora_manifest(targets, 4, 2.0) | {
-        "adapters": [{"name": name, "method": "BOFT", "options": {"boft_block_size": 2}, "targets": targets}],
-        "tensors": {tensor: number for number, tensor in enumerate(tensors)},
-        "scaling": {},
-        "trainable": [],
-    }
-    store.put(json.dumps(manifest), {str(i): tensor for i, tensor in enumerate(tensors.values())}, "client")
-
-
-def test_what_peft_computes_is_kept_within_limits(spans: Callable[..., Span]) -> None:
-    permutation = 4 * WIDTH**2
-    store = AdapterStore(spans("llama"), max_bytes=3 * permutation, quota=Quota(adapters=6))
-    for number in range(5):
-        put_boft(store, f"a{number}")
-        sizes = [size for _, size in store._trees.values()]
-        assert sizes == [permutation] * min(number + 1, 3)
-    store.forget("client")
-    assert not store._trees
-
-
-def test_what_peft_would_compute_is_limited(spans: Callable[..., Span]) -> None:
-    store = AdapterStore(spans("llama"), max_bytes=7 * WIDTH**2, quota=Quota())
-    put_boft(store, "small")
-    with pytest.raises(BadAdapter, match="over this peer's limit"):
-        put_boft(store, "large", ("q_proj", "o_proj"))

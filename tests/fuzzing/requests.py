@@ -1,6 +1,6 @@
 """Well-formed requests of every type for a peer with blocks [1, 4) of the small llama: what fuzzing begins with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,10 @@ from typing import Any
 import peft
 import torch
 import transformers
+from torch import nn
 
 from client.adapters import AdapterSource, Bundle
+from client.ghost import GhostTensor
 from protocol import swarm_pb2 as pb
 from protocol.adapters import METHODS
 from protocol.channel import Message
@@ -61,13 +63,25 @@ def build_bundles(model: Path) -> list[Bundle]:
             | _OPTIONS.get(method, {})
             | ({"target_modules": ["q_proj", "down_proj"]} if method == "IA3" else {})
         )
-        tuned: Any = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(model), config)
-        snapshot = AdapterSource(tuned, tuned.base_model.model.model.layers).snapshot(fresh=True, training=False)
+        plain: Any = transformers.AutoModelForCausalLM.from_pretrained(model)
+        layers, weights = plain.model.layers, set(plain.model.layers.parameters())
+        source = AdapterSource(plain, layers)
+        peft.get_peft_model(plain, config)
+        _make_ghosts(layers, weights)
+        snapshot = source.snapshot(fresh=True, training=False)
         assert snapshot is not None
         bundle = snapshot.bundle(range(START, END))
         assert bundle is not None
         bundles.append(bundle)
     return bundles
+
+
+def _make_ghosts(layers: nn.Module, weights: Collection[nn.Parameter]) -> None:
+    """Only now: what some methods begin with is computed from the weights."""
+    for module in layers.modules():
+        for name, parameter in module._parameters.items():
+            if parameter in weights:
+                module._parameters[name] = nn.Parameter(GhostTensor(parameter.to("meta"), None), requires_grad=False)
 
 
 _PUSHED = (b"1" * 16, b"2" * 16)
