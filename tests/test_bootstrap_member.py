@@ -163,6 +163,21 @@ def test_port_in_use():
         asyncio.run(Member.join(MemberOptions(host="127.0.0.1", port=server.getsockname()[1])))
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_port_is_one_members(host: str):
+    port = free_port()
+
+    async def main() -> None:
+        for _ in range(2):  # the second time it has just been left
+            async with member(host=host, port=port) as founder, member(*founder.addresses, host=host):
+                with pytest.raises(BadUsage, match=f"^Cannot listen on {host}, port {port}: Address already in use.$"):
+                    await Member.join(MemberOptions(host=host, port=port))
+                async with member(*founder.addresses, port=port, client_mode=True):
+                    pass
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("client_mode", [False, True])
 def test_nobody_listens(client_mode: bool):
     address = f"/ip4/127.0.0.1/tcp/{free_port()}/p2p/{SOMEBODY}"
