@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from client.tune import checkpoints, state, trainer
 from client.tune import run as run_module
 from client.tune.config import TuneConfig
 from client.tune.errors import ConfigError, DataError, DivergedError, Interrupted, OutputError
-from client.tune.output import replace_file
+from client.tune.output import replace_file, writing
 from client.tune.run import TuneRun, check_output
 from tests.test_tune_support import ALPACA, describe, losses, silent, start, write_jsonl
 
@@ -321,6 +322,11 @@ def test_an_output_that_cannot_be_written(config: TuneConfig, tmp_path: Path) ->
         check_output(blocked, resume=False)
 
 
+def test_a_place_without_free_bytes_is_not_called_full_for_another_reason(config: TuneConfig) -> None:
+    with pytest.raises(OutputError, match=r"can't write files to /proc/out: No such file or directory"):
+        check_output(config.model_copy(update={"output": Path("/proc/out")}), resume=False)
+
+
 # ---- a disk that is full
 
 
@@ -358,6 +364,13 @@ def test_a_full_disk_is_called_so(config: TuneConfig, monkeypatch: pytest.Monkey
     with pytest.raises(OutputError, match=r"checkpoint-3 to .*: no space is left there; free some"):
         start(config).train(silent())
     assert list((config.output / "checkpoints").iterdir()) == []
+
+
+def test_a_full_disk_is_called_so_where_torch_does_not_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(OutputError, match=r"can't write it to .*: no space is left there"), writing("it", tmp_path):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
 
 
 def test_what_was_good_stays_when_its_successor_cannot_be_written(

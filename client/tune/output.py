@@ -120,9 +120,14 @@ def writing(what: str, path: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception, path: Path) -> str:
-    there = next((folder for folder in (path, *path.absolute().parents) if folder.is_dir()), Path("/"))
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "os error 28" in str(error) or shutil.disk_usage(there).free < _LEAST_FREE:
+    if (
+        isinstance(error, OSError) and error.errno is not None
+    ):  # /proc and its like have no bytes free, yet are not full
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    else:
+        there = next((folder for folder in (path, *path.absolute().parents) if folder.is_dir()), Path("/"))
+        full = "os error 28" in str(error) or shutil.disk_usage(there).free < _LEAST_FREE
+    if full:
         return "no space is left there; free some and go on with --resume"
     return (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
 
