@@ -1,6 +1,7 @@
 """The client's commands: `generate`, `tune`, `merge`, `certify`. `peer.options` adds them to the `peer` command."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,7 +103,7 @@ def tune(
 ) -> None:
     """Fine-tune an adapter through a swarm, as one file describes it."""
     changes = list(overrides or ())
-    if config is not None and "=" in str(config):  # a run that is described by overrides alone
+    if config is not None and _is_override(str(config)):  # a run that is described by overrides alone
         config, changes = None, [str(config), *changes]
     if swarm_key is not None:
         changes.append(f"swarm_key={json.dumps(str(swarm_key))}")  # YAML takes JSON
@@ -168,6 +169,12 @@ def certify(
         print(json.dumps(certificate.as_json(), indent=2))
     else:
         Console().print(as_table(certificate))
+
+
+def _is_override(argument: str) -> bool:
+    """Whether it is `a.b=c`: the path of a file may have a `=` in it too."""
+    key, equals, _ = argument.partition("=")
+    return bool(equals) and "/" not in key and not os.path.isfile(argument)  # Path's raises where a name is too long
 
 
 def _write_example(path: Path | None) -> None:

@@ -303,6 +303,20 @@ def test_a_model_with_a_tokenizer_and_no_configuration(command: Command, tmp_pat
     assert "model' has no config.json; expected a Hugging Face model folder" in command("tune", file).refusal()
 
 
+def test_a_file_with_an_equals_sign_in_its_path_is_no_override(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1").mkdir()
+    for file in (tmp_path / "lr=1" / "tune.yaml", Path("lr=1/tune.yaml")):
+        file.write_text("modell: m\n")
+        assert command("tune", file).stderr.startswith(f"error: {file}: the key 'model' is missing")
+        file.unlink()
+    assert command("tune", file.absolute()).stderr.endswith("tune.yaml: can't be read: No such file or directory\n")
+    long = "x" * 300
+    assert command("tune", f"samples.prompts=[{long}]").stderr.startswith("error: the configuration: the key 'model'")
+
+
 def test_tensorboard_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config = describe(tmp_path, trainer={"tensorboard": True})
