@@ -9,7 +9,9 @@ import struct
 import subprocess
 import sys
 import time
+import tomllib
 from contextlib import ExitStack
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,6 +34,23 @@ def test_names_and_commands_are_there_without_torch(code: str) -> None:
     found = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "client" in found.stdout.split()
     assert HEAVY & set(found.stdout.split()) == set()
+
+
+class _Interrupted:
+    """Ctrl-C while the commands are being imported."""
+
+    def find_spec(self, name: str, *_place: object) -> None:
+        if name == "peer.cli":
+            raise KeyboardInterrupt
+
+
+def test_a_command_that_is_interrupted_during_its_imports_just_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["peer"]
+    monkeypatch.delitem(sys.modules, "peer.cli", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [_Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as stopped:
+        EntryPoint("peer", script, "console_scripts").load()()
+    assert stopped.value.code == 130
 
 
 @pytest.mark.parametrize("package", ["client", "peer"])
