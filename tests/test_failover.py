@@ -21,7 +21,7 @@ from protocol.errors import NoRoute
 from tests.arena import Arena, AtToken, assert_close, batch, one, step, with_adapter
 from tests.swarm import Peer, Swarm
 
-STALL = 5.0
+STALL = 8.0
 """Seconds that a failure may take, on a busy machine; found by heartbeats it takes `SILENCE` more."""
 SILENCE = 2.0
 
