@@ -1,13 +1,13 @@
 """A member's door for direct connections: opened, and described for its record."""
 
 import ipaddress
-import socket
 from collections.abc import Iterable
 
 import psutil
 from hivemind.utils.multiaddr import Multiaddr
 
 from bootstrap.addresses import ip_of, parts_of
+from bootstrap.ports import bind
 from protocol.errors import BadUsage
 from protocol.records import MAX_DOOR_ADDRESSES, Door
 from protocol.transport.direct import DirectListener
@@ -24,7 +24,7 @@ class OwnDoor:
         """
         self._host = host
         self._announced = [parse_announced(address) for address in announced][:MAX_DOOR_ADDRESSES]
-        self.listener = DirectListener(me, _bind(host, port))
+        self.listener = DirectListener(me, bind(host, port, ", for direct connections"))
 
     def describe(self, addresses: Iterable[str]) -> Door | None:
         """The door for this member's record, its libp2p `addresses` being these; None when nobody could come to it."""
@@ -53,17 +53,3 @@ def parse_announced(address: str) -> tuple[str, int]:
             f"{address!r} is no address for direct connections; expected one like /ip4/192.0.2.1/tcp/31338."
         ) from error
     return host, int(port)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        raise BadUsage(
-            f"Cannot listen on {host}, port {port}, for direct connections: {error.strerror or error}."
-        ) from error
-    return bound

@@ -1,9 +1,7 @@
 """A member of a swarm: p2pd, DHT node, directory and transport under one life."""
 
 import asyncio
-import ipaddress
 import logging
-import socket
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from bootstrap.gate import Gate
 from bootstrap.identity import Identity, signer_of
 from bootstrap.key_file import KeyFile
 from bootstrap.neighbours import Neighbours, create_node
+from bootstrap.ports import bind
 from bootstrap.validator import SignedRecords
 from protocol.errors import BadUsage, NoSwarm, PeerFailed
 from protocol.handshake import Handshake
@@ -209,26 +208,15 @@ async def _start_daemon(options: MemberOptions, identity: Identity) -> Daemon:
         *(_client_arguments() if options.client_mode else _listening_arguments(options, identity.peer_id)),
     ]
     if options.port and not options.client_mode:
-        _check_free(options.host, options.port)
+        # p2pd shares its port with any other that shares, and half of the connections would reach the wrong member. Of
+        # ::, p2pd leaves the IPv4 port alone.
+        bind(options.host, options.port, v6_only=True).close()
     try:
         return await Daemon.start(arguments, options.join_timeout)
     except DaemonFailed as error:
         if "listen" in str(error) and not options.client_mode:
             raise BadUsage(f"Cannot listen on {options.host}, port {options.port}: {error}.") from error
         raise PeerFailed(f"p2pd did not start: {error}.") from error
-
-
-def _check_free(host: str, port: int) -> None:
-    """p2pd shares its port with any other that shares, and half of the connections would reach the wrong member."""
-    family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after a restart old connections linger
-            if family == socket.AF_INET6:
-                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as p2pd: :: is not 0.0.0.0 too
-            probe.bind((host, port))
-    except OSError as error:
-        raise BadUsage(f"Cannot listen on {host}, port {port}: {error.strerror}.") from error
 
 
 def _client_arguments() -> list[str]:

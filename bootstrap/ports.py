@@ -1,0 +1,25 @@
+"""TCP ports that a member listens at."""
+
+import ipaddress
+import socket
+
+from protocol.errors import BadUsage
+
+
+def bind(host: str, port: int, purpose: str = "", v6_only: bool = False) -> socket.socket:
+    """A socket bound to a port (0: any free one) of the IP address `host`.
+
+    `v6_only`: where that is ::, leave the port of IPv4 addresses to others. Raises `BadUsage` when the port cannot be
+    had; it says for what `purpose`.
+    """
+    family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after a restart old connections linger
+        if v6_only and family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise BadUsage(f"Cannot listen on {host}, port {port}{purpose}: {error.strerror or error}.") from error
+    return bound
