@@ -40,6 +40,11 @@ class History:
         self._events = [] if result is None else [result]
         return result
 
+    def followed_by(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All tokens, and after them those of `tensor`."""
+        past = self.replay()
+        return tensor if past is None else torch.cat([past, tensor], 1)
+
     def fork(self) -> "History":
         """A copy that goes its own way."""
         twin = History()

@@ -205,7 +205,7 @@ class Session:
                 retries.failed(stage.hop.peer, error)
                 start = sum(output.shape[1] for output in done)
                 index, rest = await self._replace(retries, index, step.part(start, step.hidden[:, start:]))
-                return index, torch.cat([*done, rest], 1)
+                return index, _joined([*done, rest])
         return index + 1, _joined(done)
 
     async def _run_checked(self, stage: Stage, step: Step, after: Border | None = None) -> torch.Tensor:
@@ -243,7 +243,7 @@ class Session:
 
     async def _verify(self, stage: Stage, step: Step, output: torch.Tensor) -> None:
         """Have others compute a step's output from everything that led to it. Raises `Distrusted`."""
-        everything = _with_past(stage, step.hidden)
+        everything = stage.history.followed_by(step.hidden)
         codecs, (everything,) = as_received(self._swarm, step.work, stage.hop, everything)
         base = everything[:, -step.hidden.shape[1] :]
         answer = Answer(stage.hop, "step", {"hidden_states": output}, {"hidden_states": base}, codecs.back)
@@ -272,7 +272,7 @@ class Session:
         """
         failed = self._stages[index]
         _close_stages([failed])
-        everything = _with_past(failed, step.hidden)
+        everything = failed.history.followed_by(step.hidden)
         whole = Step(self._whole(step, everything), everything, [], step.keep_past, step.positions)
         while True:
             stages = await self._open_stages(retries, failed.hop.start, failed.hop.end)
@@ -301,15 +301,14 @@ class Session:
 
     def _runs(self, step: Step) -> list[int]:
         """The tokens up to the end of `step`, in as many calls as it takes to make their keys as they were made."""
-        past, new = self._reaches.replay(), _reaches_of(step)
-        return self._reach.runs((new if past is None else torch.cat([past, new], 1))[0])
+        return self._reach.runs(self._reaches.followed_by(_reaches_of(step))[0])
 
     def _whole(self, step: Step, everything: torch.Tensor) -> Work:
         """A step's work for all tokens so far instead of the new ones."""
         positions = None
         if self._gives_positions:
-            past, new = self._positions.replay(), step.positions.expand(everything.shape[0], -1)
-            positions = (new if past is None else torch.cat([past, new], 1))[:, : everything.shape[1]]
+            positions = self._positions.followed_by(step.positions.expand(everything.shape[0], -1))
+            positions = positions[:, : everything.shape[1]]
         prefix = {b: _expanded(pair, everything.shape[0]) for b, pair in step.work.prefix.items()}
         return replace(step.work, positions=positions, prefix=prefix)
 
@@ -357,11 +356,6 @@ class Session:
         except SwarmError as error:
             self._swarm.blame(stage.hop.peer, error)
             return None
-
-
-def _with_past(stage: Stage, hidden: torch.Tensor) -> torch.Tensor:
-    past = stage.history.replay()
-    return hidden if past is None else torch.cat([past, hidden], 1)
 
 
 def _joined(outputs: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -120,9 +120,8 @@ def writing(what: str, path: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception, path: Path) -> str:
-    if (
-        isinstance(error, OSError) and error.errno is not None
-    ):  # /proc and its like have no bytes free, yet are not full
+    # The disk is asked only where the error does not say: /proc and its like have no bytes free, and are not full.
+    if isinstance(error, OSError) and error.errno is not None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     else:
         there = next((folder for folder in (path, *path.absolute().parents) if folder.is_dir()), Path("/"))
