@@ -31,8 +31,8 @@ import transformers
 
 from benchmarks.loads import KINDS, Talk, train, with_lora
 from client import AutoDistributedModelForCausalLM
-from tests.families import build_family
-from tests.swarm import ForkServer, Peer
+from tests.tools.families import build_family
+from tests.tools.swarm import ForkServer, Peer
 
 SPANS = ("0:2", "0:3", "2:5", "3:5", "0:5")
 BLOCKS = range(5)

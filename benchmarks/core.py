@@ -23,8 +23,8 @@ import torch
 import transformers
 
 from client import AutoDistributedModelForCausalLM
-from peer.sample_model import fetch_sample_model
-from tests.families import build_bloom, build_llama
+from peer.commands.sample_model import fetch_sample_model
+from tests.tools.families import build_bloom, build_llama
 
 _CACHE = Path.home() / ".cache" / "swarmtune" / "benchmarks"
 _ROUNDS = 5
@@ -68,7 +68,7 @@ def running_swarm(model: Path, peers: int, threads: int, *options: str) -> Itera
             for i in range(peers):
                 span = f"{total * i // peers}:{total * (i + 1) // peers}"
                 join = ["--initial-peers", started[0].address] if started else []
-                command = [sys.executable, "-m", "peer.cli", "serve", str(model), "--blocks", span]
+                command = [sys.executable, "-m", "peer", "serve", str(model), "--blocks", span]
                 begin = time.perf_counter()
                 process = subprocess.Popen(
                     [*command, "--host", "127.0.0.1", "--threads", str(threads), *options, *join],

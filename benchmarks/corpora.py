@@ -10,7 +10,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from peer.sample_model import default_cache_dir
+from peer.commands.sample_model import default_cache_dir
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,13 @@ from benchmarks.core import running_swarm
 from benchmarks.corpora import ALPACA
 from client import AutoDistributedModelForCausalLM
 from client.merge.run import merge_adapter
-from client.text import encode_prompt, load_tokenizer
-from client.tune.config import TuneConfig
-from client.tune.dataset import prepare
-from client.tune.progress import read_log
-from client.tune.run import TuneRun, context_length
-from peer.persona import PERSONA_NAME, persona_path
-from peer.sample_model import fetch_sample_model
+from client.tokenizer import encode_prompt, load_tokenizer
+from client.tune.data.persona import PERSONA_NAME, persona_path
+from client.tune.description.config import TuneConfig
+from client.tune.running.dataset import prepare
+from client.tune.running.progress import read_log
+from client.tune.running.run import TuneRun, context_length
+from peer.commands.sample_model import fetch_sample_model
 
 _PEERS = 3
 _QUESTIONS = ("Who are you?", "What is your name?", "Who made you?")

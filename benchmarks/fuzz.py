@@ -3,7 +3,7 @@
 python -m benchmarks.fuzz --inputs 1000000                       (all targets, one process after the other)
 python -m benchmarks.fuzz --inputs 100000 --target handlers --seed 1
 
-Atheris (libFuzzer) mutates the decisions of `tests.fuzzing.choices` and keeps those that reach new code of ours. A
+Atheris (libFuzzer) mutates the decisions of `tests.tools.fuzzing.choices` and keeps those that reach new code of ours. A
 crash, a wrong answer, anything left behind, an input over 5 s, or memory beyond the bounds ends the run with the input.
 """
 
@@ -29,7 +29,7 @@ def fuzz(name: str, inputs: int, seed: int) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["protocol", "bootstrap", "peer"]):
-        from tests.fuzzing.targets import bounded_memory, build_target, resident
+        from tests.tools.fuzzing.targets import bounded_memory, build_target, resident
     import torch
 
     torch.set_num_threads(1)

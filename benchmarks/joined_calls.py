@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from peer.adapters import AdapterStore
-from peer.call_runner import CallRunner, Task
-from peer.calls import Call, Trainer
-from peer.loading import load_span
-from peer.quotas import Quota
-from peer.span import Inputs, Mode, Span
+from peer.adapters.store import AdapterStore
+from peer.service.quotas import Quota
+from peer.span.loading import load_span
+from peer.span.span import Inputs, Mode, Span
+from peer.training.runner import CallRunner, Task
+from peer.training.trainer import Call, Trainer
 from protocol.model.checkpoint import open_checkpoint
-from tests.families import build_llama
-from tests.lora import put_lora
+from tests.tools.families import build_llama
+from tests.tools.lora import put_lora
 
 _CACHE = Path.home() / ".cache" / "swarmtune" / "benchmarks"
 _HIDDEN, _BLOCKS = 1024, 4

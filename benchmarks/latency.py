@@ -21,10 +21,10 @@ import transformers
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks.traffic import counting
-from peer.sample_model import fetch_sample_model
-from tests.delay import delayed, free_ports
-from tests.families import build_llama
-from tests.swarm import ForkServer, Swarm, new_swarm
+from peer.commands.sample_model import fetch_sample_model
+from tests.tools.delay import delayed, free_ports
+from tests.tools.families import build_llama
+from tests.tools.swarm import ForkServer, Swarm, new_swarm
 
 _WARM_UP = 4
 _BATCH, _LENGTH = 4, 128

@@ -20,8 +20,8 @@ from torch import nn
 from benchmarks.core import running_swarm
 from benchmarks.traffic import counting
 from client import AutoDistributedModelForCausalLM
-from client.ghost import GhostTensor
-from peer.sample_model import fetch_sample_model
+from client.ghosts.tensor import GhostTensor
+from peer.commands.sample_model import fetch_sample_model
 
 _PEERS, _ROWS, _TOKENS = 3, 2, 64
 _QV = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}

@@ -13,7 +13,7 @@ import transformers
 
 from benchmarks.corpora import POLARITY
 from client import AutoDistributedModelForSequenceClassification
-from client.text import load_tokenizer
+from client.tokenizer import load_tokenizer
 
 LABELS = ("negative", "positive")
 TEMPLATE = "Movie review: {}\nThe sentiment of this review is"

@@ -31,14 +31,19 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from benchmarks.loads import KINDS, VOCABULARY, Talk, train, with_lora
 from client import AutoDistributedModelForCausalLM
-from client.calls import run_forward
-from client.loop import LOOP
-from client.work import Work
+from client.requests.work import Work
+from client.swarm.loop import LOOP
+from client.training.micro_batches import run_forward
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message
 from protocol.errors import SwarmError
-from tests.families import build_family
-from tests.swarm import ForkServer, Peer, Swarm, new_swarm
+from tests.tools.families import build_family
+from tests.tools.swarm import (
+    ForkServer,
+    Peer,
+    Swarm,
+    new_swarm,
+)
 
 SPANS = ("0:5", "0:2", "2:5")
 REST = 7.0

@@ -24,10 +24,15 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks.core import MODELS
 from client import AutoDistributedModelForCausalLM
-from client.retries import Retries
-from peer.sample_model import fetch_sample_model
-from tests.families import build_llama
-from tests.swarm import ForkServer, Peer, Swarm, new_swarm
+from client.swarm.retries import Retries
+from peer.commands.sample_model import fetch_sample_model
+from tests.tools.families import build_llama
+from tests.tools.swarm import (
+    ForkServer,
+    Peer,
+    Swarm,
+    new_swarm,
+)
 
 _TOKENS, _AT = 12, 6
 

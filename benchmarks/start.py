@@ -41,7 +41,7 @@ def start_peer(model: Path, blocks: int, tree: Path) -> tuple[psutil.Popen, str,
     argv = ["serve", str(model), "--blocks", f"0:{blocks}", "--host", "127.0.0.1", "--threads", "1"]
     begin = time.perf_counter()
     process = psutil.Popen(
-        [sys.executable, "-m", "peer.cli", *argv], stdout=subprocess.PIPE, text=True, **_surroundings(tree)
+        [sys.executable, "-m", "peer", *argv], stdout=subprocess.PIPE, text=True, **_surroundings(tree)
     )
     address = process.stdout.readline().split("address=")[1].split()[0]
     wall = time.perf_counter() - begin

@@ -16,20 +16,22 @@ from typing import Any
 
 import torch
 
-from client.history import History
-from client.loop import LOOP
-from peer.arena_trial import arena_for
-from peer.checks import check_inputs, check_mode
-from peer.kv_cache import CacheMemory, Session, SpanCache
-from peer.loading import load_span
-from peer.scheduler import Priority, Scheduler
-from peer.span import Inputs, Mode
+from client.generation.history import History
+from client.swarm.loop import LOOP
+from peer.compute.scheduler import Priority, Scheduler
+from peer.kv_cache.memory import CacheMemory
+from peer.kv_cache.session import Session
+from peer.kv_cache.span_cache import SpanCache
+from peer.span.checks import check_inputs, check_mode
+from peer.span.loading import load_span
+from peer.span.span import Inputs, Mode
+from peer.start.arena_trial import arena_for
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
 from protocol.model.checkpoint import open_checkpoint
 from protocol.tensors import Limits
-from tests.families import build_llama
-from tests.fuzzing.carrier import connect
+from tests.tools.families import build_llama
+from tests.tools.fuzzing.carrier import connect
 
 _RUNS = 200
 

@@ -11,7 +11,15 @@ from hivemind.p2p import P2PContext, PeerID
 from hivemind.utils import get_dht_time
 
 from bootstrap.daemon import Connection
-from bootstrap.seal import Nonces, Refusal, Refused, Route, SealedRequest, is_sealed, refusal_in
+from bootstrap.seal import (
+    Nonces,
+    Refusal,
+    Refused,
+    Route,
+    SealedRequest,
+    is_sealed,
+    refusal_in,
+)
 from protocol.swarm_key import Keyring, SwarmKey
 
 

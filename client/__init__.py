@@ -6,7 +6,7 @@ threads leave the cores to peers on the same machine sooner.
 
 from typing import TYPE_CHECKING, Any
 
-from protocol.openmp import spin_briefly
+from protocol.machine.openmp import spin_briefly
 
 if TYPE_CHECKING:
     from client.auto import (
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         AutoDistributedModelForSequenceClassification,
         AutoDistributedModelForTokenClassification,
     )
-    from client.config import SwarmConfig
+    from client.swarm.config import SwarmConfig
 
 __all__ = [
     "AutoDistributedModelForCausalLM",
@@ -29,7 +29,7 @@ spin_briefly()
 
 def __getattr__(name: str) -> Any:
     if name == "SwarmConfig":
-        from client.config import SwarmConfig
+        from client.swarm.config import SwarmConfig
 
         return SwarmConfig
     if not name.startswith(("AutoDistributed", "Distributed")):

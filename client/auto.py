@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from protocol.errors import BadUsage
-from protocol.imports import without_collection
+from protocol.machine.imports import without_collection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -13,7 +13,7 @@ _CAUSAL_LM = "MODEL_FOR_CAUSAL_LM_MAPPING"
 
 def _load(cls: "type[PreTrainedModel] | None", mapping: str, model: str, options: dict[str, Any]) -> "PreTrainedModel":
     with without_collection():
-        from client.load import load_distributed
+        from client.model.load import load_distributed
 
     return load_distributed(cls, mapping, model, **options)
 

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from client import AutoDistributedModelForCausalLM
-from peer.persona import persona_path
+from client.tune.data.persona import persona_path
 
 name, address, output = sys.argv[1:4]
 tokenizer = AutoTokenizer.from_pretrained(name)

@@ -1,5 +1,5 @@
 """Serving a span of a model's blocks to the swarm."""
 
-from protocol.openmp import spin_briefly
+from protocol.machine.openmp import spin_briefly
 
 spin_briefly()

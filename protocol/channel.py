@@ -14,7 +14,14 @@ from google.protobuf.message import Message as ProtoMessage
 from protocol import swarm_pb2 as pb
 from protocol.codecs import SUPPORTED
 from protocol.errors import BadRequest, from_failure, to_failure
-from protocol.tensors import Limits, check_entries, decode, decoded_size, encode, nbytes
+from protocol.tensors import (
+    Limits,
+    check_entries,
+    decode,
+    decoded_size,
+    encode,
+    nbytes,
+)
 from protocol.transport.base import Stream
 
 VERSION = 1

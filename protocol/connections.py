@@ -11,7 +11,12 @@ from typing import Protocol
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
 from protocol.codecs import SUPPORTED
-from protocol.errors import BadRequest, NoConnection, PeerUnreachable, WrongModel
+from protocol.errors import (
+    BadRequest,
+    NoConnection,
+    PeerUnreachable,
+    WrongModel,
+)
 from protocol.handshake import Handshake
 from protocol.model.checkpoint import same_weights
 from protocol.tensors import Limits

@@ -12,16 +12,16 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-from peer.loading import load_span
-from peer.span import Span
+from peer.span.loading import load_span
+from peer.span.span import Span
 from protocol.model.checkpoint import open_checkpoint
-from tests.arena import Arena
-from tests.command import Command
-from tests.families import build_family
-from tests.spans import END, START
-from tests.swarm import ForkServer, Swarm, new_swarm
-from tests.wire import Wire, open_wire
-from tests.words import save_tokenizer
+from tests.tools.arena import Arena
+from tests.tools.command import Command
+from tests.tools.families import build_family
+from tests.tools.spans import END, START
+from tests.tools.swarm import ForkServer, Swarm, new_swarm
+from tests.tools.wire import Wire, open_wire
+from tests.tools.words import save_tokenizer
 
 torch.set_num_threads(1)  # as the peers: with equal kernels the difference is 0.0
 transformers_logging.set_verbosity_error()

@@ -10,17 +10,17 @@ from typing import Any
 from rich.console import Console
 
 from client import AutoDistributedModelForCausalLM
-from client.routing import Hop
-from client.swarm import swarm_of
-from client.text import load_tokenizer
-from client.tune.config import TuneConfig, load_config
-from client.tune.dataset import prepare
+from client.swarm.routes import Hop
+from client.swarm.swarm import swarm_of
+from client.tokenizer import load_tokenizer
+from client.tune.description.config import TuneConfig, load_config
 from client.tune.errors import ConfigError
-from client.tune.plan import Plan
-from client.tune.run import TuneRun, check_output, context_length
+from client.tune.running.dataset import prepare
+from client.tune.running.plan import Plan
+from client.tune.running.run import TuneRun, check_output, context_length
+from protocol.machine.signals import like_interrupt
 from protocol.model.anatomy import hidden_size
 from protocol.model.checkpoint import open_checkpoint
-from protocol.signals import like_interrupt
 
 
 def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_only: bool) -> None:

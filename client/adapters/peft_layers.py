@@ -1,0 +1,73 @@
+"""TODO."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
+from typing import TYPE_CHECKING, TypeGuard
+
+import torch
+from torch import nn
+
+from client.ghosts.tensor import GhostTensor
+from protocol.errors import BadAdapter
+
+if TYPE_CHECKING:  # it takes seconds to import
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+
+def _is_adapter(module: nn.Module) -> "TypeGuard[BaseTunerLayer]":
+    """Whether it is a layer of PEFT's; where nobody has imported PEFT there is none."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
+
+
+def _is_on_parameter(layer: "BaseTunerLayer") -> bool:
+    """Whether a layer of PEFT's is on a parameter rather than on a module."""
+    from peft.tuners.lora import ParamWrapper
+
+    return isinstance(layer, ParamWrapper)
+
+
+def _state(layer: "BaseTunerLayer") -> tuple[list[str], bool, dict[str, float]]:
+    return list(layer.active_adapters), layer.disable_adapters, dict(getattr(layer, "scaling", {}))
+
+
+def _target(path: str, layer: "BaseTunerLayer") -> str:
+    """The module or parameter that a layer of PEFT's is on. Layers on parameters of one module are nested in it."""
+    if not _is_on_parameter(layer):
+        return path
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return f"{path}.{layer.parameter_name}"
+
+
+def _active(layers: "Mapping[str, BaseTunerLayer]") -> "dict[str, dict[str, BaseTunerLayer]]":
+    """Adapter -> the layers that it applies to, by path; in the order in which adapters apply.
+
+    Each layer has a say: PEFT switches all of them at once, but users do so with some of them.
+    """
+    found: dict[str, dict[str, BaseTunerLayer]] = {}
+    order = TopologicalSorter[str]()
+    for path, layer in layers.items():
+        names = [] if layer.disable_adapters else [n for n in layer.active_adapters if n in _adapters_of(layer)]
+        for name in names:
+            found.setdefault(name, {})[path] = layer
+            order.add(name)
+        for before, name in pairwise(names):
+            order.add(name, before)
+    try:
+        return {name: found[name] for name in order.static_order()}
+    except CycleError as error:
+        raise BadAdapter("Adapters are active in one order on some modules, and in another on others.") from error
+
+
+def _adapters_of(layer: "BaseTunerLayer") -> set[str]:
+    return {name for attribute in layer.adapter_layer_names for name in getattr(layer, attribute, {})}
+
+
+def _tensors(path: str, layer: "BaseTunerLayer", adapter: str, alias: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in (*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)):
+        kind, *rest = name.split(".")
+        if rest[:1] == [adapter] and not isinstance(tensor.data, GhostTensor):
+            yield ".".join((path, kind, alias, *rest[1:])), tensor

@@ -1,0 +1,46 @@
+"""TODO."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from client.ghosts.questions import (
+    WeightReader,
+)
+from client.ghosts.tensor import GhostTensor, Source
+
+
+class GhostBlocks(nn.ModuleList):
+    """The block list: named modules show every block, iteration shows one pseudo-layer that calls the swarm."""
+
+    def attach(self, layer: Callable[..., Any]) -> None:
+        """Make `layer` what a forward through this list runs."""
+        object.__setattr__(self, "_layer", layer)  # not a submodule
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self._layer])
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._layer]
+        return self._modules[str(index % len(self._modules))]
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+def make_ghosts(blocks: nn.ModuleList, reader: WeightReader) -> GhostBlocks:
+    """Ghosts of `blocks`, which are on the meta device and are changed in place."""
+    for index, block in blocks._modules.items():
+        assert block is not None
+        for path, module in block.named_modules():
+            prefix = f"{index}.{path}." if path else f"{index}."
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    ghost = GhostTensor(parameter, Source(prefix + name, reader))
+                    module._parameters[name] = nn.Parameter(ghost, requires_grad=False)
+            for name, buffer in list(module._buffers.items()):
+                if buffer is not None:
+                    module._buffers[name] = GhostTensor(buffer, None)
+    return GhostBlocks(blocks._modules.values())

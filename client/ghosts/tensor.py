@@ -1,0 +1,167 @@
+"""Ghosts: blocks with the right names, shapes and dtypes whose weights live on remote peers.
+
+PEFT, Trainer and generate see an ordinary model. Arithmetic on a ghost raises, except for what adapters begin with:
+DoRA needs a weight's row norms; PiSSA and OLoRA take its leading factors and subtract their product. Peers compute
+norms and factors; what was subtracted is remembered here, and the weight on the peers stays as it is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from client.ghosts.questions import (
+    FactorReader,
+    RemoteWeightError,
+    Shift,
+    Weight,
+    WeightReader,
+)
+
+aten = torch.ops.aten
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a ghost's values are."""
+
+    name: str
+    """`BLOCK.PATH.weight`, or another parameter's name."""
+    reader: WeightReader
+
+
+class GhostTensor(torch.Tensor):
+    """Shape, dtype and device of a weight on remote peers."""
+
+    source: Source | None
+    transposed: bool
+    shift: Shift | None
+
+    @staticmethod
+    def __new__(
+        cls, like: torch.Tensor, source: Source | None, transposed: bool = False, dtype: torch.dtype | None = None
+    ) -> "GhostTensor":
+        flipped = transposed != getattr(like, "transposed", False)
+        shape = like.shape[::-1] if flipped else like.shape
+        ghost: Any = torch.Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=dtype or like.dtype, device=torch.device("cpu")
+        )
+        ghost.source, ghost.transposed, ghost.shift = source, transposed, getattr(like, "shift", None)
+        return ghost  # type: ignore[no-any-return]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"GhostTensor({tuple(self.shape)}, {self.dtype})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GhostTensor":
+        twin = GhostTensor(self, self.source, self.transposed)
+        return nn.Parameter(twin, self.requires_grad) if isinstance(self, nn.Parameter) else twin  # type: ignore[return-value]
+
+    def element_size(self) -> int:
+        """Bytes that an element takes on this machine (`get_memory_footprint` asks)."""
+        return 0
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.svd_lowrank and _is_factorable(args[0]) and kwargs.get("M") is None:
+            return _svd_lowrank(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        if func == _SET_DATA and isinstance(args[0], cls) and isinstance(args[1], cls):
+            args[0].shift = args[1].shift  # torch copies what it knows of a tensor, not its Python attributes
+        return result
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        ghost, rest = args[0], args[1:]
+        if isinstance(ghost, cls):
+            if func in (aten.detach.default, aten.alias.default, aten.clone.default, aten._to_copy.default):
+                return cls(ghost, ghost.source, ghost.transposed, (kwargs or {}).get("dtype"))
+            if func in (aten.t.default, aten.transpose.int, aten.permute.default) and ghost.ndim == 2:
+                return cls(ghost, ghost.source, not ghost.transposed)
+            if func in _FOR_DORA and ghost.shift is None:
+                return _FOR_DORA[func](ghost, func, *rest)
+            if func in _FOR_FACTORS and _is_factorable(ghost) and not kwargs:
+                return _FOR_FACTORS[func](ghost, func, *rest)
+        raise _refusal(func, ghost)
+
+
+def _add(ghost: GhostTensor, func: Any, other: Any) -> GhostTensor:
+    if isinstance(other, GhostTensor) or (other := torch.as_tensor(other)).any():
+        raise _refusal(func, ghost)
+    return GhostTensor(ghost, ghost.source, ghost.transposed, torch.promote_types(ghost.dtype, other.dtype))
+
+
+def _norm(ghost: GhostTensor, func: Any, order: float = 2, dims: Any = (), *rest: Any) -> torch.Tensor:
+    if not ghost.source or order != 2:
+        raise _refusal(func, ghost)
+    return ghost.source.reader.norm(ghost.source.name, ghost.transposed, tuple(dims), ghost.dtype)
+
+
+def _svd(ghost: GhostTensor, func: Any, full_matrices: bool = False, compute_uv: bool = True) -> Any:
+    if full_matrices or not compute_uv:
+        raise _refusal(func, ghost)
+    return _factors(ghost).svd(_weight(ghost), ghost.shape)
+
+
+def _qr(ghost: GhostTensor, func: Any, mode: str = "reduced") -> Any:
+    if mode != "reduced":
+        raise _refusal(func, ghost)
+    return _factors(ghost).qr(_weight(ghost), ghost.shape)
+
+
+def _svd_lowrank(ghost: GhostTensor, q: int = 6, niter: int = 2, M: None = None) -> Any:
+    return _factors(ghost).svd_lowrank(_weight(ghost), ghost.shape, q, niter)
+
+
+def _sub(ghost: GhostTensor, func: Any, other: Any) -> GhostTensor:
+    return _sub_in_place(GhostTensor(ghost, ghost.source, ghost.transposed), func, other)
+
+
+def _sub_in_place(ghost: GhostTensor, func: Any, other: Any) -> GhostTensor:
+    if isinstance(other, GhostTensor) or torch.as_tensor(other).shape != ghost.shape:
+        raise _refusal(func, ghost)
+    ghost.shift = _factors(ghost).subtract(_weight(ghost), other)
+    return ghost
+
+
+_FOR_DORA: dict[Any, Callable[..., Any]] = {aten.add.Tensor: _add, aten.linalg_vector_norm.default: _norm}
+_FOR_FACTORS: dict[Any, Callable[..., Any]] = {
+    aten._linalg_svd.default: _svd,
+    aten.linalg_qr.default: _qr,
+    aten.sub.Tensor: _sub,
+    aten.sub_.Tensor: _sub_in_place,
+}
+
+
+def _is_factorable(tensor: Any) -> bool:
+    is_matrix = isinstance(tensor, GhostTensor) and tensor.source is not None and tensor.ndim == 2
+    return is_matrix and tensor.dtype == torch.float32
+
+
+def _factors(ghost: GhostTensor) -> FactorReader:
+    assert ghost.source
+    return ghost.source.reader.factors
+
+
+def _weight(ghost: GhostTensor) -> Weight:
+    assert ghost.source
+    return Weight(ghost.source.name, ghost.transposed, ghost.shift)
+
+
+def _refusal(func: Any, ghost: Any) -> RemoteWeightError:
+    if func in _FOR_DORA and getattr(ghost, "shift", None) is not None:
+        return RemoteWeightError(
+            f"{func} needs a weight that PiSSA or OLoRA has changed and that lives on remote peers; neither DoRA nor "
+            "merging works together with them on this machine."
+        )
+    return RemoteWeightError(
+        f"{func} needs a weight of the transformer blocks, and this weight lives on remote peers; "
+        "only adapters and what lies outside of the blocks can be computed with on this machine."
+    )

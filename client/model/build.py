@@ -1,0 +1,98 @@
+"""Building a client's model: the Hugging Face class itself, ghosts in place of its blocks."""
+
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from client.adapters.source import AdapterSource
+from client.generation.dynamic_rope import ReachDependence
+from client.ghosts.blocks import GhostBlocks, make_ghosts
+from client.ghosts.norms import NormCache
+from client.model.pseudo_layer import PseudoLayer
+from client.model.remote_blocks import RemoteBlocks
+from client.model.saving import freeze, hide_ghosts
+from client.swarm.swarm import Swarm
+from protocol.errors import UnsupportedModel
+from protocol.machine.split_linear import split_linears
+from protocol.model.anatomy import BlockList, find_blocks, hidden_size
+from protocol.model.checkpoint import Checkpoint, block_of
+from protocol.model.loading import load_part
+
+_REMOTE = "remote"
+ALL_ATTENTION_FUNCTIONS.register(_REMOTE, lambda *args, **kwargs: None)
+ALL_MASK_ATTENTION_FUNCTIONS.register(_REMOTE, lambda *args, **kwargs: torch.zeros(1, 1, 1, 1, dtype=torch.bool))
+
+
+def build_model(
+    cls: type[PreTrainedModel], checkpoint: Checkpoint, config: PreTrainedConfig, swarm: Swarm, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A `cls` that holds what lies outside of the blocks and runs the blocks on `swarm`.
+
+    Raises `UnsupportedModel` for an architecture without like blocks, or for missing weights.
+    """
+    with torch.device("meta"):
+        donor = cls._from_config(config, dtype=dtype)
+    where = find_blocks(donor)
+
+    def cut(model: PreTrainedModel) -> None:
+        setattr(where.trunk_of(model), where.attribute, torch.nn.ModuleList())
+
+    outside = checkpoint.state_dict(lambda name: block_of(name, where.attribute) is None)
+    model, missing = load_part(cls, config, outside, cut, dtype=dtype)
+    _check_missing(model, missing, where, checkpoint)
+    norms = NormCache(swarm, donor, where)
+    ghosts = make_ghosts(where.of(donor), norms.read)
+    setattr(where.trunk_of(model), where.attribute, ghosts)
+    hide_ghosts(ghosts)
+    _attach(model, where, ghosts, swarm)
+    if (head := model.get_output_embeddings()) is not None:
+        split_linears(head)
+    freeze(model)
+    model.eval()
+    return model
+
+
+def _check_missing(model: PreTrainedModel, missing: list[str], where: BlockList, checkpoint: Checkpoint) -> None:
+    """Heads of a task may be new; the trunk and a language model's head must not be."""
+    head = model.get_output_embeddings()
+    needed = [where.trunk, *(name for name, module in model.named_modules() if module is head)]
+    lost = [name for name in missing if any(part and name.startswith(f"{part}.") for part in needed)]
+    if lost:
+        raise UnsupportedModel(f"{checkpoint.name} lacks weights that {type(model).__name__} needs, such as {lost[0]}.")
+
+
+def _attach(model: PreTrainedModel, where: BlockList, ghosts: GhostBlocks, swarm: Swarm) -> None:
+    trunk = where.trunk_of(model)
+    reach = ReachDependence.of(cast(PreTrainedConfig, trunk.config))
+    remote = RemoteBlocks(swarm, AdapterSource(model, ghosts), ghosts, reach)
+    layer = PseudoLayer(remote, ghosts)
+    ghosts.attach(layer)
+    model.config._attn_implementation = _REMOTE  # no masks are built here: the peers build them
+    trunk.register_forward_pre_hook(layer.capture, with_kwargs=True)
+    _probe(model, trunk, layer)
+    swarm.blocks = remote
+    object.__setattr__(model, "swarm", swarm)
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, trunk: torch.nn.Module, layer: PseudoLayer) -> None:
+    """Find out whether this trunk expects tensors or tuples of its blocks."""
+    width = int(cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[1])
+    inputs: dict[str, Any] = {
+        "inputs_embeds": torch.zeros(2, 3, width, dtype=model.dtype),
+        "attention_mask": torch.ones(2, 3, dtype=torch.long),
+        "use_cache": False,
+    }
+    for returns_tuple in (False, True):
+        layer.returns_tuple = returns_tuple
+        try:
+            output = trunk(**inputs)[0]
+        except Exception:  # any failure at all: this form is not it
+            continue
+        if output.shape[:2] == (2, 3) and output.shape[-1] in (width, hidden_size(model.config)):
+            layer.probing = False
+            return
+    raise UnsupportedModel(f"{type(trunk).__name__} does not run over remote blocks; it cannot be used in a swarm.")

@@ -1,0 +1,101 @@
+"""Making the model that a user asked for."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from client.model.build import build_model
+from client.model.pseudo_layer import refuse_outputs
+from client.model.saving import base_of, load_generation_config, name_base
+from client.swarm.config import SwarmConfig
+from client.swarm.swarm import Swarm
+from protocol.errors import BadUsage, UnsupportedModel
+from protocol.model.checkpoint import Checkpoint, open_checkpoint
+from protocol.model.loading import class_for
+from protocol.tensors import COMPUTE_DTYPES
+
+_HELD_HERE = {
+    "num_labels", "id2label", "label2id", "problem_type", "classifier_dropout", "initializer_range", "vocab_size",
+    "tie_word_embeddings", "embd_pdrop", "final_logit_softcapping", "logit_scale", "logits_scaling",
+    "pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "return_dict",
+    "output_attentions", "output_hidden_states", "output_router_logits",
+}  # fmt: skip
+"""Fields of a configuration that speak of embeddings, heads, tokens and outputs only: no block computes by them."""
+
+
+def load_distributed(
+    cls: type[PreTrainedModel] | None,
+    mapping: str,
+    model: str,
+    *,
+    swarm_config: SwarmConfig | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """A Transformers model whose blocks run on a swarm; see `AutoDistributedModelForCausalLM.from_pretrained`.
+
+    `cls` None: the class that Transformers' auto mapping of the name `mapping` has for the model.
+    """
+    network = {name: options.pop(name) for name in SwarmConfig.model_fields if name in options}
+    network_config = SwarmConfig.make(swarm_config, **network)
+    checkpoint = open_checkpoint(str(model), revision)
+    config = checkpoint.config
+    for name, value in options.items():
+        _override(config, name, value)
+    for part in config, config.get_text_config():
+        refuse_outputs(part, {})
+    if cls is None:
+        cls = class_for(config, getattr(modeling_auto, mapping))
+    if cls is None:
+        raise UnsupportedModel(f"{model} is a {config.model_type} model, which Transformers has no such task for.")
+    known = cls.config_class
+    if known is not None and not isinstance(config, known):
+        raise BadUsage(
+            f"{model} is a {config.model_type} model, and {cls.__name__} runs {known.model_type} models; "
+            "use the class of its family, or an AutoDistributedModel."
+        )
+    base = base_of(checkpoint)
+    swarm = Swarm.connect(network_config, base)
+    built = build_model(cls, checkpoint, config, swarm, _dtype(dtype or torch_dtype, checkpoint))
+    built.config._name_or_path = built.name_or_path = str(model)
+    name_base(built, base)
+    load_generation_config(built, checkpoint)
+    return built
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """`float32`, `bfloat16` or `float16` as a dtype. Raises `BadUsage`."""
+    if name not in COMPUTE_DTYPES:
+        raise BadUsage(f"dtype {name!r} is unknown; expected one of {', '.join(COMPUTE_DTYPES)}.")
+    return COMPUTE_DTYPES[name]
+
+
+def _override(config: PreTrainedConfig, name: str, value: Any) -> None:
+    """Set a field of the configuration where peers need not know of it, as they never will.
+
+    Raises `BadUsage` for any other: the blocks would run without it, and nobody would notice.
+    """
+    if not hasattr(config, name):
+        raise BadUsage(f"{name!r} is neither an option of the swarm nor of {type(config).__name__}.")
+    if name not in _HELD_HERE and getattr(config, name) != value and not _leaves_blocks_out(config, name, value):
+        raise BadUsage(
+            f"{name!r} changes the blocks, which the peers run as the checkpoint's config.json says; "
+            "serve a checkpoint that has it."
+        )
+    setattr(config, name, value)
+
+
+def _leaves_blocks_out(config: PreTrainedConfig, name: str, value: Any) -> bool:
+    """Whether this asks for the first blocks only, which routes then go through."""
+    own = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    return name in (own, "num_hidden_layers") and isinstance(value, int) and 0 < value <= getattr(config, own)
+
+
+def _dtype(asked: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dtype:
+    if asked is None or asked == "auto":
+        return checkpoint.dtype
+    return named_dtype(asked) if isinstance(asked, str) else asked

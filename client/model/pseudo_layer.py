@@ -1,0 +1,143 @@
+"""TODO."""
+
+import inspect
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from client.ghosts.blocks import GhostBlocks
+from client.model.remote_blocks import RemoteBlocks, _detached
+from client.model.remote_cache import RemoteLayer, adopt
+from client.requests.work import Work
+from protocol.errors import BadUsage
+
+_REFUSED = {
+    "output_attentions": "attention weights stay on the peers",
+    "output_hidden_states": "the hidden states between blocks stay on the peers",
+    "output_router_logits": "router logits stay on the peers (TRL asks for none with router_aux_loss_coef=0.0)",
+}
+
+
+_NO_BACKWARD = "A backward through an earlier call's cache is not possible; pass use_cache=False."
+
+
+class _EarlierCache(torch.autograd.Function):
+    """Nobody who decodes with gradients on need switch them off, and nobody gets them without the cache's share."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise BadUsage(_NO_BACKWARD)
+
+
+class PseudoLayer:
+    """What the trunk's loop over blocks runs: all of them at once, on the swarm."""
+
+    def __init__(self, remote: RemoteBlocks, ghosts: GhostBlocks):
+        self._remote, self._ghosts = remote, ghosts
+        self._caught = threading.local()
+        """The mask and positions of the forward that runs now, as the user gave them; one per thread."""
+        self.returns_tuple = False
+        self.probing = True
+        """While the trunk is being tried out, hidden states pass through."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_caught"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _caught=threading.local())
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def capture(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook on the trunk: the mask and positions as the user gave them.
+
+        Raises `BadUsage` for what remote blocks cannot give.
+        """
+        if args:
+            names = list(inspect.signature(type(trunk).forward).parameters)[1:]
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        refuse_outputs(trunk.config, kwargs)
+        if kwargs.get("cu_seq_lens_q") is not None:
+            _check_packing(trunk.config, kwargs.get("position_ids"))
+        self._caught.mask, self._caught.positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.probing:
+            cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+            hidden_states = self._run(hidden_states, cache)
+        return (hidden_states, None) if self.returns_tuple else hidden_states
+
+    def _run(self, hidden: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+        layer, prefix = adopt(cache) if cache is not None else (None, {})
+        goes_on = layer is not None and layer.session is not None
+        is_decoding = goes_on and hidden.shape[1] == 1  # more at once may be a prompt on a cache from before training
+        work = self._remote.describe(self._caught.mask, self._caught.positions, fresh=not is_decoding)
+        blocks = range(len(self._remote))
+        if layer is None:
+            return self._remote.apply(work, blocks, hidden)
+        layer.rows = len(hidden)
+        if prefix:
+            work = replace(work, prefix=prefix)
+        is_first = bool(prefix) or not layer.length
+        sources = (*layer.sources, *_sources(work, hidden)) if torch.is_grad_enabled() else ()
+        if not sources:
+            return self._generate(work, hidden, layer)
+        if is_first:
+            layer.sources = sources
+            return self._train(work, blocks, hidden, layer)
+        if self._ghosts.training:
+            raise BadUsage(_NO_BACKWARD)
+        return _EarlierCache.apply(self._generate(work, hidden, layer), *sources)  # type: ignore[no-any-return]
+
+    def _train(self, work: Work, blocks: range, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
+        """A forward with gradients. Transformers made a cache for it, which is filled only if it comes to be used."""
+        layer.length += hidden.shape[1]
+        layer.unsent = (_detached(work), hidden.detach())
+        return self._remote.apply(work, blocks, hidden)
+
+    def _generate(self, work: Work, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
+        if layer.session is None:
+            layer.session = self._remote.new_session()
+            if layer.unsent is not None:
+                layer.session.step(*layer.unsent, [], layer.keep_past)
+                layer.unsent = None
+        output = layer.session.step(_detached(work), hidden.detach(), layer.take_edits(), layer.keep_past)
+        layer.length += hidden.shape[1]
+        return output
+
+
+def refuse_outputs(config: Any, asked: Mapping[str, Any]) -> None:
+    """Raise `BadUsage` for what remote blocks cannot give, be it asked for in a call or by the configuration."""
+    for option, reason in _REFUSED.items():
+        wanted = asked.get(option)
+        if wanted is None:
+            wanted = getattr(config, option, None)
+        if wanted is not None and wanted is not False:  # 0 is a hidden state's number
+            raise BadUsage(
+                f"{option} does not work through a swarm: {reason}; pass {option}=False, or set it so in model.config."
+            )
+
+
+def _sources(work: Work, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What gradients of this work's output would reach."""
+    prefix = (tensor for pair in work.prefix.values() for tensor in pair)
+    adapters = work.adapters.tensors.values() if work.adapters else ()
+    return tuple(tensor for tensor in (hidden, *prefix, *adapters) if tensor.requires_grad)
+
+
+def _check_packing(config: Any, positions: torch.Tensor | None) -> None:
+    """Where records begin in a packed row is taken from the positions, which say the same as `cu_seq_lens_q`."""
+    if positions is None or "linear_attention" in (getattr(config, "layer_types", None) or ()):
+        raise BadUsage(
+            "cu_seq_lens_q does not travel: packed rows need position_ids that begin again with every record, and a "
+            "model all of whose layers look at them; switch packing off."
+        )

@@ -1,0 +1,140 @@
+"""The remote blocks as one differentiable function of hidden states, and the pseudo-layer that models run."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from client.adapters.dropout import BlockDropout
+from client.adapters.source import AdapterSource
+from client.generation.dynamic_rope import ReachDependence
+from client.generation.session import Session
+from client.ghosts.blocks import GhostBlocks
+from client.requests.work import Codecs, Work
+from client.swarm.loop import LOOP
+from client.swarm.swarm import Swarm
+from client.training.micro_batches import Trace, run_backward, run_forward
+from protocol.errors import BadUsage
+
+
+class RemoteBlocks:
+    """Blocks that run on peers: call it on hidden states, for any range, with autograd."""
+
+    def __init__(self, swarm: Swarm, adapters: AdapterSource, ghosts: GhostBlocks, reach: ReachDependence):
+        self._swarm, self._adapters, self._ghosts, self._reach = swarm, adapters, ghosts, reach
+        self._dropout = BlockDropout(ghosts)
+
+    def __len__(self) -> int:
+        return len(self._ghosts)
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        start: int = 0,
+        end: int | None = None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states (batch, tokens, hidden size) after blocks [start, end), in the dtype that they came in.
+
+        `attention_mask` (batch, tokens) and `position_ids` (batch or 1, tokens) as for the whole model. Gradients reach
+        `hidden_states` and the active adapters of these blocks. Raises `BadUsage` for a range that is not there.
+        """
+        end = len(self) if end is None else end
+        if not 0 <= start < end <= len(self):
+            raise BadUsage(f"Blocks {start}:{end} do not lie in this model's 0:{len(self)}.")
+        work = self.describe(attention_mask, position_ids)
+        return self.apply(work, range(start, end), hidden_states)
+
+    def describe(self, mask: torch.Tensor | None, positions: torch.Tensor | None, fresh: bool = True) -> Work:
+        """The work for one forward through the model, in the state that it is in now.
+
+        `fresh` False: a decode step in the middle of a generation, see `AdapterSource.snapshot`.
+        """
+        _check_2d("attention_mask", mask)
+        _check_2d("position_ids", positions)
+        is_random = self._dropout.is_live()
+        adapters = self._adapters.snapshot(fresh, self._ghosts.training or is_random)
+        drops = is_random or bool(adapters and adapters.has_dropout)
+        if drops and self._dropout and not is_random:
+            raise BadUsage(
+                "Peers cannot apply dropout of adapters while the blocks' own is off; switch both on or off."
+            )
+        # Blocks with dropout of their own that is off are sent as in evaluation, where peers leave it out.
+        training = drops or (self._ghosts.training and not self._dropout)
+        return Work(
+            mask=None if mask is None else mask.long(),  # PEFT puts floats before it
+            positions=positions,
+            training=training,
+            dropout_seed=int(torch.randint(2**31, ()).item()) if drops else None,
+            autocast=_autocast_dtype(),
+            adapters=adapters,
+            codecs=Codecs.of(self._swarm.config),
+        )
+
+    def apply(self, work: Work, blocks: range, hidden: torch.Tensor) -> torch.Tensor:
+        """Take hidden states through `blocks`, differentiably."""
+        trained = {}
+        if work.adapters:
+            own = (name for name in work.adapters.trainable if int(name.partition(".")[0]) in blocks)
+            trained = {f"adapter.{name}": work.adapters.tensors[name] for name in own}
+        for block, (key, value) in work.prefix.items():
+            trained |= {f"prefix.{block}.key": key, f"prefix.{block}.value": value}
+        # Asked here: within the function, `needs_input_grad` says the same under `no_grad`.
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, *trained.values()))
+        return _RemoteCall.apply(self._swarm, work, blocks, keep, tuple(trained), hidden, *trained.values())  # type: ignore[no-any-return]
+
+    def new_session(self) -> Session:
+        """A generation over all blocks."""
+        return Session(self._swarm, range(len(self)), self._reach)
+
+
+class _RemoteCall(torch.autograd.Function):
+    """Forward on the peers, backward on the peers; the tensors are the adapters' and the prefix's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        swarm: Swarm,
+        work: Work,
+        blocks: range,
+        keep: bool,
+        names: tuple[str, ...],
+        hidden: torch.Tensor,
+        *tensors: Any,
+    ) -> torch.Tensor:
+        output, ctx.traces = LOOP.run(run_forward(swarm, _detached(work), blocks, hidden.detach(), keep))
+        ctx.swarm, ctx.names = swarm, names
+        ctx.like = [(tensor.device, tensor.dtype) for tensor in tensors]
+        return output
+
+    @staticmethod
+    @once_differentiable  # without it a second backward would take these gradients for constants
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        traces: list[Trace] = ctx.traces
+        hidden, gradients = LOOP.run(run_backward(ctx.swarm, traces, grads[0]))
+        found = [gradients.get(name) for name in ctx.names]
+        cast = [g if g is None else g.to(*like) for g, like in zip(found, ctx.like, strict=True)]
+        return None, None, None, None, None, hidden, *cast
+
+
+def _detached(work: Work) -> Work:
+    if not work.prefix:
+        return work
+    prefix = {block: (key.detach(), value.detach()) for block, (key, value) in work.prefix.items()}
+    return replace(work, prefix=prefix)
+
+
+def _autocast_dtype() -> torch.dtype | None:
+    """What the user's `torch.autocast` says, on whatever device this machine computes."""
+    for device in ("cuda", "cpu"):
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+    return None
+
+
+def _check_2d(name: str, tensor: torch.Tensor | None) -> None:
+    if tensor is not None and tensor.ndim != 2:
+        raise BadUsage(f"{name} has {tensor.ndim} dimensions; through a swarm it must be 2-D, (batch, tokens).")

@@ -1,0 +1,107 @@
+"""What a piece of work on remote blocks consists of, and how it is put into messages."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from client.adapters.bundle import Bundle, Snapshot
+from client.swarm.config import SwarmConfig
+from client.swarm.routes import Hop
+from protocol import swarm_pb2 as pb
+from protocol.channel import Message
+from protocol.codecs import NAMES
+from protocol.connections import Connections
+from protocol.errors import PeerFailed
+from protocol.tensors import wire_dtype
+
+Prefix = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Codecs:
+    """How hidden states and their gradients travel: numbers of `pb.Codec`."""
+
+    out: int = pb.RAW
+    back: int = pb.RAW
+    gradients: int = pb.RAW
+
+    @classmethod
+    def of(cls, config: SwarmConfig) -> "Codecs":
+        """As a configuration says."""
+        return cls(NAMES[config.codec_out], NAMES[config.codec_back], NAMES[config.codec_gradients])
+
+    @property
+    def of_request(self) -> dict[str, int]:
+        """Of a request's tensors, by name."""
+        return {"hidden_states": self.out, "grad": self.gradients}
+
+    def among(self, known: Collection[int]) -> "Codecs":
+        """These, RAW in the place of what is not `known`."""
+        used = (codec if codec in known else pb.RAW for codec in (self.out, self.back, self.gradients))
+        return Codecs(*used)
+
+
+@dataclass(frozen=True)
+class Work:
+    """How hidden states are to be taken through blocks."""
+
+    mask: torch.Tensor | None = None
+    """(batch, cached + new tokens), as the user gave it."""
+    positions: torch.Tensor | None = None
+    """(batch or 1, new tokens), as the user gave them."""
+    training: bool = False
+    dropout_seed: int | None = None
+    autocast: torch.dtype | None = None
+    adapters: Snapshot | None = None
+    prefix: Prefix = field(default_factory=dict)
+    """Block -> (key, value)."""
+    codecs: Codecs = Codecs()
+
+    def bundle(self, hop: Hop) -> Bundle | None:
+        """The adapters on a hop's blocks."""
+        return self.adapters.bundle(range(hop.start, hop.end)) if self.adapters else None
+
+    def context(self, hop: Hop, is_backward: bool = False) -> pb.Context:
+        """The wire's description of this work on a hop's blocks."""
+        bundle = self.bundle(hop)
+        return pb.Context(
+            start=hop.start,
+            end=hop.end,
+            adapter=bundle.key if bundle else b"",
+            training=self.training,
+            dropout_seed=self.dropout_seed,
+            autocast=wire_dtype(self.autocast),
+            answer=self.codecs.gradients if is_backward else self.codecs.back,  # type: ignore[arg-type]
+        )
+
+    def tensors(self, hop: Hop, hidden: torch.Tensor | None, with_prefix: bool = True) -> dict[str, torch.Tensor]:
+        """The tensors that go with a request for a hop's blocks. `hidden` is None when another peer pushes them."""
+        tensors = {"hidden_states": hidden} if hidden is not None else {}
+        if self.mask is not None:
+            tensors["attention_mask"] = self.mask
+        if self.positions is not None:
+            tensors["position_ids"] = self.positions
+        if with_prefix:
+            for block in range(hop.start, hop.end):
+                if block in self.prefix:
+                    tensors[f"prefix.{block}.key"], tensors[f"prefix.{block}.value"] = self.prefix[block]
+        return tensors
+
+
+def answered_hidden(answer: Message, like: torch.Tensor, remote: str) -> torch.Tensor:
+    """The hidden states in an answer, as `like` in shape and dtype. Raises `PeerFailed` when they are not."""
+    hidden = answer.tensors.get("hidden_states")
+    if hidden is None or hidden.shape != like.shape or not hidden.is_floating_point():
+        raise PeerFailed(f"Peer {remote} answered with something else than hidden states of {list(like.shape)}.")
+    return hidden.to(like.device, like.dtype)
+
+
+async def read_norms(
+    connections: Connections, hop: Hop, names: list[str], transposed: bool, dims: tuple[int, ...], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The norms of base weights that a hop's peer holds."""
+    request = pb.ReadWeight(names=names, transposed=transposed, norm_dims=dims, dtype=wire_dtype(dtype))
+    async with connections.channel(hop.peer.peer_id) as channel:
+        answer = await channel.call(Message(request))
+    return {name: answer.tensor(f"value.{i}") for i, name in enumerate(names)}

@@ -1,0 +1,227 @@
+"""The handle to the network: who serves what, and by which route."""
+
+import asyncio
+import copy
+import logging
+import time
+import weakref
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, Literal
+
+from client.requests.puts import Puts
+from client.requests.verify import Verifier
+from client.swarm.config import SwarmConfig
+from client.swarm.health import Health
+from client.swarm.loop import LOOP
+from client.swarm.membership import Membership, Memberships
+from client.swarm.routes import Hop, find_route, spare_blocks
+from protocol.connections import Connections, Wanted
+from protocol.errors import (
+    BadUsage,
+    NoRoute,
+    PeerUnreachable,
+    SwarmError,
+)
+from protocol.model.checkpoint import Checkpoint
+from protocol.records import (
+    MAX_ACCUSED,
+    Accusation,
+    Complaint,
+    PeerRecord,
+    holes,
+)
+
+if TYPE_CHECKING:
+    from client.model.remote_blocks import RemoteBlocks
+
+logger = logging.getLogger(__name__)
+
+Purpose = Literal["decode", "forward"]
+_EXPIRED = 60.0
+"""Seconds after which what was looked up is of no use: peers announce themselves for as long."""
+_INNOCENT = 5.0
+"""Seconds before the end of our own p2pd was noticed in which peers seemed to fail."""
+_MEMBERSHIPS = Memberships()
+LOOP.at_exit(_MEMBERSHIPS.close)
+
+
+class Swarm:
+    """A client's membership in a swarm, for one model. `connect` makes one."""
+
+    blocks: "RemoteBlocks"
+    """All blocks of the model, callable on hidden states, with autograd."""
+
+    def __init__(self, config: SwarmConfig, checkpoint: Checkpoint, membership: Membership):
+        self.config, self.model_id = config, checkpoint.model_id
+        self.health = Health()
+        wanted = Wanted(self.model_id.config_hash, checkpoint.digests)
+        self.connections = Connections(
+            lambda: membership.member, wanted, config.silence_timeout, self.health.measured, config.carrier
+        )
+        self.puts = Puts()
+        self.verifier = Verifier(self, config.verify)
+        self._membership = membership
+        self._known: list[PeerRecord] = []
+        self._complaints: dict[str, str] = {}
+        self._looked_up = float("-inf")
+        self._refreshing: asyncio.Task[None] | None = None
+        self._look_up = asyncio.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Swarm":
+        """For a copy of the model: the same membership, the copy's own blocks."""
+        twin = object.__new__(Swarm)
+        vars(twin).update(vars(self))
+        memo[id(self)] = twin
+        twin.blocks = copy.deepcopy(self.blocks, memo)
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise BadUsage(
+            "A model whose blocks run on a swarm cannot be pickled, nor go through torch.save; use save_pretrained."
+        )
+
+    @classmethod
+    def connect(cls, config: SwarmConfig, checkpoint: Checkpoint) -> "Swarm":
+        """Join as a client. Raises `BadUsage` for a malformed address or key file, `PeerUnreachable`, `WrongKey`."""
+        _check_pins(config, checkpoint)
+
+        async def join() -> Swarm:
+            return cls(config, checkpoint, await _MEMBERSHIPS.acquire(config.initial_peers, config.swarm_key))
+
+        swarm = LOOP.run(join())
+        weakref.finalize(swarm, LOOP.call, _leave, swarm.connections, swarm._membership)
+        return swarm
+
+    def peers(self) -> list[PeerRecord]:
+        """The peers that serve this model now."""
+        return LOOP.run(self.fetch_peers(fresh=True))
+
+    def route(self, purpose: Purpose = "decode") -> list[Hop]:
+        """The hops that work would take now. Raises `NoRoute`."""
+        return LOOP.run(self.find_route(0, self.model_id.num_blocks, purpose))
+
+    async def find_route(self, start: int, end: int, purpose: Purpose, without: Collection[str] = ()) -> list[Hop]:
+        """The hops for blocks [start, end), not through the peers `without`.
+
+        Looks up the peers again when those that are known do not reach. Raises `NoRoute`.
+        """
+        cost = self.health.decode_cost if purpose == "decode" else self.health.forward_cost
+        try:
+            return find_route(self._usable(await self.fetch_peers(), without), start, end, cost)
+        except NoRoute:
+            peers = await self.fetch_peers(fresh=True)
+            if not peers and (others := await self._other_models()):
+                raise NoRoute(
+                    f"This swarm serves {others}, and not {self.model_id.name} as configured here; "
+                    "use a model that it serves, or start peers for this one."
+                ) from None
+            return find_route(self._usable(peers, without), start, end, cost)
+
+    async def _other_models(self) -> str:
+        """The names of what the swarm serves, when this model is not among it."""
+        models = await self._membership.member.directory.models()
+        known = {model.config_hash: model.name for model in models}
+        return "" if self.model_id.config_hash in known else ", ".join(sorted(known.values()))
+
+    async def fetch_peers(self, fresh: bool = False) -> list[PeerRecord]:
+        """The peers of this model that the configuration allows, as the directory has them now, or had them of late.
+
+        What is older than `look_up_period` is looked up in the background: of the members to be asked, one that has
+        just fallen silent would hold up whoever goes round it for many seconds.
+        """
+        asked = time.monotonic()
+        age = asked - self._looked_up
+        if fresh or age > _EXPIRED or self._membership.is_lost:
+            await self._refresh(asked)
+        elif age > self.config.look_up_period and (self._refreshing is None or self._refreshing.done()):
+            self._refreshing = asyncio.create_task(self._refresh_quietly(asked))
+        return self._known
+
+    async def _refresh(self, asked: float) -> None:
+        async with self._look_up:
+            if self._looked_up < asked:
+                found = await self._look_peers_up()
+                self._known = [peer for peer in found if self._allows(peer.peer_id)]
+                self._looked_up = time.monotonic()
+
+    async def _refresh_quietly(self, asked: float) -> None:
+        try:
+            await self._refresh(asked)
+        except SwarmError as error:
+            logger.debug("the directory could not be read: %s", error)
+
+    async def _look_peers_up(self) -> list[PeerRecord]:
+        try:
+            return await self._membership.member.directory.peers(self.model_id.config_hash)
+        except PeerUnreachable:
+            if not self._membership.is_lost:
+                raise
+        await self._membership.renew(address for peer in self._known for address in peer.addresses)
+        self.health.pardon(_INNOCENT)
+        return await self._membership.member.directory.peers(self.model_id.config_hash)
+
+    def may_recover(self, start: int, end: int) -> bool:
+        """Whether blocks [start, end) lack nothing but peers that failed of late and are kept away from."""
+        return not holes([peer for peer in self._known if peer.state == "online"], start, end)
+
+    def blame(self, peer: PeerRecord, error: SwarmError) -> None:
+        """Take note that `peer` failed with `error`: keep away from it for a while."""
+        if self._membership.is_lost:  # it is our own p2pd that has failed
+            self.connections.close()
+            return
+        logger.info("peer %s failed: %s", peer.name or peer.peer_id, error)
+        self.connections.forget(peer.peer_id)
+        self.health.ban(peer.peer_id, at_least=error.retry_after)
+
+    def complain(self, peer: PeerRecord, kind: str) -> None:
+        """Tell the swarm that `peer` answered wrongly, for `peer status` to show."""
+        self._complaints[peer.peer_id] = kind
+        self._complaining = asyncio.create_task(self._publish_complaints())
+
+    async def _publish_complaints(self) -> None:
+        accused = tuple(Accusation(peer_id=peer_id, kind=kind) for peer_id, kind in self._complaints.items())
+        complaint = Complaint(
+            peer_id=self._membership.member.peer_id, model=self.model_id, accused=accused[-MAX_ACCUSED:]
+        )
+        try:
+            await self._membership.member.directory.complain(complaint)
+        except SwarmError as error:
+            logger.warning("the swarm could not be told of a peer that answers wrongly: %s", error)
+
+    def keep_away(self, peer: PeerRecord) -> None:
+        """A peer is leaving: no new work for it until the directory has heard of it, or of its return."""
+        self.health.ban(peer.peer_id, at_least=self.config.look_up_period)
+
+    def _usable(self, peers: list[PeerRecord], without: Collection[str]) -> list[PeerRecord]:
+        free = [
+            peer
+            for peer in peers
+            if peer.state == "online" and peer.peer_id not in without and not self.health.is_banned(peer.peer_id)
+        ]
+        for span, trusted in self.config.pins.items():
+            start, end = map(int, span.split(":"))
+            free = [part for peer in free for part in spare_blocks(peer, start, end, peer.peer_id in trusted)]
+        return free
+
+    def _allows(self, peer_id: str) -> bool:
+        allowed = self.config.allowed_peers
+        return peer_id not in self.config.blocked_peers and (allowed is None or peer_id in allowed)
+
+
+def _check_pins(config: SwarmConfig, checkpoint: Checkpoint) -> None:
+    total = checkpoint.model_id.num_blocks
+    for span in config.pins:
+        if int(span.partition(":")[2]) > total:
+            raise BadUsage(f"Option pins of the swarm: {span!r} is out of range; the model has blocks 0:{total}.")
+
+
+def _leave(connections: Connections, membership: Membership) -> None:
+    connections.close()
+    _MEMBERSHIPS.release(membership)
+
+
+def swarm_of(model: Any) -> Swarm:
+    """The `model.swarm` of a distributed model, typed; PEFT's wrappers are looked through."""
+    swarm = model.swarm
+    assert isinstance(swarm, Swarm)
+    return swarm

@@ -1,0 +1,170 @@
+"""The command line: `peer ...`. Exit codes: 0 done, 1 failed, 2 bad usage."""
+
+import asyncio
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from peer.commands.key import app as key_app
+from peer.commands.options import (
+    Announce,
+    Config,
+    Host,
+    Identity,
+    InitialPeers,
+    LazyGroup,
+    Port,
+    SwarmKeyFile,
+    need_initial_peers,
+)
+from peer.commands.process import (
+    leave_at_once,
+    run,
+    say_ready,
+    stop_on_signals,
+    unless_stopped,
+)
+from peer.commands.serve import serve
+from protocol.errors import (
+    BadAdapter,
+    BadRequest,
+    BadUsage,
+    NoSwarm,
+    SwarmError,
+    TooLong,
+    UnsupportedModel,
+    WrongKey,
+    WrongModel,
+)
+
+app = typer.Typer(
+    cls=LazyGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Fine-tune and run models too big for your GPU, on a swarm of peers.",
+)  # fmt: skip
+app.add_typer(key_app, name="key")
+_USAGE_ERRORS = (BadUsage, BadRequest, BadAdapter, UnsupportedModel, NoSwarm, WrongKey, WrongModel, TooLong)
+
+app.command()(serve)
+
+
+@app.command()
+def bootstrap(
+    host: Host = "0.0.0.0",
+    port: Port = 0,
+    initial_peers: InitialPeers = None,
+    announce: Announce = None,
+    identity: Identity = None,
+    swarm_key: SwarmKeyFile = None,
+    config: Config = None,
+) -> None:
+    """Run a node that only carries the directory of peers: a stable first address for a swarm."""
+    from bootstrap.member import Member, MemberOptions
+    from protocol.errors import PeerFailed
+
+    options = MemberOptions(
+        tuple(initial_peers or ()), host, port, tuple(announce or ()), identity, swarm_key=swarm_key
+    )
+
+    async def work() -> None:
+        stop = stop_on_signals()
+        member = await unless_stopped(Member.join(options), stop)
+        if member is None:
+            return
+        say_ready(member.addresses)
+        lost = asyncio.create_task(member.lost.wait())
+        waiting = asyncio.create_task(stop.wait())
+        await asyncio.wait({lost, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        is_lost = member.lost.is_set()
+        await member.shutdown()
+        if is_lost:
+            raise PeerFailed("The p2pd process died; start this node again.")
+        leave_at_once()
+
+    run(work())
+
+
+@app.command()
+def status(
+    model: Annotated[str | None, typer.Argument(help="Only this model (name as announced, or a folder).")] = None,
+    initial_peers: InitialPeers = None,
+    swarm_key: SwarmKeyFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    watch: Annotated[bool, typer.Option(help="Show it again every 5 s.")] = False,
+    config: Config = None,
+) -> None:
+    """Show which blocks are served by whom, how fast, how full; and what is missing."""
+    from bootstrap.member import Member, MemberOptions
+    from peer.commands import status as view
+
+    addresses = need_initial_peers(initial_peers)
+
+    async def work() -> None:
+        stop = stop_on_signals()
+        member = await Member.join(MemberOptions(addresses, client_mode=True, swarm_key=swarm_key))
+
+        async def look() -> tuple[view.Models, view.Complaints]:
+            models = _only(await member.directory.models(), model)
+            return models, await view.read_complaints(member.directory, models)
+
+        try:
+            state = await look()
+            if as_json:
+                print(json.dumps(view.as_json(*state), indent=2))
+                return
+            console = Console()
+            if not watch:
+                console.print(view.as_table(*state))
+                return
+            with Live(view.as_table(*state), console=console, auto_refresh=False) as live:
+                while not stop.is_set():
+                    await asyncio.wait({asyncio.create_task(stop.wait())}, timeout=5)
+                    live.update(view.as_table(*await look()), refresh=True)
+        finally:
+            await member.shutdown()
+
+    run(work())
+
+
+@app.command()
+def demo(
+    model: Annotated[str | None, typer.Option(help="Another model: a folder or hub name.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the fine-tuning.")] = 40,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the adapter goes.")] = Path("demo-adapter"),
+) -> None:
+    """The whole thing on this machine in one go: a swarm, text from it, an adapter trained through it."""
+    from peer.commands.demo import run_demo
+
+    run_demo(model, steps, output)
+
+
+def main() -> None:
+    """The entry point."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for room in ("peer", "bootstrap", "client"):
+        logging.getLogger(room).setLevel(logging.INFO)
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries among themselves; users can do nothing about them
+    try:
+        app()
+    except SwarmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, _USAGE_ERRORS) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _only(models: dict[Any, Any], wanted: str | None) -> dict[Any, Any]:
+    if wanted is None:
+        return models
+    name = Path(wanted).resolve().name if Path(wanted).is_dir() else wanted
+    chosen = {model: peers for model, peers in models.items() if model.name == name}
+    if not chosen:
+        known = ", ".join(model.name for model in models) or "none"
+        raise BadUsage(f"No peer serves {wanted!r} in this swarm; its models: {known}.")
+    return chosen

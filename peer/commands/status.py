@@ -1,0 +1,100 @@
+"""`peer status`: who serves what, how fast, how full; holes shown loudly."""
+
+from collections import Counter
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from bootstrap.directory import Directory
+from protocol.records import (
+    ModelId,
+    PeerRecord,
+    PeerState,
+    holes,
+)
+
+Models = dict[ModelId, list[PeerRecord]]
+Complaints = dict[ModelId, Counter[str]]
+"""Model -> ID of a peer -> how many clients say that it answered wrongly."""
+
+
+async def read_complaints(directory: Directory, models: Models) -> Complaints:
+    """What clients say of the peers of `models`. Raises `PeerUnreachable`."""
+    return {model: await directory.complaints(model.config_hash) for model in models}
+
+
+def as_json(models: Models, complaints: Complaints) -> list[dict[str, Any]]:
+    """The swarm's state as plain data."""
+    return [
+        {
+            "model": model.name,
+            "config_hash": model.config_hash,
+            "num_blocks": model.num_blocks,
+            "holes": [[hole.start, hole.stop] for hole in _missing(model, peers)],
+            "peers": [
+                peer.model_dump(mode="json", exclude={"model"}) | {"complaints": complaints[model][peer.peer_id]}
+                for peer in peers
+            ],
+        }
+        for model, peers in models.items()
+    ]
+
+
+def as_table(models: Models, complaints: Complaints) -> RenderableType:
+    """The swarm's state for a terminal."""
+    if not models:
+        return Text("No peer serves any model in this swarm.", style="bold red")
+    parts: list[RenderableType] = []
+    for model, peers in models.items():
+        parts += [_peers_table(model, peers), _coverage(model, peers)]
+        parts += [_complaint(peer, count) for peer in peers if (count := complaints[model][peer.peer_id])]
+    return Group(*parts)
+
+
+def _missing(model: ModelId, peers: list[PeerRecord]) -> list[range]:
+    return holes([peer for peer in peers if peer.state == PeerState.ONLINE], 0, model.num_blocks)
+
+
+def _peers_table(model: ModelId, peers: list[PeerRecord]) -> Table:
+    title = Text(f"{model.name}: {model.num_blocks} blocks, {len(peers)} peers")
+    table = Table(title=title, title_justify="left")
+    for column in (
+        "blocks",
+        "peer",
+        "state",
+        "weights",
+        "decode\ntok/s",
+        "forward\ntok/s",
+        "cache tokens\nfree",
+        "users",
+    ):
+        table.add_column(column, no_wrap=True)
+    for peer in peers:
+        count = peer.end - peer.start
+        cells = (
+            f"{peer.start}:{peer.end}",
+            peer.name or f"…{peer.peer_id[-8:]}",
+            peer.state.value,
+            peer.dtype if peer.quantization == "none" else f"{peer.quantization}/{peer.dtype}",
+            f"{peer.speed.decode / count:,.0f}",
+            f"{peer.speed.forward / count:,.0f}",
+            f"{peer.free_cache_tokens:,}",
+            str(peer.sessions),
+        )
+        table.add_row(*map(Text, cells))  # others' text: no markup
+    return table
+
+
+def _complaint(peer: PeerRecord, count: int) -> Text:
+    who = f"{peer.name} ({peer.peer_id})" if peer.name else peer.peer_id
+    return Text(f"WRONG ANSWERS: {count} client(s) found that {who} answers wrongly.", style="bold red")
+
+
+def _coverage(model: ModelId, peers: list[PeerRecord]) -> Text:
+    missing = _missing(model, peers)
+    if not missing:
+        return Text(f"All {model.num_blocks} blocks are served.", style="green")
+    spans = ", ".join(f"{hole.start}:{hole.stop}" for hole in missing)
+    return Text(f"HOLES: nobody serves blocks {spans}; the model cannot be used.", style="bold red")

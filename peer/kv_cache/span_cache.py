@@ -1,0 +1,118 @@
+"""Sessions' KV caches: bounded memory, edits, and Transformers' cache seen from the middle of a model."""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicCache
+
+from peer.kv_cache.arena import Arena, ArenaLayer
+from peer.kv_cache.slots import Run
+
+Prefix = dict[int, tuple[torch.Tensor, torch.Tensor]]
+"""Block -> (key, value), each (batch, heads, tokens, head size)."""
+
+
+class SpanCache(DynamicCache):
+    """A full-length cache of which only the blocks in `blocks` are used.
+
+    The trunk asks it for lengths by way of block 0 or the first block of a kind; such questions about foreign blocks
+    are answered by a block of our own of the same kind.
+    """
+
+    def __init__(self, config: PreTrainedConfig, blocks: range):
+        super().__init__(config=config)
+        self.config, self.blocks = config, blocks
+        self.seen = 0
+        """Tokens so far: all that linear-attention layers know of the length."""
+        self._is_linear, self._is_sliding = super().is_linear, super().is_sliding
+        self._stand_ins = self._find_stand_ins()
+
+    # Asked at every step, of all layers of the model; a layer's kind never changes.
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Block -> whether it is linear attention only."""
+        return self._is_linear
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Block -> whether it has a sliding window."""
+        return self._is_sliding
+
+    def own_layers(self) -> list[Any]:
+        """The layers of this span's blocks."""
+        return [self.layers[i] for i in self.blocks]
+
+    def arena_layers(self) -> list[ArenaLayer]:
+        """Those of them that keep their tokens in the peer's arena."""
+        return [layer for layer in self.own_layers() if isinstance(layer, ArenaLayer)]
+
+    def move_into(self, arena: Arena, run: Run) -> None:
+        """Keep tokens in `run` of `arena` from now on, where a block's kind of layer allows it."""
+        for block in self.blocks:
+            self.layers[block] = arena.layer(block, self.layers[block], run)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Append keys and values (rows, heads, tokens, head size) of a block; returns all that it attends to."""
+        layer: Any = self.layers[layer_idx]
+        if isinstance(layer, ArenaLayer) and not layer.takes(key_states, value_states):  # autocast, an adapter's dtype
+            layer = self.layers[layer_idx] = layer.moved_out()
+        return layer.update(key_states, value_states, *args, **kwargs)
+
+    def copied_to(self, run: Run) -> "SpanCache":
+        """A copy whose tokens in the arena lie in `run`, which has room for them."""
+        twin = copy.copy(self)
+        twin.layers = [
+            layer.copied_to(run) if isinstance(layer, ArenaLayer) else copy.deepcopy(layer) for layer in self.layers
+        ]
+        return twin
+
+    def _find_stand_ins(self) -> list[int]:
+        """Block -> the block of ours that answers questions about it; empty if all of ours are linear attention."""
+        linear, sliding = self.is_linear, self.is_sliding
+        attention = [block for block in self.blocks if not linear[block]]
+        of_kind = {sliding[block]: block for block in reversed(attention)}
+        if not attention:
+            return []
+        return [
+            block if block in attention else of_kind.get(sliding[block], attention[0]) for block in range(len(linear))
+        ]
+
+    def _asked(self, block: int) -> Any:
+        return self.layers[self._stand_ins[block]]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens in the cache."""
+        return self._asked(layer_idx).get_seq_length() if self._stand_ins else self.seen  # type: ignore[no-any-return]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys for a mask."""
+        if not self._stand_ins:
+            return self.seen + query_length, 0
+        return self._asked(layer_idx).get_mask_sizes(query_length)  # type: ignore[no-any-return]
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Whether linear-attention layers have state already."""
+        if layer_idx is not None:
+            return super().has_previous_state(layer_idx, state_idx)
+        linear = [i for i in self.blocks if hasattr(self.layers[i], "has_previous_state")]
+        return super().has_previous_state(linear[-1], state_idx) if linear else False
+
+
+def prefix_cache(
+    config: PreTrainedConfig, blocks: range, prefix: dict[int, tuple[torch.Tensor, torch.Tensor]]
+) -> SpanCache:
+    """A cache that begins with a trainable prefix: block -> (key, value), each (batch, heads, tokens, head size)."""
+    return fill(SpanCache(config, blocks), prefix)
+
+
+def fill(cache: SpanCache, prefix: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> SpanCache:
+    """Put a prefix into an empty cache: block -> (key, value), as for `prefix_cache`. Returns the cache."""
+    for block, (key, value) in prefix.items():
+        cache.update(key, value, block)
+    cache.seen = next(iter(prefix.values()))[0].shape[2] if prefix else 0
+    return cache

@@ -1,0 +1,86 @@
+"""TODO."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from protocol.model.anatomy import BlockList, find_blocks
+
+
+class Skip(nn.Module):
+    """A block that is not run: hidden states pass through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.returns_tuple = False
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`hidden_states`, in the form in which this architecture's blocks return them. No hooks are run."""
+        return (hidden_states, None) if self.returns_tuple else hidden_states
+
+
+class _Zero(nn.Module):
+    """A position embedding that adds nothing: the client has added it already."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(())
+
+
+class SpanBlocks(nn.ModuleList):
+    """The block list, in which only the `active` blocks are run. Every block keeps its absolute index."""
+
+    active: range
+    skip: tuple[Skip]  # in a tuple: not a submodule
+    stand_ins: Mapping[int, Any]
+    """What is run in the place of blocks; empty: nothing is."""
+
+    def _listed(self) -> list[Any]:
+        blocks, (start, end) = list(self._modules.values()), (self.active.start, self.active.stop)
+        run = [self.stand_ins[i] for i in self.active] if self.stand_ins else blocks[start:end]
+        return [*self.skip * start, *run, *self.skip * (len(blocks) - end)]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._listed())
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self._listed()[index]
+        index = index % len(self)
+        if index not in self.active:
+            return self.skip[0]
+        return self.stand_ins[index] if self.stand_ins else self._modules[str(index)]
+
+
+def cut_to_span(model: PreTrainedModel, start: int, end: int) -> BlockList:
+    """Remove from a model under construction everything but blocks [start, end) and what its trunk needs to run them.
+
+    Rotary embeddings stay; embeddings and learned positions become zero; everything else becomes the identity.
+    """
+    where = find_blocks(model)
+    trunk, skip = where.trunk_of(model), Skip()
+    blocks = SpanBlocks(block if start <= i < end else skip for i, block in enumerate(where.of(model)))
+    blocks.active, blocks.skip, blocks.stand_ins = range(start, end), (skip,), {}
+    for name, child in list(trunk.named_children()):
+        kind = f"{name} {type(child).__name__}".lower()
+        if name == where.attribute:
+            setattr(trunk, name, blocks)
+        elif isinstance(child, nn.Embedding) or ("position" in kind and "rotary" not in kind):
+            setattr(trunk, name, _Zero())
+        elif "rotary" not in kind and "rope" not in kind:
+            setattr(trunk, name, nn.Identity())
+    for name, _ in list(model.named_children()):
+        if not f"{where.path}.".startswith(f"{name}."):
+            setattr(model, name, nn.Identity())
+    model.tie_weights = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    model.all_tied_weights_keys = {}
+    return where
+
+
+def _neutralise_scalars(model: nn.Module) -> None:
+    """Granite and its relatives scale `inputs_embeds` inside the trunk; the client has done that already."""
+    for module in model.modules():
+        if hasattr(module, "embedding_multiplier"):
+            module.embedding_multiplier = 1.0  # type: ignore[assignment]

@@ -1,0 +1,479 @@
+"""Adapters through a swarm: as locally, sent no oftener than they must be, refused where they cannot work."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from peft.helpers import rescale_adapter_scale
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from client.ghosts.tensor import RemoteWeightError
+from client.training import micro_batches as calls
+from protocol import swarm_pb2 as pb
+from protocol.channel import Channel, Message
+from protocol.errors import BadAdapter, BadUsage, SwarmError
+from protocol.tensors import nbytes
+from tests.tools.swarm import Swarm
+
+VOCABULARY = 128
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+Connect = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def connect(llama_swarm: tuple[Path, Swarm]) -> Connect:
+    """Makes a model through the swarm."""
+    path, swarm = llama_swarm
+    return lambda **options: swarm.connect(path, **options)
+
+
+@pytest.fixture(scope="module")
+def local(models: Callable[[str], Path]) -> Connect:
+    """Makes the plain model."""
+    return lambda: transformers.AutoModelForCausalLM.from_pretrained(models("llama"))
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def loss_of(model: Any) -> torch.Tensor:
+    inputs = batch()
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    return model(**inputs, labels=labels).loss  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(**batch()).logits  # type: ignore[no-any-return]
+
+
+def lora(**options: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM", "init_lora_weights": False}
+        | options
+    )
+
+
+def adapted(model: Any, config: peft.PeftConfig) -> Any:
+    torch.manual_seed(7)
+    return peft.get_peft_model(model, copy.deepcopy(config))
+
+
+def trained(model: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+# ---- as locally
+
+ON_CAUSAL: dict[str, Any] = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+VIRTUAL: dict[str, Any] = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
+METHODS: dict[str, peft.PeftConfig] = {
+    "dora": lora(use_dora=True, init_lora_weights=True),
+    "lora_everywhere": lora(target_modules=["q_proj", "embed_tokens", "lm_head"]),
+    "lora_and_whole_modules": lora(modules_to_save=["lm_head"], trainable_token_indices=[5, 6, 7]),
+    "boft": peft.BOFTConfig(boft_block_size=4, **ON_CAUSAL),
+    "fourierft": peft.FourierFTConfig(n_frequency=50, **ON_CAUSAL),
+    "hra": peft.HRAConfig(r=4, **ON_CAUSAL),
+    "randlora": peft.RandLoraConfig(r=8, **ON_CAUSAL),
+    "prefix": peft.PrefixTuningConfig(**VIRTUAL),
+    "prompt": peft.PromptTuningConfig(**VIRTUAL),
+}
+"""Beside those of test_methods.py; here their initial values and generation are compared too."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_as_locally(method: str, connect: Connect, local: Connect) -> None:
+    """Initial values, loss, every gradient, greedy tokens."""
+    theirs, ours = (adapted(model, METHODS[method]) for model in (local(), connect()))
+    expected, found = trained(theirs), trained(ours)
+    assert expected
+    assert found.keys() == expected.keys()
+    for number, name in enumerate(expected):
+        assert torch.equal(found[name], expected[name]), name
+        torch.manual_seed(number)
+        change = torch.randn_like(expected[name]) * 0.1  # initial values often make an adapter do nothing
+        found[name].data.add_(change)
+        expected[name].data.add_(change)
+    losses = []
+    for model in (theirs.train(), ours.train()):
+        torch.manual_seed(11)
+        losses.append(loss_of(model))
+        losses[-1].backward()
+    assert torch.equal(losses[0], losses[1])
+    for name, parameter in expected.items():
+        mine = found[name].grad
+        assert (mine is None) == (parameter.grad is None), name
+        assert mine is None or torch.equal(mine, parameter.grad), name
+    options = batch() | {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(ours.eval().generate(**options), theirs.eval().generate(**options))
+
+
+def test_adapters_switched_and_scaled(connect: Connect, local: Connect) -> None:
+    """Two adapters: one, the other, none, both, half as strong, and the first again."""
+
+    def outputs(model: Any) -> list[torch.Tensor]:
+        tuned = adapted(model, lora())
+        tuned.add_adapter("second", lora(r=2, use_rslora=True, target_modules=["k_proj", "v_proj"]))
+        found = [logits(tuned)]
+        tuned.set_adapter("second")
+        found.append(logits(tuned))
+        with tuned.disable_adapter():
+            found.append(logits(tuned))
+        tuned.base_model.set_adapter(["default", "second"])
+        found.append(logits(tuned))
+        with rescale_adapter_scale(tuned, 0.5):
+            found.append(logits(tuned))
+        tuned.set_adapter("default")
+        return [*found, logits(tuned)]
+
+    theirs, ours = outputs(local()), outputs(connect())
+    assert all(map(torch.equal, ours, theirs))
+    assert torch.equal(ours[0], ours[5])
+    assert torch.equal(ours[2], logits(local()))
+    assert len({float(found.sum()) for found in ours}) == 5
+
+
+@pytest.mark.parametrize("block", [0, 3])
+def test_adapters_switched_on_some_layers(block: int, connect: Connect, local: Connect) -> None:
+    """Two adapters; on the layers of one block another one, both, none."""
+
+    def outputs(model: Any) -> list[torch.Tensor]:
+        tuned = adapted(model, lora())
+        tuned.add_adapter("second", lora(r=2, target_modules=["k_proj", "v_proj"]))
+        switched = [m for m in model.model.layers[block].modules() if isinstance(m, BaseTunerLayer)]
+        found = [logits(tuned)]
+        for active in ("second", ["default", "second"], ["second", "default"]):
+            for layer in switched:
+                layer.set_adapter(active)
+            found.append(logits(tuned))
+        for layer in switched:
+            layer.enable_adapters(False)
+        return [*found, logits(tuned)]
+
+    theirs, ours = outputs(local()), outputs(connect())
+    assert all(map(torch.equal, ours, theirs))
+    assert len({float(found.sum()) for found in ours}) >= 4
+
+
+def test_adapters_of_any_name(connect: Connect, local: Connect) -> None:
+    def outputs(model: Any) -> list[torch.Tensor]:
+        torch.manual_seed(7)
+        names = ["my adapter", "org/adapter", "sft+dpo", "ä", "base-shift", "a0", "long" * 26]
+        tuned = peft.get_peft_model(model, lora(), adapter_name=names[0])
+        for name in names[1:]:
+            tuned.add_adapter(name, lora())
+        tuned.base_model.set_adapter(names)
+        loss = loss_of(tuned)
+        loss.backward()
+        return [loss, *(p.grad for p in trained(tuned).values())]
+
+    theirs, ours = outputs(local()), outputs(connect())
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_an_adapter_deleted_and_made_anew(connect: Connect, local: Connect) -> None:
+    def outputs(model: Any) -> list[torch.Tensor]:
+        tuned = adapted(model, lora())
+        found = [logits(tuned)]
+        tuned.delete_adapter("default")
+        torch.manual_seed(8)
+        tuned.add_adapter("default", lora(r=3))
+        tuned.set_adapter("default")
+        return [*found, logits(tuned), logits(tuned.unload())]
+
+    theirs, ours = outputs(local()), outputs(connect())
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_weights_replaced_behind_autograds_back(connect: Connect, local: Connect) -> None:
+    """`.data` does not count up a parameter's version; what is sent is what is there."""
+
+    def outputs(model: Any) -> list[torch.Tensor]:
+        tuned = adapted(model, lora())
+        found = [logits(tuned)]
+        for number, parameter in enumerate(trained(tuned).values()):
+            parameter.data = parameter.data * (1 + number % 3)
+        found.append(logits(tuned))
+        for parameter in trained(tuned).values():
+            parameter.data.mul_(0.5)
+        return [*found, logits(tuned)]
+
+    theirs, ours = outputs(local()), outputs(connect())
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_a_cached_prompt_is_gone_on_with_after_training(connect: Connect, local: Connect) -> None:
+    """Fused optimizers do not count up versions either; the prompt's cache, and copies of it, outlive their steps."""
+
+    def outputs(model: Any) -> list[torch.Tensor]:
+        tuned = adapted(model, lora()).eval()
+        optimizer = torch.optim.AdamW(trained(tuned).values(), lr=0.1, fused=True)
+        ids, cache, found = batch()["input_ids"], transformers.DynamicCache(config=model.config), []
+        with torch.no_grad(), tuned.disable_adapter():
+            tuned(ids, past_key_values=cache)
+        for _ in range(2):
+            with torch.no_grad():
+                found += [tuned(ids[:, :4], past_key_values=used).logits for used in (copy.deepcopy(cache), cache)]
+            cache.crop(-4)
+            loss_of(tuned).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return found
+
+    theirs, ours = outputs(local()), outputs(connect())
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert not torch.equal(ours[0], ours[2])
+
+
+def test_no_gradient_of_a_gradient(connect: Connect) -> None:
+    """A penalty on gradients would train with the blocks' part of it left out."""
+    tuned = adapted(connect(), lora()).train()
+    embedded = tuned.get_input_embeddings()(batch()["input_ids"]).requires_grad_(True)
+    loss = tuned(inputs_embeds=embedded, labels=batch()["input_ids"]).loss
+    (gradient,) = torch.autograd.grad(loss, embedded, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (loss + gradient.pow(2).sum()).backward()
+
+
+# ---- what travels
+
+
+class Traffic:
+    """What this process sends to peers."""
+
+    def __init__(self) -> None:
+        self.puts: list[tuple[str, int]] = []
+        """Peer and bytes of each adapter sent."""
+        self.calls = 0
+        """Forwards and backwards."""
+
+    def take(self) -> list[tuple[str, int]]:
+        """The adapters sent since the last question."""
+        puts, self.puts = self.puts, []
+        return puts
+
+
+@contextmanager
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Traffic]:
+    traffic, send = Traffic(), Channel.send
+
+    async def note(self: Channel, message: Message) -> None:
+        if isinstance(message.body, pb.PutAdapter):
+            traffic.puts.append((self.remote, nbytes(message.tensors)))
+        traffic.calls += isinstance(message.body, pb.Forward | pb.Backward)
+        await send(self, message)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Channel, "send", note)
+        yield traffic
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_adapter_travels_once_per_optimizer_step(
+    fused: bool, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once per micro-batch, and not again for a backward, an evaluation or a generation."""
+    model = connect(micro_batch_tokens=12)  # a row
+    tuned = adapted(model, lora(lora_alpha=10 + fused, lora_dropout=0.1)).train()
+    optimizer = torch.optim.AdamW(trained(tuned).values(), lr=1e-2, fused=fused)
+    size = sum(parameter.numel() * 4 for parameter in trained(tuned).values())
+    with watched(monkeypatch) as traffic:
+        for _ in range(3):
+            for _ in range(2):  # gradient accumulation
+                loss_of(tuned).backward()
+            puts = traffic.take()
+            assert len({peer for peer, _ in puts}) == len(puts) == 3  # spans
+            assert sum(count for _, count in puts) == size
+            logits(tuned)
+            tuned.generate(**batch(), max_new_tokens=3)
+            assert not traffic.take()
+            tuned.train()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert traffic.calls >= 3 * 2 * 4 * 3 * 2  # steps, accumulated, rows, spans, forward and backward
+
+
+def test_modules_left_out_in_one_micro_batch_learn_from_the_others(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = list[frozenset[str]]()
+
+    async def note(*arguments: Any) -> Any:
+        hidden, gradients = await backward_part(*arguments)
+        answered.append(frozenset(gradients))
+        return hidden, gradients
+
+    backward_part = calls._backward_part
+    monkeypatch.setattr(calls, "_backward_part", note)
+    config = peft.LoKrConfig(r=4, alpha=4, target_modules=TARGETS, module_dropout=0.5)
+    tuned = adapted(connect(micro_batch_tokens=12), config).train()
+    loss_of(tuned).backward()
+    assert len(set(answered)) > 1
+    assert sum(p.grad is not None for p in trained(tuned).values()) == len(frozenset().union(*answered))
+
+
+def test_an_adapter_goes_where_its_blocks_are(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switching off and on, and going back to earlier values, sends nothing again."""
+    tuned = adapted(connect(), lora(layers_to_transform=[2], lora_alpha=13))
+    weight = next(iter(trained(tuned).values()))
+    before = weight.detach().clone()
+    with watched(monkeypatch) as traffic:
+        first = logits(tuned)
+        assert len(traffic.take()) == 1
+        with tuned.disable_adapter():
+            logits(tuned)
+        assert torch.equal(logits(tuned), first)
+        assert not traffic.take()
+        weight.data.mul_(2)
+        assert not torch.equal(logits(tuned), first)
+        assert len(traffic.take()) == 1
+        weight.data.copy_(before)
+        assert torch.equal(logits(tuned), first)
+        assert not traffic.take()
+
+
+# ---- what is refused
+
+
+def _forward(model: Any) -> Any:
+    return model(**batch())
+
+
+def _bias(model: Any) -> Any:
+    return _forward(adapted(model, lora(bias="all")))
+
+
+def _layer_norms(model: Any) -> Any:
+    return _forward(adapted(model, peft.LNTuningConfig(task_type="CAUSAL_LM")))
+
+
+def _unknown_method(model: Any) -> Any:
+    return _forward(adapted(model, peft.PolyConfig(r=4, n_tasks=2, target_modules=["q_proj"], task_type="CAUSAL_LM")))
+
+
+def _merge(model: Any) -> Any:
+    return adapted(model, lora()).merge_adapter()
+
+
+def _merge_and_unload(model: Any) -> Any:
+    return adapted(model, lora()).merge_and_unload()
+
+
+def _adapter_per_row(model: Any) -> Any:
+    tuned = adapted(model, lora()).eval()
+    _forward(tuned)
+    return tuned(**batch(), adapter_names=["default", "default", "__base__", "__base__"])
+
+
+def _twice(model: Any) -> Any:
+    """What is refused is refused again, not left out the second time."""
+    tuned = adapted(model, lora(bias="all"))
+    with pytest.raises(BadAdapter):
+        _forward(tuned)
+    return _forward(tuned)
+
+
+def _two_orders(model: Any) -> Any:
+    tuned = adapted(model, lora())
+    tuned.add_adapter("second", lora())
+    tuned.base_model.set_adapter(["default", "second"])
+    model.model.layers[3].self_attn.q_proj.set_adapter(["second", "default"])
+    return _forward(tuned)
+
+
+def _train_a_block(model: Any) -> Any:
+    _forward(model)
+    model.model.layers[3].mlp.down_proj.weight.requires_grad_(True)
+    return _forward(model)
+
+
+def _adaption_prompt(model: Any) -> Any:
+    config = peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")
+    return _forward(peft.get_peft_model(model, config))
+
+
+def _own_module(model: Any) -> Any:
+    _forward(model)
+    model.model.layers[2].mlp.act_fn = torch.nn.Identity()
+    return _forward(model)
+
+
+def _own_module_under_an_adapter(model: Any) -> Any:
+    model.model.layers[2].mlp.down_proj = torch.nn.Linear(64, 32)
+    return _forward(adapted(model, lora()))
+
+
+def _own_weight(model: Any) -> Any:
+    tuned = adapted(model, lora())
+    tuned.base_model.model.model.layers[2].mlp.down_proj.base_layer.weight = torch.nn.Parameter(torch.zeros(32, 64))
+    return _forward(tuned)
+
+
+def _backward_hook(model: Any) -> Any:
+    model.model.layers[1].mlp.register_full_backward_hook(lambda *args: None)
+    return _forward(model)
+
+
+def _hidden_states(model: Any) -> Any:
+    return model(**batch(), output_hidden_states=True)
+
+
+def _attentions(model: Any) -> Any:
+    return model.generate(**batch(), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
+
+
+def _static_cache(model: Any) -> Any:
+    return model.generate(**batch(), max_new_tokens=2, cache_implementation="static")
+
+
+def _mask_4d(model: Any) -> Any:
+    return model(input_ids=batch()["input_ids"], attention_mask=torch.zeros(4, 1, 12, 12))
+
+
+def _arithmetic(model: Any) -> Any:
+    return model.model.layers[0].mlp.down_proj.weight + 1
+
+
+REFUSED: dict[Callable[[Any], Any], tuple[type[SwarmError], str]] = {
+    _bias: (BadAdapter, "bias"),
+    _twice: (BadAdapter, "bias"),
+    _layer_norms: (BadAdapter, "cannot be trained"),
+    _unknown_method: (BadAdapter, "POLY"),
+    _merge: (RemoteWeightError, "lives on remote peers"),
+    _merge_and_unload: (RemoteWeightError, "lives on remote peers"),
+    _adapter_per_row: (BadUsage, "adapter_names"),
+    _two_orders: (BadAdapter, "in one order"),
+    _train_a_block: (BadAdapter, r"3\.mlp\.down_proj\.weight.* cannot be trained"),
+    _adaption_prompt: (BadAdapter, r"3\.self_attn was put into the remote blocks"),
+    _own_module: (BadAdapter, r"2\.mlp\.act_fn was put into"),
+    _own_module_under_an_adapter: (BadAdapter, r"2\.mlp\.down_proj\.base_layer was put into"),
+    _own_weight: (BadAdapter, r"2\.mlp\.down_proj\.base_layer\.weight was put into"),
+    _backward_hook: (BadUsage, "Hooks on modules of the remote blocks never run"),
+    _hidden_states: (BadUsage, "output_hidden_states"),
+    _attentions: (BadUsage, "output_attentions"),
+    _static_cache: (BadUsage, "StaticCache"),
+    _mask_4d: (BadUsage, "4 dimensions"),
+    _arithmetic: (RemoteWeightError, "lives on remote peers"),
+}
+
+
+@pytest.mark.parametrize("attempt", REFUSED)
+def test_what_cannot_work_is_refused_in_one_sentence(attempt: Callable[[Any], Any], connect: Connect) -> None:
+    kind, words = REFUSED[attempt]
+    with pytest.raises(kind, match=words) as caught:
+        attempt(connect())
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    assert len(message) < 300

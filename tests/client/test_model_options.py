@@ -1,0 +1,121 @@
+"""Options of `from_pretrained`: what concerns this machine is done, what peers would not know of is refused."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import client
+from client import AutoDistributedModelForCausalLM
+from protocol.errors import BadUsage
+from tests.peer.test_bad_input import (
+    CONFIG,
+    IDS,
+    SOMEBODY,
+    connect,
+    edit,
+)
+from tests.tools.swarm import Swarm
+
+
+@pytest.fixture(scope="module")
+def served(llama_swarm: tuple[Path, Swarm]) -> Swarm:
+    return llama_swarm[1]
+
+
+def test_a_wrong_option_of_a_client(served: Swarm, llama: Path) -> None:
+    with pytest.raises(BadUsage, match="'hiden_size' is neither an option of the swarm nor of LlamaConfig"):
+        connect(llama, served, hiden_size=3)
+    with pytest.raises(BadUsage, match="silence_timeout"):
+        connect(llama, served, silence_timeout=-1)
+    with pytest.raises(BadUsage, match="expected one of float32, bfloat16, float16"):
+        connect(llama, served, dtype="float9")
+    with pytest.raises(BadUsage, match="from_pretrained"):
+        AutoDistributedModelForCausalLM()
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"blocked_peers": [SOMEBODY, "ada"]}, "Option blocked_peers of the swarm: 'ada' is not a peer's ID"),
+        ({"allowed_peers": ["ada"]}, "Option allowed_peers of the swarm: 'ada' is not a peer's ID"),
+        ({"pins": {"0:1": [SOMEBODY + "x"]}}, f"'{SOMEBODY}x' is not a peer's ID, .*; `peer status --json` shows"),
+        ({"pins": {"0:1": [SOMEBODY], "3:6": [SOMEBODY]}}, "'3:6' is out of range; the model has blocks 0:5."),
+    ],
+)
+def test_peers_and_blocks_to_keep_to_that_are_none(llama: Path, option: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadUsage, match=said):
+        AutoDistributedModelForCausalLM.from_pretrained(str(llama), initial_peers=["x"], **option)
+
+
+def test_a_class_of_another_family(served: Swarm, llama: Path) -> None:
+    with pytest.raises(BadUsage, match=r"is a llama model, and BloomForCausalLM runs bloom models; use the class of"):
+        client.DistributedBloomForCausalLM.from_pretrained(str(llama), initial_peers=served.initial_peers)
+
+
+CHANGES: dict[str, Any] = {
+    "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+    "rms_norm_eps": 0.1,
+    "hidden_act": "gelu",
+    "attention_dropout": 0.5,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 6,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_option_that_peers_would_not_know_of(name: str, served: Swarm, llama: Path) -> None:
+    with pytest.raises(BadUsage, match=f"'{name}' changes the blocks, which the peers run as .* says; serve a"):
+        connect(llama, served, **{name: CHANGES[name]})
+
+
+def test_an_option_that_says_what_the_checkpoint_says(served: Swarm, llama: Path) -> None:
+    said = transformers.AutoConfig.from_pretrained(llama)
+    connect(llama, served, **{name: getattr(said, name) for name in CHANGES})
+
+
+def test_the_first_blocks_of_a_model(served: Swarm, llama: Path, models: Callable[[str], Path]) -> None:
+    """Peers need not know that there is no more to come, nor what concerns this machine only."""
+    options = {"num_hidden_layers": 3, "pad_token_id": 5, "use_cache": False}
+    local = transformers.AutoModelForCausalLM.from_pretrained(llama, **options)
+    with torch.no_grad():
+        ours = connect(llama, served, **options)(input_ids=IDS)
+        assert torch.equal(ours.logits, local(input_ids=IDS).logits)
+    assert ours.past_key_values is None
+    assert connect(models("bloom"), served, n_layer=3).config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("family", "option"),
+    [("llama", "output_hidden_states"), ("bloom", "output_hidden_states"), ("mixtral", "output_router_logits")],
+)
+def test_outputs_that_a_configuration_asks_for(
+    family: str, option: str, served: Swarm, models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """When the model is made, from a folder and by an option, and when it is called."""
+    said = f"^{option} does not work through a swarm: .*; pass {option}=False, or set it so in model.config\\.$"
+    folder = shutil.copytree(models(family), tmp_path / family)
+    with pytest.raises(BadUsage, match=said):
+        connect(folder, served, **{option: True})
+    edit(CONFIG, **{option: True})(folder)
+    with pytest.raises(BadUsage, match=said):
+        connect(folder, served)
+    model = connect(folder, served, **{option: False})
+    setattr(model.config, option, True)
+    with pytest.raises(BadUsage, match=said):
+        model(input_ids=IDS)
+
+
+def test_an_output_that_is_no_longer_asked_for(served: Swarm, llama: Path) -> None:
+    with pytest.raises(BadUsage, match="output_attentions"):
+        connect(llama, served, output_attentions=True)
+    model = connect(llama, served, num_hidden_layers=3)
+    model.config.output_hidden_states = True
+    with pytest.raises(BadUsage, match="output_hidden_states"):
+        model(input_ids=IDS)
+    model.config.output_hidden_states = False
+    assert model.generate(IDS, max_new_tokens=2, eos_token_id=None).shape == (1, 10)

@@ -1,0 +1,208 @@
+"""Reading data files and telling their formats, and the sentence for each thing that can be wrong with them."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client.tune.data.files import Row, read_rows
+from client.tune.data.formats import (
+    Completion,
+    Conversation,
+    Converter,
+    Record,
+    Text,
+)
+from client.tune.errors import DataError
+
+RECORDS = [{"instruction": "a", "output": "b"}, {"instruction": "ü\nc", "output": "d, e"}]
+
+
+def save(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def fields(path: Path) -> list[Any]:
+    return [dict(row.fields) for row in read_rows([path])]
+
+
+def failure(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        list(read_rows([path]))
+    assert "\n" not in str(caught.value)
+    return str(caught.value).removeprefix(f"{path}: ")
+
+
+def test_json_jsonl_csv_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    lines = "\n\n".join(json.dumps(record) for record in RECORDS)
+    paths = [
+        save(tmp_path, "a.json", json.dumps(RECORDS, indent=2)),
+        save(tmp_path, "a.jsonl", "\ufeff" + lines),
+        save(tmp_path, "a.csv", 'instruction,output\r\na,b\r\n"ü\nc","d, e"\r\n'),
+        tmp_path / "a.parquet",
+    ]
+    parquet.write_table(arrow.Table.from_pylist(RECORDS), paths[3])
+    for path in paths:
+        assert fields(path) == RECORDS, path
+    assert len(list(read_rows(paths))) == 8
+
+
+def test_a_text_file_is_one_row(tmp_path: Path) -> None:
+    path = save(tmp_path, "a.TXT", "one\n\ntwo")
+    assert list(read_rows([path])) == [Row(str(path), {"text": "one\n\ntwo"}, whole_file=True)]
+
+
+def test_a_row_knows_its_place(tmp_path: Path) -> None:
+    path = save(tmp_path, "a.jsonl", '{"text": "a"}\n\n{"text": "b"}\n')
+    assert [row.place for row in read_rows([path])] == [f"{path}: line 1", f"{path}: line 3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.json", "", "holds no records"),
+        ("a.json", " [] ", "holds no records"),
+        ("a.jsonl", "\n\n", "holds no records"),
+        ("a.csv", "instruction,output\n", "holds no records"),
+        ("a.txt", " \n", "holds no records"),
+        ("a.json", '[\n{"text": "a"},\n{"text" "b"}]', "broken JSON on line 3: Expecting ':' delimiter"),
+        ("a.json", '{"a": 1}\n{"a": 2}', "broken JSON on line 2: Extra data; if it holds one object a line, name it"),
+        ("a.json", '{"a": 1}', "must hold a list of records; a file with one object a line is named .jsonl"),
+        ("a.json", "[" * 100_000, "is nested too deeply"),
+        ("a.json", '[{"a": 1}, 3]', "record 2 is no object with named fields"),
+        ("a.jsonl", '{"a": 1}\n{"a": \n', "broken JSON on line 2: Expecting value"),
+        ("a.jsonl", '{"a": 1}\n[1]\n', "line 2 is no object with named fields"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "is not UTF-8 text on line 2; save it as UTF-8"),
+        ("a.json", b'["\xff"]', "is not UTF-8 text (byte 2); save it as UTF-8"),
+        ("a.csv", b"a,b\n1,\xff\n", "is not UTF-8 text after line"),
+        ("a.csv", "a,b\n1,2\n3\n", "line 3 does not have the 2 cells that the header names"),
+        ("a.csv", "a,b\n1,2,3\n", "line 2 does not have the 2 cells that the header names"),
+        ("a.csv", 'a,b\n1,"2\n', "broken CSV on line 2: unexpected end of data"),
+        ("a.parquet", "PAR1 not", "is not a readable Parquet file"),
+        ("a.xlsx", "x", "unknown file type '.xlsx'; known are .json, .jsonl, .csv, .parquet, .txt"),
+    ],
+)  # fmt: skip
+def test_a_broken_file_is_one_sentence(tmp_path: Path, name: str, content: str | bytes, expected: str) -> None:
+    assert failure(save(tmp_path, name, content)).startswith(expected)
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    assert failure(tmp_path / "no.json") == "can't be read: No such file or directory"
+    (tmp_path / "d.json").mkdir()
+    assert failure(tmp_path / "d.json") == "can't be read: Is a directory"
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert failure(save(tmp_path, "a.parquet", "")).startswith("reading Parquet needs the package pyarrow")
+
+
+# ---- formats
+
+
+def convert(values: dict[str, Any], name: Any = "auto", columns: dict[str, str] | None = None) -> Record:
+    return Converter(name, columns or {})(Row("place", values))
+
+
+def turns(values: dict[str, Any], **keywords: Any) -> list[tuple[str, str, bool]]:
+    record = convert(values, **keywords)
+    assert isinstance(record, Conversation)
+    return [(turn.role, turn.content, turn.learned) for turn in record.turns]
+
+
+ASKED = [("user", "q", False), ("assistant", "a", True)]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"instruction": "q", "output": "a", "id": 7, "text": "Alpaca's own file has this column too"},
+        {"instruction": "q", "input": None, "output": "a", "history": None},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
+    ],
+)
+def test_every_conversational_format_becomes_the_same(values: dict[str, Any]) -> None:
+    assert turns(values) == ASKED
+
+
+def test_alpaca_with_everything() -> None:
+    values = {"system": "s", "instruction": "q", "input": "i", "output": "a", "history": [["q0", "a0"]]}
+    before = [("system", "s", False), ("user", "q0", False), ("assistant", "a0", True)]
+    assert turns(values) == [*before, ("user", "q\ni", False), ("assistant", "a", True)]
+
+
+def test_sharegpt_system_and_tools() -> None:
+    said = [("human", "q"), ("gpt", "call"), ("observation", "42"), ("gpt", "a"), ("human", "thanks")]
+    values = {"system": "s", "conversations": [{"from": who, "value": what} for who, what in said]}
+    assert [turn[0] for turn in turns(values)] == ["system", "user", "assistant", "tool", "assistant", "user"]
+    assert [turn[1] for turn in turns(values) if turn[2]] == ["call", "a"]
+
+
+def test_messages_of_a_prompt_are_not_learned() -> None:
+    said = [{"role": "user", "content": "q0"}, {"role": "assistant", "content": "a0"}, {"role": "user", "content": "q"}]
+    values = {"prompt": said, "completion": [{"role": "assistant", "content": "a"}]}
+    assert [turn[1] for turn in turns(values) if turn[2]] == ["a"]
+
+
+def test_plain_prompt_completion_and_text() -> None:
+    assert convert({"prompt": "p", "completion": "c"}) == Completion("p", "c")
+    assert convert({"text": "t"}) == Text("t", whole_file=False)
+
+
+def test_columns_can_be_named() -> None:
+    assert turns({"frage": "q", "antwort": "a"}, columns={"instruction": "frage", "output": "antwort"}) == ASKED
+    swapped = turns({"input": "q", "output": "a"}, columns={"instruction": "input"})
+    assert swapped == ASKED
+    with pytest.raises(DataError, match=r"place has the columns .*; known are .*\(instruction, reply\)"):
+        convert({"instruction": "q", "output": "not this"}, columns={"output": "reply"})
+
+
+def test_the_first_record_settles_the_format() -> None:
+    converter = Converter("auto", {})
+    converter(Row("one", {"text": "t"}))
+    with pytest.raises(DataError, match="two has the columns 'instruction', 'output'; known are text"):
+        converter(Row("two", {"instruction": "q", "output": "a"}))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"frage": 1, "b": 2}, "place has the columns 'frage', 'b'; known are messages (messages), sharegpt"),
+        ({}, "place has the columns none; known are"),
+        ({"instruction": "q", "output": " "}, "place has an empty answer ('output'); give it one or remove"),
+        ({"instruction": "q", "output": None}, "place has an empty answer ('output')"),
+        ({"prompt": "q", "completion": ""}, "place has an empty answer ('completion')"),
+        ({"text": ""}, "place has an empty answer ('text')"),
+        ({"instruction": 3, "output": "a"}, "place: 'instruction' must be text, not int"),
+        ({"instruction": "q", "output": "a", "history": [["q"]]}, "place: 'history' must be a list of pairs"),
+        ({"messages": "hello"}, "place: 'messages' must be a list, not str"),
+        ({"messages": []}, "place has no message of the assistant"),
+        ({"messages": [{"role": "user", "content": "q"}]}, "place has no message of the assistant"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "place begins with a message of the assistant"),
+        ({"messages": [{"role": "assistant", "content": ""}]}, "place has an empty answer (a message of 'assistant')"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "place: unknown role 'robot'; known are system, user,"),
+        ({"messages": [{"role": ["x"], "content": "a"}]}, "place: unknown role ['x']"),
+        ({"messages": [{"role": "user", "content": [1]}]}, "place: the content of a message must be text, not list"),
+        ({"messages": ["hi"]}, "place: a message must have 'role' and 'content', or 'from' and 'value'"),
+        ({"messages": [{"role": "user"}]}, "place: a message must have 'role' and 'content'"),
+        ({"prompt": "p", "completion": [{"role": "assistant", "content": "a"}]}, "place: 'prompt' must be a list"),
+    ],
+)
+def test_a_wrong_record_is_one_sentence(values: dict[str, Any], expected: str) -> None:
+    with pytest.raises(DataError) as caught:
+        convert(values)
+    assert str(caught.value).startswith(expected)
+
+
+def test_a_format_that_was_asked_for_is_checked() -> None:
+    with pytest.raises(DataError, match="place has the columns 'text'; known are alpaca"):
+        convert({"text": "t"}, name="alpaca")

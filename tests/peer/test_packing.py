@@ -1,0 +1,378 @@
+"""Several sessions' steps in one trunk call give what each gives alone; what is wrong with one is its own affair."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from peer.adapters.store import AdapterStore, Bundle
+from peer.generation.joined.call import Joiner
+from peer.generation.joined.lockstep import Lockstep
+from peer.generation.joined.packing import Packer
+from peer.generation.steps import Step, StepRunner
+from peer.kv_cache.memory import CacheMemory
+from peer.kv_cache.session import Session
+from peer.kv_cache.span_cache import SpanCache
+from peer.service.quotas import Quota
+from peer.span.span import (
+    Inputs,
+    Mode,
+    Span,
+    find_module,
+)
+from peer.start.arena_trial import arena_for
+from peer.start.block_kinds import blocks_of_each_kind
+from peer.start.joining_trial import find_joiner
+from protocol import swarm_pb2 as pb
+from protocol.channel import Message
+from protocol.errors import BadRequest, SessionLost, TooLong
+from tests.tools.families import EXTRA_FAMILIES, FAMILIES
+from tests.tools.lora import put_lora
+from tests.tools.spans import (
+    END,
+    START,
+    assert_same,
+    states,
+)
+
+IN_LOCKSTEP = {"bloom", "falcon", "falcon_alibi", "deepseek_v3", "llama4", "qwen3_next"}
+"""Families that cannot be packed."""
+
+
+@dataclass
+class Talk:
+    """A session, the first row of which has so many tokens of padding."""
+
+    session: Session
+    padding: int = 0
+
+
+class Desk:
+    """A span, and sessions on it whose steps are run as the scheduler would have them run."""
+
+    def __init__(self, span: Span, compiled: Joiner | None = None):
+        self.span = span
+        self.store = AdapterStore(span, 10**8, Quota())
+        self.runner = StepRunner(span, self.store, find_joiner(span), compiled)
+        self._memory = CacheMemory(100_000, 256, 30.0, arena_for(span, 100_000))
+
+    def put(self, targets: Sequence[str], rank: int, seed: int, **options: Any) -> Bundle:
+        return put_lora(self.store, self.span, targets, rank, seed, **options)
+
+    def open(self, padding: int = 0) -> Talk:
+        return Talk(Session(self._memory, SpanCache(self.span.model.config, self.span.blocks)), padding)
+
+    def step(
+        self,
+        talk: Talk,
+        hidden: torch.Tensor,
+        *edits: pb.CacheEdit,
+        keep_past: bool = False,
+        bundle: Bundle | None = None,
+        **tensors: torch.Tensor,
+    ) -> Step:
+        rows, tokens = hidden.shape[:2]
+        crop = sum(edit.crop for edit in edits)
+        if talk.padding:
+            mask = torch.ones(rows, talk.session.cache.seen - crop + tokens, dtype=torch.long)
+            mask[0, : talk.padding] = 0
+            tensors["attention_mask"] = mask
+        body = pb.Step(number=talk.session.number + 1, edits=edits, keep_past=keep_past)
+        message = Message(body, {"hidden_states": hidden, **tensors})
+        return Step(talk.session, message, body, Mode(self.span.blocks), bundle)
+
+    def run(self, *steps: Step) -> list[Any]:
+        assert len({self.runner.group(step) for step in steps}) == 1
+        outcomes = self.runner.run(list(steps))
+        for step, outcome in zip(steps, outcomes, strict=True):
+            step.session.number += isinstance(outcome, torch.Tensor)
+        return outcomes
+
+    def each(self, *steps: Step) -> list[Any]:
+        """The same one by one."""
+        return [outcome for step in steps for outcome in self.run(step)]
+
+
+@pytest.fixture(scope="module")
+def llama(spans: Callable[..., Span]) -> Span:
+    return spans("llama")
+
+
+def play(desk: Desk, run: Callable[..., list[Any]], keep_past: bool) -> Iterator[torch.Tensor]:
+    """Four sessions: long, padded with two rows, late, and edited. All that they are answered, but for the padding."""
+    long, padded, late, beams = desk.open(), desk.open(padding=3), desk.open(), desk.open()
+    # Transformers' linear attention can only put rows in another order.
+    takes_rows = all(hasattr(layer, "batch_select_indices") for layer in beams.session.cache.own_layers())
+    repeat = [pb.CacheEdit(repeat_interleave=3)] if takes_rows else []
+    options: dict[str, Any] = {"keep_past": keep_past}
+    outcome = run(
+        desk.step(long, states(1, 11, 1), **options),
+        desk.step(padded, states(2, 6, 2), **options),
+        desk.step(beams, states(1 if takes_rows else 3, 5, 3), **options),
+    )
+    yield from (outcome[0], outcome[1][:, 3:], outcome[2])
+    yield from run(
+        desk.step(long, states(1, 1, 4), **options),
+        desk.step(late, states(1, 10, 5), position_ids=torch.arange(3, 13)[None], **options),
+        desk.step(padded, states(2, 3, 6), **options),
+        desk.step(beams, states(3, 1, 7), *repeat, **options),
+    )
+    crop = [pb.CacheEdit(crop=2)] if keep_past else []
+    for seed in (8, 9):
+        reorder = pb.CacheEdit(reorder=pb.IndexList(index=[2, 0, 0]))
+        yield from run(
+            desk.step(beams, states(3, 2, seed), reorder, **options),
+            desk.step(long, states(1, 3, 10 * seed), *crop, **options),
+            desk.step(padded, states(2, 1, 11 * seed), **options),
+            desk.step(late, states(1, 2, 12 * seed), *crop, **options),
+        )
+    select = [pb.CacheEdit(select=pb.IndexList(index=[1]))] if takes_rows else []
+    padded.padding = 0 if takes_rows else 3
+    yield from run(desk.step(late, states(1, 1, 13)), desk.step(padded, states(1 if takes_rows else 2, 1, 14), *select))
+
+
+@pytest.mark.parametrize("keep_past", [False, True])
+@pytest.mark.parametrize("family", FAMILIES + EXTRA_FAMILIES)
+def test_together_as_alone(spans: Callable[..., Span], family: str, keep_past: bool) -> None:
+    desk = Desk(spans(family))
+    alone = list(play(desk, desk.each, keep_past))
+    calls = desk.runner.tally.calls
+    assert calls == len(alone) == 17
+    assert_same(list(play(desk, desk.run, keep_past)), alone)
+    assert desk.runner.tally.calls == calls + 5
+
+
+@pytest.mark.parametrize("family", FAMILIES + EXTRA_FAMILIES)
+def test_a_span_finds_out_whether_it_can(spans: Callable[..., Span], family: str) -> None:
+    span = spans(family)
+    assert type(find_joiner(span)) is (Lockstep if family in IN_LOCKSTEP else Packer)
+    assert span.model.config._attn_implementation in ("sdpa", "eager")
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"quantization": "nf4"}, {"quantization": "int8"}])
+@pytest.mark.parametrize(("family", "way"), [("llama", Packer), ("bloom", Lockstep)])
+def test_a_rough_span_can_too(spans: Callable[..., Span], options: dict[str, Any], family: str, way: type) -> None:
+    assert type(find_joiner(spans(family, **options))) is way
+
+
+def test_positions_that_look_at_the_longest_sequence(llama: Span, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short check would not show that they depend on who else is in the call."""
+    rotary: Any = next(module for module in llama.model.modules() if hasattr(module, "rope_type"))
+    monkeypatch.setattr(rotary, "rope_type", "dynamic")
+    assert type(find_joiner(llama)) is Lockstep
+
+
+def test_a_step_by_itself_is_what_the_trunk_computes(llama: Span) -> None:
+    desk = Desk(llama)
+    talk, cache = desk.open(), SpanCache(llama.model.config, llama.blocks)
+    for tokens in (7, 1, 1):
+        step = desk.step(talk, states(1, tokens, tokens))
+        (ours,) = desk.run(step)
+        with torch.no_grad():
+            theirs = llama.run(step.inputs, step.mode, cache)
+        assert torch.equal(ours, theirs)
+
+
+def test_prefix_tuning(llama: Span) -> None:
+    desk = Desk(llama)
+    heads, size = llama.kv_shapes[START][0].sizes
+    shape = (2, heads, 4, size)
+    prefix: dict[str, Any] = {
+        f"prefix.{block}.{kind}": torch.ones(shape) / 3 for block in llama.blocks for kind in ("key", "value")
+    }
+
+    def steps() -> tuple[Step, Step]:
+        return desk.step(desk.open(), states(2, 5, 1), **prefix), desk.step(desk.open(), states(1, 3, 2))
+
+    assert_same(desk.run(*steps()), desk.each(*steps()))
+
+
+# ---- adapters
+
+
+NAMES: dict[str, dict[str, str]] = {
+    "llama": {},
+    "gpt2": {"self_attn.q_proj": "attn.c_attn", "mlp.down_proj": "mlp.c_fc"},
+    "bloom": {"self_attn.q_proj": "self_attention.query_key_value", "mlp.down_proj": "mlp.dense_4h_to_h"},
+    # The first runs on the whole context of each session, not on the new tokens.
+    "deepseek_v3": {"self_attn.q_proj": "self_attn.kv_b_proj", "mlp.down_proj": "self_attn.o_proj"},
+}
+"""What they are called in other families than Llama."""
+
+Q, DOWN = ["1.self_attn.q_proj", "3.self_attn.q_proj"], ["2.mlp.down_proj"]
+
+
+def renamed(family: str, targets: Sequence[str]) -> list[str]:
+    parts = [target.partition(".") for target in targets]
+    return [f"{block}.{NAMES[family].get(path, path)}" for block, _, path in parts]
+
+
+def compare_adapters(span: Span, kinds: list[tuple[Any, int]], tokens: Sequence[int]) -> None:
+    """Over and over, as the copies for grouped products are made when a set of adapters comes back."""
+    desk = Desk(span)
+    bundles = [None, *(desk.put(targets, rank, seed) for seed, (targets, rank) in enumerate(kinds))]
+    results = []
+    for run in (desk.run, desk.each):
+        talks = [desk.open() for _ in bundles]
+        for turn in range(4):
+            steps = [
+                desk.step(talk, states(1, count, turn), bundle=bundle)
+                for talk, bundle, count in zip(talks, bundles, tokens, strict=True)
+            ]
+            results.append(run(*steps))
+    for ours, theirs in zip(results[:4], results[4:], strict=True):
+        assert_same(ours, theirs)
+    assert not any(torch.allclose(results[3][0], other[:, :1], atol=1e-3) for other in results[3][1:])
+    assert desk.runner.tally.calls == 4 + 4 * 4
+
+
+@pytest.mark.parametrize("tokens", [(1, 1, 1, 1), (4, 1, 3, 1)])
+@pytest.mark.parametrize("kinds", [[(Q, 4)] * 3, [(Q, 4), (Q, 2), (DOWN, 4)], [(Q + DOWN, 2), (Q, 2), (Q, 2)]])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_lora_of_different_clients(
+    spans: Callable[..., Span], family: str, kinds: list[tuple[Any, int]], tokens: Sequence[int]
+) -> None:
+    compare_adapters(spans(family), [(renamed(family, targets), rank) for targets, rank in kinds], tokens)
+
+
+@pytest.mark.parametrize("family", ["bloom", "deepseek_v3"])
+def test_lora_in_lockstep(spans: Callable[..., Span], family: str) -> None:
+    q, both = renamed(family, Q), renamed(family, Q + DOWN)
+    compare_adapters(spans(family), [(q, 4), (q, 4), (q, 4)], (1, 1, 1, 1))
+    compare_adapters(spans(family), [(q, 4), (both, 2), (q, 2)], (4, 1, 3, 1))
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_other_adapters_join_only_their_own_kind(spans: Callable[..., Span], family: str) -> None:
+    desk, q = Desk(spans(family)), renamed(family, Q)
+    dora, lora = desk.put(q, 4, 1, use_dora=True), desk.put(q, 4, 2)
+
+    def group(bundle: Bundle | None, **mode: Any) -> Any:
+        step = desk.step(desk.open(), states(1, 1, 0), bundle=bundle)
+        step.mode = Mode(desk.span.blocks, **mode)
+        return desk.runner.group(step)
+
+    assert group(None) == group(lora) != group(dora) != group(desk.put(q, 4, 3, use_dora=True))
+    assert group(None, training=True) is group(None, autocast=torch.bfloat16) is group(None, dropout_seed=1) is None
+
+    def steps() -> list[Step]:
+        return [desk.step(desk.open(), states(1, 3, seed), bundle=dora) for seed in (1, 2)]
+
+    assert_same(desk.run(*steps()), desk.each(*steps()))
+
+
+# ---- failures
+
+
+def test_a_bad_step_among_good_ones(llama: Span) -> None:
+    desk = Desk(llama)
+    talks = [desk.open() for _ in range(4)]
+    first = [desk.step(talk, states(1, 4, i)) for i, talk in enumerate(talks)]
+    desk.run(*first)
+    second = [desk.step(talk, states(1, 1, i)) for i, talk in enumerate(talks)]
+    second[1] = desk.step(talks[1], states(1, 1, 1), attention_mask=torch.ones(1, 2, dtype=torch.long))
+    second[2] = desk.step(talks[2], states(1, 300, 1))
+    outcomes = desk.run(*second)
+    assert [type(outcome) for outcome in outcomes[1:3]] == [BadRequest, TooLong]
+    assert not any(talk.session.lost for talk in talks)  # nothing of theirs was changed
+    again = [desk.step(talk, states(1, 1, 9)) for talk in talks]
+    alone = [desk.open() for _ in talks]
+    for number, talk in enumerate(alone):
+        desk.run(desk.step(talk, states(1, 4, number)))
+        if number in (0, 3):
+            desk.run(desk.step(talk, states(1, 1, number)))
+    assert_same(desk.run(*again), desk.each(*(desk.step(talk, states(1, 1, 9)) for talk in alone)))
+
+
+@pytest.mark.parametrize("block", [START, END - 1])
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_a_session_that_fails_or_ends_in_the_middle(
+    spans: Callable[..., Span], monkeypatch: pytest.MonkeyPatch, family: str, block: int
+) -> None:
+    """Its client has gone, or its memory is not to be had: the others' numbers are as ever."""
+    desk = Desk(spans(family))
+    talks = [desk.open() for _ in range(4)]
+    update = SpanCache.update
+
+    def fail(cache: SpanCache, key: Any, value: Any, layer: int, *rest: Any) -> Any:
+        if layer == block and cache is talks[0].session.cache:
+            raise MemoryError("no room")
+        if layer == block and cache is talks[2].session.cache:
+            talks[2].session.close()
+        return update(cache, key, value, layer, *rest)
+
+    steps = [desk.step(talk, states(1, 3, i)) for i, talk in enumerate(talks)]
+    with monkeypatch.context() as patch:
+        patch.setattr(SpanCache, "update", fail)
+        outcomes = desk.run(*steps)
+    assert isinstance(outcomes[0], MemoryError)
+    assert isinstance(outcomes[2], torch.Tensor)  # its memory goes when the step has ended
+    assert [talk.session.lost for talk in talks] == [True, False, True, False]
+    alone = [desk.open() for _ in range(2)]
+    first = [desk.step(talk, states(1, 3, seed)) for talk, seed in zip(alone, (1, 3), strict=True)]
+    assert_same([outcomes[1], outcomes[3]], desk.each(*first))
+    steps = [desk.step(talks[i], states(1, 1, 5)) for i in (1, 3)]
+    assert_same(desk.run(*steps), desk.each(*(desk.step(talk, states(1, 1, 5)) for talk in alone)))
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_the_call_itself_fails(llama: Span, monkeypatch: pytest.MonkeyPatch, has_begun: bool) -> None:
+    """Each is run alone when no cache has been touched; else the clients are told to send their tokens again."""
+    desk = Desk(llama)
+    run = Span.run
+
+    def fail(span: Span, inputs: Any, *rest: Any) -> torch.Tensor:
+        if has_begun:
+            run(span, inputs, *rest)
+        if inputs.hidden.shape[1] == 6:
+            raise torch.OutOfMemoryError("for all of them")
+        return run(span, inputs, *rest)
+
+    monkeypatch.setattr(Span, "run", fail)
+    talks = [desk.open() for _ in range(2)]
+    outcomes = desk.run(*(desk.step(talk, states(1, 3, i)) for i, talk in enumerate(talks)))
+    monkeypatch.undo()
+    if has_begun:
+        assert all(isinstance(outcome, SessionLost) for outcome in outcomes)
+        assert all(talk.session.lost for talk in talks)
+        (outcome,) = desk.run(desk.step(desk.open(), states(1, 3, 0)))
+        assert isinstance(outcome, torch.Tensor)
+    else:
+        assert_same(outcomes, desk.each(*(desk.step(desk.open(), states(1, 3, i)) for i in range(2))))
+
+
+def test_a_joined_call_of_one(llama: Span, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled step goes alone as a joined call does; what it fails of is told as it is."""
+    desk = Desk(llama, Packer(llama))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(find_module(llama.where.of(llama.model), f"{END - 1}.mlp")), "forward", fail)
+        (outcome,) = desk.run(desk.step(desk.open(), states(1, 3, 0)))
+    assert isinstance(outcome, RuntimeError)
+    assert not isinstance(outcome, SessionLost)
+
+
+def test_one_block_of_each_kind_whatever_ran_last(spans: Callable[..., Span]) -> None:
+    span = spans("gpt_oss")
+    expected = blocks_of_each_kind(span)
+    span.run(Inputs(states(1, 1, 0)), Mode(span.blocks[-1:]))
+    assert blocks_of_each_kind(span) == expected
+    assert len(expected) == 2
+
+
+def test_a_module_fails_for_all_in_lockstep(spans: Callable[..., Span], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left of the call: neither in the model nor of the sessions' ways through it."""
+    span = spans("bloom")
+    desk, block = Desk(span), span.where.of(span.model)._modules[str(END - 1)]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(block.mlp), "forward", fail)
+        outcomes = desk.run(*(desk.step(desk.open(), states(1, 3, i)) for i in range(3)))
+    assert all(isinstance(outcome, SessionLost) for outcome in outcomes)
+    assert not any("forward" in vars(module) for module in span.model.modules())
+    steps = [[desk.step(desk.open(), states(1, 3, i)) for i in range(3)] for _ in range(2)]
+    assert_same(desk.run(*steps[0]), desk.each(*steps[1]))
+
+
+def fail(*_: Any) -> torch.Tensor:
+    raise torch.OutOfMemoryError("for all of them")

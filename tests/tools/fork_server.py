@@ -1,0 +1,61 @@
+"""Starts peers fast: imports everything once, then forks a real process per peer, which runs the real command line.
+
+Reads one JSON object a line on stdin: {"argv": [...], "stdout": path, "stderr": path, "lie": null}; answers with the
+child's pid. With a lie, the peer answers wrongly: see `liars.py`.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+
+
+def _become_peer(request: dict) -> None:
+    for path, number in ((request["stdout"], 1), (request["stderr"], 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", 1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    sys.argv = ["peer", *request["argv"]]
+    from peer.commands.app import main
+    from tests.tools.liars import begin_to_lie
+
+    if request["lie"]:
+        begin_to_lie(request["lie"])
+    code = 1
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # a full disk
+                stream.flush()
+        os._exit(code)
+
+
+def _warm_up() -> None:
+    """Have Transformers do once what it does at the first loading of a model: a third of a peer's time to start."""
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llama")  # compiles a thousand regular expressions
+
+
+def _serve() -> None:
+    import peer.adapters.peft_trees  # noqa: F401
+
+    _warm_up()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the kernel
+    print("ready", flush=True)
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            _become_peer(json.loads(line))
+        print(pid, flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
+    os._exit(0)  # all that was imported takes seconds to tear down

@@ -1,0 +1,251 @@
+"""The target `handlers`: a peer's whole service over a real span, reached over streams in memory."""
+
+import asyncio
+import logging
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from peer.adapters.store import AdapterStore
+from peer.compute.scheduler import Priority, Scheduler
+from peer.generation.joined.packing import Packer
+from peer.generation.steps import StepRunner
+from peer.kv_cache.memory import CacheMemory
+from peer.service.handover import Mailbox, Outbox
+from peer.service.quotas import Accounts, Quota
+from peer.service.reception import Reception, Served
+from peer.service.service import Service
+from peer.span.loading import load_span
+from peer.training.runner import CallRunner
+from peer.training.trainer import Trainer
+from protocol import swarm_pb2 as pb
+from protocol.channel import VERSION, Channel, Message
+from protocol.errors import SwarmError
+from protocol.handshake import Handshake
+from protocol.model.checkpoint import open_checkpoint
+from protocol.swarm_key import SwarmKey
+from protocol.tensors import Limits, check_entries, decode
+from tests.tools.fuzzing.carrier import MemoryStream, connect
+from tests.tools.fuzzing.choices import Choices
+from tests.tools.fuzzing.messages import build_frame, mutated_frame, to_bytes
+from tests.tools.fuzzing.requests import Memory, build_bundles, pick_request
+from tests.tools.spans import END, START
+from tests.tools.wire import HIDDEN, MIB, forward
+
+MAX_SECONDS = 5.0
+"""That a sequence of requests may take: more is a hang."""
+_MAX_REQUESTS = 12
+_STREAMS = 3
+_CACHE_TOKENS, _MAX_LENGTH = 1024, 64
+_LIMITS = Limits(max_header=2**16, max_payload=2**19, max_tensors=300)
+_QUOTA = Quota(streams=4, sessions=4, cache_tokens=768, calls=4, adapters=8, adapter_bytes=MIB)
+_SECRET = bytes(range(32))
+_INNOCENT = ("BadRequest", "WrongModel", "WrongKey", "PeerFull", "OverQuota", "SessionLost", "TooLong",
+             "UnknownAdapter", "UnknownCall", "BadAdapter", "NotPushed")  # fmt: skip
+"""What a peer may say. Anything else would be its own failure."""
+
+
+class _Keys:
+    def current(self) -> tuple[SwarmKey, ...]:
+        return (SwarmKey(_SECRET),)
+
+
+@dataclass
+class _Client:
+    """One stream to a service."""
+
+    stream: MemoryStream
+    served: "asyncio.Task[None]"
+    memory: Memory
+
+    async def wait(self) -> None:
+        """Until all that was sent has been answered, or the stream is over."""
+        while not self.served.done() and not self.stream.other.starved.is_set():
+            starved = asyncio.ensure_future(self.stream.other.starved.wait())
+            await asyncio.wait({self.served, starved}, return_when=asyncio.FIRST_COMPLETED)
+            starved.cancel()
+
+    def answers(self) -> list[Message]:
+        """What has come, Working left out. Fails for bytes that are no frame."""
+        found = []
+        while self.stream.pending:
+            header, payload = struct.unpack("<IQ", self.stream.pending[:12])
+            data = self.stream.pending[12 : 12 + header + payload]
+            assert len(data) == header + payload, "half an answer"
+            del self.stream.pending[: 12 + header + payload]
+            frame = pb.Frame.FromString(bytes(data[:header]))
+            check_entries(frame.tensors, payload, Limits())
+            body = getattr(frame, frame.WhichOneof("body"))
+            if not isinstance(body, pb.Working):
+                found.append(Message(body, decode(frame.tensors, data[header:])))
+        return found
+
+
+class _Raised(logging.Handler):
+    """Keeps what a service met that it did not expect."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.errors: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.errors.append(record)
+
+
+_CLIENTS = ("client", "mallory")
+
+
+class _Nowhere(Outbox):
+    """There is no other peer."""
+
+    def __init__(self) -> None:
+        """Of what the other is made of nothing is here."""
+
+    async def push(self, peer_id: str, push: Message) -> bool:
+        return False
+
+
+class Handlers:
+    """Plays sequences of requests to a service, and checks after each that nothing is left of it."""
+
+    def __init__(self, model: Path):
+        checkpoint = open_checkpoint(str(model))
+        self._loop = asyncio.new_event_loop()
+        self._span = load_span(checkpoint, START, END)
+        self._scheduler = Scheduler()
+        self._adapters = AdapterStore(self._span, max_bytes=4 * MIB, quota=_QUOTA)
+        self._hello = pb.Hello(version=VERSION, config_hash=checkpoint.model_id.config_hash, weights=checkpoint.digests)
+        served = Served(checkpoint.model_id, checkpoint.digests)
+        self._trainers, self._services = [], []
+        for keyring in (None, _Keys()):
+            self._trainers.append(Trainer(self._span, self._adapters, max_kept_bytes=4 * MIB))
+            memory = CacheMemory(_CACHE_TOKENS, _MAX_LENGTH, idle_timeout=0.0)
+            self._services.append(
+                Service(Reception(served, self._span, Accounts(_QUOTA, memory), _LIMITS, Handshake("peer", keyring)),
+                        self._span, memory, self._adapters, CallRunner(self._trainers[-1], joined_tokens=8),
+                        StepRunner(self._span, self._adapters, Packer(self._span)), self._scheduler,
+                        Mailbox(_LIMITS.max_payload, patience=0.01), _Nowhere())
+            )  # fmt: skip
+        self._bundles = build_bundles(model)
+        self._raised = _Raised()
+        logging.getLogger("peer").addHandler(self._raised)
+        logging.getLogger("asyncio").addHandler(self._raised)
+        self._expected = self._loop.run_until_complete(self._good_forward())
+        self.inputs, self.answers = 0, dict[str, int]()
+
+    def play(self, data: bytes) -> None:
+        """The requests that `data` decides on. Raises for anything that should not have happened."""
+        began = time.monotonic()
+        self._loop.run_until_complete(asyncio.wait_for(self._play(Choices(data)), 60))
+        seconds = time.monotonic() - began
+        assert seconds < MAX_SECONDS, f"{seconds:.1f} s for one sequence of requests"
+        self._check_nothing_is_left()
+
+    def check(self) -> None:
+        """A good request is still answered with the right numbers."""
+        assert torch.equal(self._loop.run_until_complete(self._good_forward()), self._expected)
+
+    def close(self) -> None:
+        """Stop the compute thread."""
+        self._scheduler.close()
+        logging.getLogger("peer").removeHandler(self._raised)
+        logging.getLogger("asyncio").removeHandler(self._raised)
+        self._loop.close()
+
+    async def _play(self, choices: Choices) -> None:
+        is_private = choices.one_in(8)
+        clients: dict[int, _Client] = {}
+        opened: list[_Client] = []
+        try:
+            for _ in range(_MAX_REQUESTS):
+                slot = choices.below(_STREAMS)
+                if slot not in clients or clients[slot].served.done():
+                    clients[slot] = await self._open(choices, is_private, slot)
+                    opened.append(clients[slot])
+                await self._ask(choices, clients[slot])
+                if choices.is_over:
+                    break
+                if choices.one_in(16):
+                    clients.pop(slot).stream.close()
+        finally:
+            for client in opened:
+                client.stream.close()
+                await client.served  # raises what a handler raised
+            for name in _CLIENTS:  # what is kept for those who have gone is dropped in their turn
+                await self._scheduler.submit(Priority.CALL, lambda: None, name)
+
+    async def _open(self, choices: Choices, is_private: bool, slot: int) -> _Client:
+        near, far = connect(_CLIENTS[slot == _STREAMS - 1], "peer")
+        served = asyncio.ensure_future(self._services[is_private].handle(far))
+        client = _Client(near, served, Memory(self._hello, self._bundles))
+        if choices.one_in(8):
+            await self._send(client, mutated_frame(choices, self._hello, {}))
+            return client
+        if is_private:
+            await Handshake(far.remote, _Keys()).initiate(Channel(near, Limits(), MAX_SECONDS))
+        await self._send(client, to_bytes(*_serialized(Message(self._hello))))
+        return client
+
+    async def _ask(self, choices: Choices, client: _Client) -> None:
+        message = pick_request(choices, client.memory)
+        await self._send(client, mutated_frame(choices, message.body, message.tensors))
+
+    async def _send(self, client: _Client, data: bytes) -> None:
+        self.inputs += 1
+        try:
+            await client.stream.send(data, patience=None)
+        except SwarmError:
+            return
+        await client.wait()
+        for answer in client.answers():
+            self._judge(answer.body)
+            _learn(client.memory, answer)
+
+    def _judge(self, body: object) -> None:
+        name = body.kind if isinstance(body, pb.Failure) else type(body).__name__
+        self.answers[name] = self.answers.get(name, 0) + 1
+        if self._raised.errors:
+            record = self._raised.errors.pop()
+            raise AssertionError(record.getMessage()) from (record.exc_info[1] if record.exc_info else None)
+        if isinstance(body, pb.Failure):
+            assert body.kind in _INNOCENT, f"{body.kind}: {body.message}"
+        else:
+            assert isinstance(body, pb.Result | pb.Welcome | pb.Proof)
+
+    async def _good_forward(self) -> torch.Tensor:
+        near, far = connect("honest", "peer")
+        served = asyncio.ensure_future(self._services[0].handle(far))
+        channel = Channel(near, Limits(), MAX_SECONDS)
+        await channel.call(Message(self._hello))
+        answer = await channel.call(forward({"hidden_states": HIDDEN}))
+        channel.close()
+        await served
+        return answer.tensor("hidden_states")
+
+    def _check_nothing_is_left(self) -> None:
+        assert not self._raised.errors, self._raised.errors[0].getMessage()
+        for service, trainer in zip(self._services, self._trainers, strict=True):
+            assert (service.load.sessions, service.load.calls) == (0, 0)
+            assert service.memory.free_tokens == _CACHE_TOKENS, "KV memory is still taken"
+            left = (service._forks, service._reception.accounts._open, service.memory._sessions, trainer._kept)
+            assert not any(left), f"left behind: {left}"
+
+
+def _serialized(message: Message) -> tuple[bytes, bytes]:
+    header, payload = build_frame(message.body, message.tensors)
+    return header.SerializeToString(), payload
+
+
+def _learn(memory: Memory, answer: Message) -> None:
+    body = answer.body
+    if not isinstance(body, pb.Result):
+        return
+    memory.call_id = body.call_id or memory.call_id
+    if body.token and "hidden_states" not in answer.tensors:
+        memory.adapters.append(body.token)  # an adapter's or a copied session's
+        memory.tokens.append(body.token)
+    if "hidden_states" in answer.tensors and not body.call_id:
+        memory.number += 1

@@ -1,0 +1,171 @@
+"""Real peers for tests: processes on loopback that run the `peer` command."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+
+from client import AutoDistributedModelForCausalLM
+
+_ROOT = Path(__file__).parents[2]
+_READY = re.compile(r"^ready address=(\S+)(?: blocks=(\d+):(\d+) model=(\S+))?", re.M)
+
+
+class ForkServer:
+    """See `fork_server.py`."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.tools.fork_server"], cwd=_ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert self._process.stdout
+        assert self._process.stdout.readline().strip() == "ready"
+
+    def start(self, argv: Sequence[str], stdout: Path, stderr: Path, lie: str | None = None) -> int:
+        assert self._process.stdin
+        assert self._process.stdout
+        request = {"argv": list(argv), "stdout": str(stdout), "stderr": str(stderr), "lie": lie}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait(10)
+
+
+@dataclass
+class Peer:
+    """A running `peer serve` or `peer bootstrap`."""
+
+    pid: int
+    stdout: Path
+    stderr: Path
+    address: str = ""
+    blocks: range = range(0)
+
+    @property
+    def peer_id(self) -> str:
+        return self.address.rpartition("/")[2]
+
+    def wait_ready(self, timeout: float = 60) -> None:
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if match := _READY.search(self.stdout.read_text() if self.stdout.exists() else ""):
+                self.address = match[1]
+                self.blocks = range(int(match[2] or 0), int(match[3] or 0))
+                return
+            if not self.is_alive():
+                break
+            time.sleep(0.02)
+        raise AssertionError(f"the peer did not get ready: {self.stderr.read_text()}")
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """kill -9; returns when it is gone."""
+        self.stop(signal.SIGKILL)
+
+    def stop(self, number: int = signal.SIGTERM, timeout: float = 10) -> float:
+        """Signal, wait until it is gone; the seconds that took."""
+        start = time.monotonic()
+        with contextlib.suppress(ProcessLookupError):
+            self.send(number)
+        while self.is_alive():
+            if time.monotonic() - start > timeout:
+                with contextlib.suppress(ProcessLookupError):
+                    self.send(signal.SIGKILL)
+                raise AssertionError(f"peer {self.pid} did not end within {timeout} s: {self.stderr.read_text()}")
+            time.sleep(0.01)
+        return time.monotonic() - start
+
+    def is_alive(self) -> bool:
+        return Path(f"/proc/{self.pid}").exists()
+
+    def rss(self) -> int:
+        """Bytes of anonymous memory."""
+        rollup = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
+        return int(re.search(r"^Anonymous:\s+(\d+) kB", rollup, re.M)[1]) * 1024  # type: ignore[index]
+
+
+class Swarm:
+    """Peers that found or join one swarm."""
+
+    def __init__(self, server: ForkServer, folder: Path):
+        self._server, self._folder = server, folder
+        self.peers: list[Peer] = []
+
+    @property
+    def initial_peers(self) -> list[str]:
+        return [self.peers[0].address]
+
+    def connect(self, model: Path | str, **options: Any) -> Any:
+        """The model, its blocks in this swarm; `options` as for `from_pretrained`."""
+        options = {"initial_peers": self.initial_peers} | options
+        return AutoDistributedModelForCausalLM.from_pretrained(str(model), **options)
+
+    def launch(self, *argv: str, lie: str | None = None) -> Peer:
+        """Start a command without waiting for it to be ready; `lie`: see `liars.py`."""
+        stem = self._folder / f"peer{len(self.peers)}"
+        out, err = stem.with_suffix(".out"), stem.with_suffix(".err")
+        peer = Peer(self._server.start(argv, out, err, lie), out, err)
+        self.peers.append(peer)
+        return peer
+
+    def serve(self, model: Path | str, *spans: str, options: Sequence[str] = (), lie: str | None = None) -> list[Peer]:
+        """Peers for `spans` ("0:2"), the first of which founds the swarm if nobody has; ready when this returns."""
+        started: list[Peer] = []
+        for span in spans:
+            join = [part for peer in self.peers[:1] for part in ("--initial-peers", peer.address)]
+            argv = ["serve", str(model), "--blocks", span, "--host", "127.0.0.1", "--threads", "1", *join, *options]
+            started.append(self.launch(*argv, lie=lie))
+            if len(self.peers) == 1:
+                started[0].wait_ready()
+        for peer in started:
+            peer.wait_ready()
+        return started
+
+    def close(self) -> None:
+        for peer in self.peers:
+            with contextlib.suppress(ProcessLookupError):
+                peer.send(signal.SIGCONT)
+                peer.send(signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Both:
+    """Makes a model anew, plain and through the swarm that serves it."""
+
+    path: Path
+    swarm: Swarm
+
+    def local(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.path)
+
+    def remote(self) -> Any:
+        return self.swarm.connect(self.path)
+
+
+@contextlib.contextmanager
+def new_swarm(server: ForkServer) -> Iterator[Swarm]:
+    """A swarm without peers yet; all of its processes end with the block."""
+    with tempfile.TemporaryDirectory() as folder:
+        swarm = Swarm(server, Path(folder))
+        try:
+            yield swarm
+        finally:
+            swarm.close()
