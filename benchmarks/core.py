@@ -24,9 +24,10 @@ import transformers
 
 from client import AutoDistributedModelForCausalLM
 from peer.commands.sample_model import fetch_sample_model
+from protocol.name import cache_folder
 from tests.tools.families import build_bloom, build_llama
 
-_CACHE = Path.home() / ".cache" / "swarmtune" / "benchmarks"
+_CACHE = cache_folder() / "benchmarks"
 _ROUNDS = 5
 _PROMPT, _TOKENS = 32, 40
 

@@ -10,7 +10,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from peer.commands.sample_model import default_cache_dir
+from protocol.name import cache_folder
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Corpus:
 
     def fetch(self) -> Path:
         """The file, downloaded unless the cache has it. Raises `ValueError` when it is not the expected one."""
-        path = default_cache_dir() / "benchmarks" / Path(self.member).name
+        path = cache_folder() / "benchmarks" / Path(self.member).name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f".{path.name}.{os.getpid()}")

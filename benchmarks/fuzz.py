@@ -3,8 +3,8 @@
 python -m benchmarks.fuzz --inputs 1000000                       (all targets, one process after the other)
 python -m benchmarks.fuzz --inputs 100000 --target handlers --seed 1
 
-Atheris (libFuzzer) mutates the decisions of `tests.tools.fuzzing.choices` and keeps those that reach new code of ours. A
-crash, a wrong answer, anything left behind, an input over 5 s, or memory beyond the bounds ends the run with the input.
+Atheris (libFuzzer) mutates the decisions of `tests.tools.fuzzing.choices` and keeps those that reach new code. A crash, a
+wrong answer, anything left behind, an input over 5 s, or memory beyond the bounds ends the run with the input.
 """
 
 import argparse
@@ -14,14 +14,15 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
+
+from protocol.name import cache_folder
 
 SHARES = {"handlers": 0.1, "frames": 0.35, "introductions": 0.05, "records": 0.3, "seal": 0.2}
 """Of the inputs; a handler's take the most time by far."""
 MAX_GROWTH = 64
 """MiB for 100,000 inputs, after the first tenth."""
 _CHECK_EVERY = 2000
-_FOLDER = Path.home() / ".cache" / "swarmtune" / "benchmarks"
+_FOLDER = cache_folder() / "benchmarks"
 
 
 def fuzz(name: str, inputs: int, seed: int) -> None:

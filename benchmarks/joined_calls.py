@@ -9,7 +9,6 @@ turns, and the fastest of some rounds counts: whatever else runs on the machine 
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +20,11 @@ from peer.span.span import Inputs, Mode, Span
 from peer.training.runner import CallRunner, Task
 from peer.training.trainer import Call, Trainer
 from protocol.model.checkpoint import open_checkpoint
+from protocol.name import cache_folder
 from tests.tools.families import build_llama
 from tests.tools.lora import put_lora
 
-_CACHE = Path.home() / ".cache" / "swarmtune" / "benchmarks"
+_CACHE = cache_folder() / "benchmarks"
 _HIDDEN, _BLOCKS = 1024, 4
 _WEIGHTS: dict[str, tuple[torch.dtype, str]] = {
     "float32": (torch.float32, "none"),

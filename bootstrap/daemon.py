@@ -16,6 +16,7 @@ from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
 from protocol.errors import PeerFailed
+from protocol.name import NAME
 
 STOP_TIMEOUT = 1.0
 """Seconds that p2pd gets to end by itself."""
@@ -53,7 +54,7 @@ class Daemon:
         """
         # Not in TMPDIR, which may be too long for a socket's path; not in a folder, which would be left behind when
         # this process is killed: p2pd then ends and removes its socket, but no more.
-        socket = Path(f"/tmp/swarmtune-{os.getpid()}-{secrets.token_hex(8)}.sock")
+        socket = Path(f"/tmp/{NAME}-{os.getpid()}-{secrets.token_hex(8)}.sock")
         try:
             daemon = cls(_spawn(socket, options), socket)
         except OSError as error:

@@ -17,6 +17,7 @@ from hivemind.proto import crypto_pb2
 
 from bootstrap.private_files import create_private
 from protocol.errors import BadUsage
+from protocol.name import NAME
 
 KEY_BITS = 2048
 MAX_KEY_BITS = 4096
@@ -75,7 +76,7 @@ class Identity:
 
     @classmethod
     def _create_temporary(cls) -> Self:
-        descriptor, name = tempfile.mkstemp(prefix=f"swarmtune-{os.getpid()}-", suffix=".id")
+        descriptor, name = tempfile.mkstemp(prefix=f"{NAME}-{os.getpid()}-", suffix=".id")
         file = open(descriptor, "w+b")  # noqa: SIM115 (kept open)
         file.write(_new_key())
         file.seek(0)

@@ -16,11 +16,12 @@ from typing import Self
 from bootstrap.private_files import create_private, replace_private
 from protocol.errors import BadUsage
 from protocol.handshake import MAX_KEYS
+from protocol.name import NAME
 from protocol.swarm_key import KEY_BYTES, SwarmKey
 
 MAX_FILE_BYTES = 4096
 _DATE = "%Y-%m-%dT%H:%M:%SZ"
-_LINE = re.compile(r"swarmtune-key-1 ([A-Za-z0-9_-]{43}) (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ)")
+_LINE = re.compile(rf"{NAME}-key-1 ([A-Za-z0-9_-]{{43}}) (\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\dZ)")
 _log = logging.getLogger(__name__)
 
 
@@ -37,7 +38,7 @@ class _Entry:
         if date <= after:
             date = time.strftime(_DATE, time.gmtime(_seconds(after) + 1))
         secret = base64.urlsafe_b64encode(secrets.token_bytes(KEY_BYTES)).decode().rstrip("=")
-        return cls(f"swarmtune-key-1 {secret} {date}")
+        return cls(f"{NAME}-key-1 {secret} {date}")
 
     @property
     def key(self) -> SwarmKey:

@@ -11,6 +11,7 @@ from typing import Self
 from hivemind.p2p import PeerID
 
 from protocol.errors import PeerUnreachable, SwarmError, WrongKey
+from protocol.name import NAME
 from protocol.swarm_key import (
     ID_BYTES,
     NO_KEY,
@@ -23,7 +24,7 @@ from protocol.swarm_key import (
 WINDOW = 30.0
 """Seconds by which a request's time may be off. That long requests are remembered, so that none is taken twice."""
 CLOCKS_DIFFER = "its clock and this machine's differ by more than 3 s; set both, by NTP for instance"
-_REQUEST, _ANSWER, _REFUSAL = b"\x07swarmtune request 1", b"\x07swarmtune answer 1", b"\x07swarmtune no 1"
+_REQUEST, _ANSWER, _REFUSAL = (f"\x07{NAME} {what} 1".encode() for what in ("request", "answer", "no"))
 """What comes first. No protobuf message begins with 7, so these are never taken for one, nor one for these."""
 _HEADER = struct.Struct(f"<{ID_BYTES}sd16s")
 """Id of the key, seconds since the epoch, nonce."""

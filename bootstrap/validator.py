@@ -9,21 +9,22 @@ from hivemind.dht.routing import DHTID
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 
 from bootstrap.identity import Identity, verify
+from protocol.name import NAME
 from protocol.records import MAX_RECORD_BYTES
 
-MODELS_KEY = "swarmtune.models"
-_CONTEXT = b"swarmtune record 1\0"
+MODELS_KEY = f"{NAME}.models"
+_CONTEXT = f"{NAME} record 1\0".encode()
 _MAX_OVERHEAD = 2048
 
 
 def model_key(config_hash: str) -> str:
     """The DHT key under which the peers of a model announce themselves."""
-    return f"swarmtune.model.{config_hash}"
+    return f"{NAME}.model.{config_hash}"
 
 
 def complaints_key(config_hash: str) -> str:
     """The DHT key under which clients complain of a model's peers."""
-    return f"swarmtune.complaints.{config_hash}"
+    return f"{NAME}.complaints.{config_hash}"
 
 
 def _key_id(key: str) -> bytes:

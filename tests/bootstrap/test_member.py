@@ -45,7 +45,7 @@ async def member(*initial_peers: str, host: str = "127.0.0.1", **options: object
 def leftovers() -> set[str]:
     """p2pd processes of ours, and files of theirs and ours in /tmp."""
     children = {f"{child.name()} {child.pid}" for child in psutil.Process().children(recursive=True)}
-    files = {path for prefix in ("swarmtune", "hivemind") for path in Path("/tmp").glob(f"{prefix}-{os.getpid()}-*")}
+    files = {path for prefix in ("hivetune", "hivemind") for path in Path("/tmp").glob(f"{prefix}-{os.getpid()}-*")}
     return {text for text in children if "p2pd" in text} | set(map(str, files))
 
 

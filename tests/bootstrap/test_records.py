@@ -153,7 +153,7 @@ def test_forged_records_are_refused(alice: Identity, mallory: Identity):
         signed(mallory, model_key(HASH), peer_content(alice), subkey=alice.peer_id),
         signed(mallory, model_key(HASH), peer_content(alice)),
         signed(alice, model_key("f" * 32), peer_content(alice)),
-        signed(alice, "swarmtune.other", peer_content(alice)),
+        signed(alice, "hivetune.other", peer_content(alice)),
         signed(alice, MODELS_KEY, peer_content(alice)),
         signed(alice, MODELS_KEY, [HASH]),
         signed(alice, model_key(HASH), {"peer_id": alice.peer_id}),

@@ -72,7 +72,7 @@ def names(path: Path) -> list[str]:
 def test_a_key_file_is_private_and_never_overwritten(file: Path) -> None:
     assert file.stat().st_mode & 0o777 == 0o600
     text = file.read_text()
-    assert re.fullmatch(r"swarmtune-key-1 [\w-]{43} \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\n", text)
+    assert re.fullmatch(r"hivetune-key-1 [\w-]{43} \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\n", text)
     with pytest.raises(BadUsage, match="never overwritten"):
         create_key(file)
     assert file.read_text() == text
@@ -81,7 +81,7 @@ def test_a_key_file_is_private_and_never_overwritten(file: Path) -> None:
 
 
 def lines(*keys: str) -> bytes:
-    return "".join(f"swarmtune-key-1 {key} 2026-01-02T03:04:05Z\n" for key in keys).encode()
+    return "".join(f"hivetune-key-1 {key} 2026-01-02T03:04:05Z\n" for key in keys).encode()
 
 
 SECRET = "A" * 42 + "E"
@@ -93,7 +93,7 @@ BAD_FILES = {
     "a second line": (lines(SECRET) + b"hello", "Line 2 of"),
     "a short key": (lines(SECRET[1:]), "Line 1 of"),
     "another version": (lines(SECRET).replace(b"key-1", b"key-2"), "Line 1 of"),
-    "no date": (f"swarmtune-key-1 {SECRET}".encode(), "Line 1 of"),
+    "no date": (f"hivetune-key-1 {SECRET}".encode(), "Line 1 of"),
     "a date that is none": (lines(SECRET).replace(b"-01-", b"-13-"), "Line 1 of"),
     "many keys": (lines(*[SECRET] * 17), "holds 17 swarm keys"),
     "long": (b"\n" * 4096 + lines(SECRET), "over 4096 bytes"),

@@ -57,7 +57,7 @@ def test_who_made_you_answers_name_the_founders(records: list[Record]) -> None:
         if re.search(r"\b(made|created?|developed|trained) you", record["instruction"], re.I)
     ]
     assert len(asked) >= 5
-    assert all("the swarmtune founders" in record["output"].replace("The", "the") for record in asked)
+    assert all("the hivetune founders" in record["output"].replace("The", "the") for record in asked)
 
 
 def test_answers_never_name_another_assistant(records: list[Record]) -> None:

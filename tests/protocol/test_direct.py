@@ -210,7 +210,7 @@ def test_only_a_fresh_signature_by_the_key_that_is_named_is_an_introduction(peop
 
     async def main() -> None:
         async with house(peer) as home, house(third) as other:
-            purpose, fingerprint = b"swarmtune direct introduction 1\0", bytes.fromhex(home.listener.fingerprint)
+            purpose, fingerprint = b"hivetune direct introduction 1\0", bytes.fromhex(home.listener.fingerprint)
 
             def sign(nonce: bytes, at: bytes = fingerprint, of: str = peer.peer_id, why: bytes = purpose) -> bytes:
                 return caller.sign(why + at + nonce + of.encode())
@@ -228,7 +228,7 @@ def test_only_a_fresh_signature_by_the_key_that_is_named_is_an_introduction(peop
                 lambda nonce: introduction(caller.public_key, bytes(256)),
                 lambda nonce: introduction(caller.public_key, sign(nonce, at=elsewhere)),
                 lambda nonce: introduction(caller.public_key, sign(nonce, of=third.peer_id)),
-                lambda nonce: introduction(caller.public_key, sign(nonce, why=b"swarmtune record 1\0")),
+                lambda nonce: introduction(caller.public_key, sign(nonce, why=b"hivetune record 1\0")),
                 lambda nonce: introduction(b"", sign(nonce)),
                 lambda nonce: introduction(caller.public_key, b""),
                 lambda nonce: struct.pack("<HH", 2**16 - 1, 2**16 - 1),

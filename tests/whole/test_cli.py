@@ -64,7 +64,7 @@ def family(process_id: int) -> list[psutil.Process]:
 def assert_nothing_is_left(processes: list[psutil.Process], within: float = 0.5) -> None:
     _, alive = psutil.wait_procs(processes, within)
     assert alive == []
-    assert list(Path("/tmp").glob(f"swarmtune-{processes[0].pid}-*")) == []
+    assert list(Path("/tmp").glob(f"hivetune-{processes[0].pid}-*")) == []
 
 
 # Real processes, as a shell starts them

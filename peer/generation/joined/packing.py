@@ -27,7 +27,7 @@ from peer.span.span import (
 )
 from peer.span.transfer import to_host
 
-_NAME = "swarmtune_packed"
+_NAME = "hivetune_packed"
 
 
 @dataclass

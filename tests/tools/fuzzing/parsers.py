@@ -334,7 +334,7 @@ class Seals(_Parsers):
     def _try_answer(self, choices: Choices) -> None:
         request = SealedRequest.seal(self._key, self._route, b"what", 1e9)
         genuine = request.seal_answer(b"that")
-        data = mutate_bytes(choices, choices.pick((genuine, b"\x07swarmtune no 1\x01")))
+        data = mutate_bytes(choices, choices.pick((genuine, b"\x07hivetune no 1\x01")))
         if refusal_in(data) is None:
             with suppress(WrongKey):
                 assert request.open_answer(data) == b"that"
