@@ -24,9 +24,9 @@ from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
 from protocol.errors import SwarmError
 from protocol.records import ModelId, PeerRecord, Speed
+from protocol.stream import Carrier, Stream
 from protocol.tensors import Limits
 from protocol.transport import socket_stream
-from protocol.transport.base import Carrier, Stream
 from protocol.transport.socket_stream import SocketStream
 
 HASH = "0" * 32

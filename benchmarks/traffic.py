@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from protocol.transport.base import Buffer
+from protocol.stream import Buffer
 from protocol.transport.socket_stream import SocketStream
 
 

@@ -15,13 +15,7 @@ from bootstrap.neighbours import Neighbours
 from bootstrap.storage import MAX_LIFETIME
 from bootstrap.validator import MODELS_KEY, complaints_key, model_key
 from protocol.errors import BadRequest
-from protocol.records import (
-    MAX_RECORD_BYTES,
-    Complaint,
-    ModelId,
-    PeerRecord,
-    PeerState,
-)
+from protocol.records import MAX_RECORD_BYTES, Complaint, ModelId, PeerRecord, PeerState
 
 PERIOD = 20.0
 """Seconds between two announcements of a peer."""

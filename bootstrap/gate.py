@@ -11,15 +11,7 @@ from hivemind.p2p import P2PContext, PeerID
 from hivemind.utils import get_dht_time
 
 from bootstrap.daemon import Connection
-from bootstrap.seal import (
-    Nonces,
-    Refusal,
-    Refused,
-    Route,
-    SealedRequest,
-    is_sealed,
-    refusal_in,
-)
+from bootstrap.seal import Nonces, Refusal, Refused, Route, SealedRequest, is_sealed, refusal_in
 from protocol.swarm_key import Keyring, SwarmKey
 
 

@@ -11,13 +11,7 @@ from hivemind.dht import DHTNode
 from hivemind.p2p import P2PDaemonError
 from hivemind.utils.logging import use_hivemind_log_handler
 
-from bootstrap.addresses import (
-    check_announced,
-    for_others,
-    is_loopback,
-    listening_address,
-    split_peer_address,
-)
+from bootstrap.addresses import check_announced, for_others, is_loopback, listening_address, split_peer_address
 from bootstrap.daemon import Connection, Daemon, DaemonFailed
 from bootstrap.directory import Directory
 from bootstrap.door import OwnDoor

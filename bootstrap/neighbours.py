@@ -19,12 +19,7 @@ from bootstrap.daemon import Connection
 from bootstrap.gate import Gate
 from bootstrap.seal import CLOCKS_DIFFER
 from bootstrap.storage import RecordStorage
-from protocol.errors import (
-    NoSwarm,
-    PeerUnreachable,
-    SwarmError,
-    WrongKey,
-)
+from protocol.errors import NoSwarm, PeerUnreachable, SwarmError, WrongKey
 
 GRACE = 0.5
 """Seconds for the other initial peers once one has answered."""

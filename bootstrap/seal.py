@@ -12,14 +12,7 @@ from hivemind.p2p import PeerID
 
 from protocol.errors import PeerUnreachable, SwarmError, WrongKey
 from protocol.name import NAME
-from protocol.swarm_key import (
-    ID_BYTES,
-    NO_KEY,
-    OPEN,
-    REFUSED,
-    SwarmKey,
-    key_with_id,
-)
+from protocol.swarm_key import ID_BYTES, NO_KEY, OPEN, REFUSED, SwarmKey, key_with_id
 
 WINDOW = 30.0
 """Seconds by which a request's time may be off. That long requests are remembered, so that none is taken twice."""

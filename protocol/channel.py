@@ -14,15 +14,8 @@ from google.protobuf.message import Message as ProtoMessage
 from protocol import swarm_pb2 as pb
 from protocol.codecs import SUPPORTED
 from protocol.errors import BadRequest, from_failure, to_failure
-from protocol.tensors import (
-    Limits,
-    check_entries,
-    decode,
-    decoded_size,
-    encode,
-    nbytes,
-)
-from protocol.transport.base import Stream
+from protocol.stream import Stream
+from protocol.tensors import Limits, check_entries, decode, decoded_size, encode, nbytes
 
 VERSION = 1
 PUSH_TOKEN_BYTES = 16

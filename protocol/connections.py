@@ -11,17 +11,11 @@ from typing import Protocol
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
 from protocol.codecs import SUPPORTED
-from protocol.errors import (
-    BadRequest,
-    NoConnection,
-    PeerUnreachable,
-    WrongModel,
-)
+from protocol.errors import BadRequest, NoConnection, PeerUnreachable, WrongModel
 from protocol.handshake import Handshake
-from protocol.model.checkpoint import same_weights
+from protocol.records import same_weights
+from protocol.stream import Carrier, Stream
 from protocol.tensors import Limits
-from protocol.transport.base import Carrier, Stream
-from protocol.transport.carriers import Carriers
 
 _MAX_IDLE = 8
 
@@ -34,11 +28,18 @@ class Wanted:
     digests: Mapping[str, str]
 
 
+class Dialer(Protocol):
+    """What a member connects with."""
+
+    async def connect(self, peer_id: str, carrier: Carrier) -> Stream:
+        """A new stream to `peer_id`. Raises `PeerUnreachable`."""
+
+
 class End(Protocol):
     """The caller, as a member of the swarm."""
 
     @property
-    def transport(self) -> Carriers:
+    def transport(self) -> Dialer:
         """What it connects with."""
 
     @property
@@ -111,7 +112,7 @@ class Connections:
             channel.close()  # the swarm's key is being changed
         return None
 
-    async def _dial(self, transport: Carriers, peer_id: str) -> Stream:
+    async def _dial(self, transport: Dialer, peer_id: str) -> Stream:
         try:
             async with asyncio.timeout(self._patience):
                 return await transport.connect(peer_id, self._carrier)

@@ -16,20 +16,8 @@ from collections.abc import Sequence
 
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
-from protocol.errors import (
-    BadRequest,
-    PeerFailed,
-    PeerUnreachable,
-    WrongKey,
-)
-from protocol.swarm_key import (
-    NO_KEY,
-    OPEN,
-    REFUSED,
-    Keyring,
-    SwarmKey,
-    key_with_id,
-)
+from protocol.errors import BadRequest, PeerFailed, PeerUnreachable, WrongKey
+from protocol.swarm_key import NO_KEY, OPEN, REFUSED, Keyring, SwarmKey, key_with_id
 from protocol.tensors import Limits
 
 TIMEOUT = 10.0

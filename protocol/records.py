@@ -3,7 +3,7 @@
 import ipaddress
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Annotated, Self
 
@@ -71,6 +71,12 @@ class ModelId(_Record):
     config_hash: ConfigHash
     """Of the configuration: same architecture and sizes. Which weights, the handshake's digests tell."""
     num_blocks: int = Field(gt=0, le=MAX_BLOCKS)
+
+
+def same_weights(ours: Mapping[str, str], theirs: Mapping[str, str]) -> bool:
+    """Whether two sets of digests can be of one checkpoint: what both ends hold agrees, and there is such a thing."""
+    common = ours.keys() & theirs.keys()
+    return bool(common) and all(ours[name] == theirs[name] for name in common)
 
 
 class PeerState(StrEnum):

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from protocol.errors import BadUsage
-from protocol.transport.base import Carrier
+from protocol.stream import Carrier
 
 Codec = Literal["none", "bf16", "f16", "int8", "lossless"]
 """See `protocol.codecs`; `peer certify` measures what each does to a model."""

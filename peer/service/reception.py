@@ -14,10 +14,9 @@ from protocol.errors import (
     WrongModel,
 )
 from protocol.handshake import Handshake
-from protocol.model.checkpoint import same_weights
-from protocol.records import ModelId
+from protocol.records import ModelId, same_weights
+from protocol.stream import Stream
 from protocol.tensors import Limits, wire_dtype
-from protocol.transport.base import Stream
 
 _PATIENCE = 60.0
 

@@ -41,8 +41,8 @@ from protocol.errors import (
     SessionLost,
     SwarmError,
 )
+from protocol.stream import Stream
 from protocol.tensors import torch_dtype
-from protocol.transport.base import Stream
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -145,12 +145,6 @@ def find_file(model: str, name: str, revision: str | None = None) -> Path | None
         return Path(hf_hub_download(model, name, revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
         return None
-
-
-def same_weights(ours: Mapping[str, str], theirs: Mapping[str, str]) -> bool:
-    """Whether two sets of digests can be of one checkpoint: what both ends hold agrees, and there is such a thing."""
-    common = ours.keys() & theirs.keys()
-    return bool(common) and all(ours[name] == theirs[name] for name in common)
 
 
 def block_of(tensor_name: str, attribute: str) -> int | None:

@@ -6,12 +6,7 @@ from functools import partial
 
 from protocol.errors import PeerUnreachable
 from protocol.records import Door, PeerRecord
-from protocol.transport.base import (
-    Carrier,
-    Handler,
-    Stream,
-    Transport,
-)
+from protocol.stream import Carrier, Handler, Stream, Transport
 from protocol.transport.direct import DirectCaller, DirectListener
 from protocol.transport.race import first
 

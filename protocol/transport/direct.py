@@ -9,7 +9,7 @@ from functools import partial
 
 from protocol.errors import PeerUnreachable, SwarmError
 from protocol.records import Door
-from protocol.transport.base import Handler
+from protocol.stream import Handler
 from protocol.transport.certificate import Certificate, caller_context, has_fingerprint
 from protocol.transport.introduction import Credentials, identify, introduce
 from protocol.transport.race import first

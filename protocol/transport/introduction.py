@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from protocol.errors import PeerUnreachable, WrongKey
 from protocol.name import NAME
-from protocol.transport.base import Stream
+from protocol.stream import Stream
 
 NONCE_BYTES = 32
 MAX_PUBLIC_KEY, MAX_SIGNATURE = 1024, 1024

@@ -7,7 +7,7 @@ from hivemind.p2p import P2P, P2PDaemonError, PeerID
 
 from protocol.errors import PeerUnreachable
 from protocol.name import NAME
-from protocol.transport.base import Handler, Stream
+from protocol.stream import Handler, Stream
 from protocol.transport.race import close_result
 from protocol.transport.socket_stream import SocketStream
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from protocol.errors import PeerUnreachable
-from protocol.transport.base import CHUNK, Buffer
+from protocol.stream import CHUNK, Buffer
 
 _SMALL = 2**16
 """Bytes that are copied sooner than written in parts."""

@@ -21,12 +21,7 @@ from bootstrap.directory import Announcer
 from bootstrap.member import Member, MemberOptions
 from bootstrap.validator import MODELS_KEY, model_key
 from protocol.errors import BadRequest, PeerUnreachable
-from protocol.records import (
-    ModelId,
-    PeerRecord,
-    PeerState,
-    Speed,
-)
+from protocol.records import ModelId, PeerRecord, PeerState, Speed
 
 HASH = "0123456789abcdef" * 2
 OTHER = "f" * 32

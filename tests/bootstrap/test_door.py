@@ -9,12 +9,7 @@ import pytest
 from bootstrap.door import OwnDoor
 from bootstrap.identity import Identity, signer_of
 from protocol.errors import BadRequest, BadUsage
-from protocol.records import (
-    Door,
-    ModelId,
-    PeerRecord,
-    Speed,
-)
+from protocol.records import Door, ModelId, PeerRecord, Speed
 from protocol.transport.introduction import Credentials
 
 

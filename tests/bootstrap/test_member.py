@@ -24,7 +24,7 @@ from bootstrap.daemon import Daemon
 from bootstrap.identity import Identity
 from bootstrap.member import Member, MemberOptions, quiet_hivemind
 from protocol.errors import BadUsage, PeerUnreachable
-from protocol.transport.base import Stream
+from protocol.stream import Stream
 from tests.bootstrap.test_directory import record
 
 HASH = "0123456789abcdef" * 2

@@ -17,12 +17,7 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.proto import crypto_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
-from bootstrap.addresses import (
-    check_announced,
-    for_others,
-    listening_address,
-    split_peer_address,
-)
+from bootstrap.addresses import check_announced, for_others, listening_address, split_peer_address
 from bootstrap.identity import Identity, peer_id_of, verify
 from bootstrap.storage import MAX_KEY_BYTES, MAX_LIFETIME, RecordStorage
 from bootstrap.validator import MODELS_KEY, SignedRecords, model_key

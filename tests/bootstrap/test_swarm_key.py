@@ -14,39 +14,14 @@ import pytest
 from google.protobuf.message import Message as ProtoMessage
 from hivemind.p2p import PeerID
 
-from bootstrap.key_file import (
-    KeyFile,
-    add_key,
-    create_key,
-    drop_old_keys,
-    use_newest_key,
-)
-from bootstrap.seal import (
-    WINDOW,
-    Nonces,
-    Refusal,
-    Refused,
-    Route,
-    SealedRequest,
-    refusal_in,
-)
+from bootstrap.key_file import KeyFile, add_key, create_key, drop_old_keys, use_newest_key
+from bootstrap.seal import WINDOW, Nonces, Refusal, Refused, Route, SealedRequest, refusal_in
 from protocol import handshake
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
-from protocol.errors import (
-    BadUsage,
-    PeerFailed,
-    PeerUnreachable,
-    SwarmError,
-    WrongKey,
-)
+from protocol.errors import BadUsage, PeerFailed, PeerUnreachable, SwarmError, WrongKey
 from protocol.handshake import Handshake
-from protocol.swarm_key import (
-    NO_KEY,
-    OPEN,
-    REFUSED,
-    SwarmKey,
-)
+from protocol.swarm_key import NO_KEY, OPEN, REFUSED, SwarmKey
 from protocol.tensors import Limits
 from protocol.transport.socket_stream import SocketStream
 from tests.tools.command import Command

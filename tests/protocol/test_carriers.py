@@ -17,18 +17,13 @@ import uvloop
 from bootstrap.member import Member
 from client.swarm.swarm import Swarm as Network
 from protocol.errors import BadUsage, PeerUnreachable
+from protocol.stream import Carrier, Stream
 from protocol.transport import direct
-from protocol.transport.base import Carrier, Stream
 from protocol.transport.carriers import HEAD_START
 from protocol.transport.socket_stream import SocketStream
 from tests.bootstrap.test_directory import HASH, record
 from tests.bootstrap.test_member import member
-from tests.tools.arena import (
-    assert_close,
-    batch,
-    step,
-    with_adapter,
-)
+from tests.tools.arena import assert_close, batch, step, with_adapter
 from tests.tools.swarm import Swarm
 
 

@@ -12,26 +12,9 @@ from hypothesis import strategies as st
 
 from protocol import generate
 from protocol import swarm_pb2 as pb
-from protocol.errors import (
-    BadRequest,
-    PeerFailed,
-    PeerFull,
-    TooLong,
-    from_failure,
-    to_failure,
-)
-from protocol.records import (
-    MAX_RECORD_BYTES,
-    ModelId,
-    PeerRecord,
-    Speed,
-)
-from protocol.tensors import (
-    Limits,
-    check_entries,
-    decode,
-    encode,
-)
+from protocol.errors import BadRequest, PeerFailed, PeerFull, TooLong, from_failure, to_failure
+from protocol.records import MAX_RECORD_BYTES, ModelId, PeerRecord, Speed
+from protocol.tensors import Limits, check_entries, decode, encode
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32]
 DTYPES += [torch.bool, torch.uint8]

@@ -17,8 +17,8 @@ import uvloop
 from bootstrap.identity import Identity, signer_of
 from protocol.errors import PeerUnreachable
 from protocol.records import Door
+from protocol.stream import Handler, Stream
 from protocol.transport import direct
-from protocol.transport.base import Handler, Stream
 from protocol.transport.certificate import caller_context
 from protocol.transport.direct import MAX_STRANGERS_OF_HOST, DirectCaller, DirectListener
 from protocol.transport.introduction import NONCE_BYTES, Credentials

@@ -18,34 +18,14 @@ from client.swarm.config import SwarmConfig
 from protocol import channel as channel_module
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
-from protocol.codecs import (
-    BLOCK,
-    NAMES,
-    compress,
-    round_trip,
-)
+from protocol.codecs import BLOCK, NAMES, compress, round_trip
 from protocol.errors import BadRequest, BadUsage
-from protocol.tensors import (
-    Limits,
-    check_entries,
-    decode,
-    encode,
-)
-from tests.tools.arena import (
-    assert_close,
-    batch,
-    step,
-    with_adapter,
-)
+from protocol.tensors import Limits, check_entries, decode, encode
+from tests.tools.arena import assert_close, batch, step, with_adapter
 from tests.tools.fuzzing.carrier import connect
 from tests.tools.fuzzing.targets import bounded_memory
 from tests.tools.swarm import Swarm
-from tests.tools.wire import (
-    HIDDEN,
-    OPEN,
-    Wire,
-    forward,
-)
+from tests.tools.wire import HIDDEN, OPEN, Wire, forward
 from tests.tools.wire import step as step_message
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]

@@ -16,8 +16,8 @@ from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
 from protocol.errors import SwarmError
 from protocol.model.checkpoint import open_checkpoint
+from protocol.stream import Carrier
 from protocol.tensors import Limits
-from protocol.transport.base import Carrier
 from tests.tools.lora import lora_manifest
 from tests.tools.spans import END, START, WIDTH
 from tests.tools.swarm import ForkServer, Peer, new_swarm

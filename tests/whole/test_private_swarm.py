@@ -38,9 +38,9 @@ from protocol.errors import (
     WrongKey,
 )
 from protocol.model.checkpoint import open_checkpoint
+from protocol.stream import Carrier, Stream
 from protocol.swarm_key import NO_KEY, OPEN, REFUSED
 from protocol.tensors import Limits
-from protocol.transport.base import Carrier, Stream
 from tests.bootstrap.test_directory import (
     HASH,
     record,

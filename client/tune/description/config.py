@@ -11,14 +11,9 @@ from pydantic_core import ErrorDetails
 
 from client.swarm.config import Codec, GradientCodec
 from client.tune.data.formats import COLUMNS, FormatName
-from client.tune.description.peft_methods import (
-    METHODS,
-    OPTIONS,
-    PROMPT_METHODS,
-    AdapterChoice,
-)
+from client.tune.description.peft_methods import METHODS, OPTIONS, PROMPT_METHODS, AdapterChoice
 from client.tune.errors import ConfigError
-from protocol.transport.base import Carrier
+from protocol.stream import Carrier
 
 DEFAULT_EPOCHS = 3.0
 LONGEST_DEFAULT = 2048

@@ -3,11 +3,11 @@
 import asyncio
 
 from protocol.errors import PeerUnreachable
-from protocol.transport.base import Buffer
+from protocol.stream import Buffer
 
 
 class MemoryStream:
-    """One end of a `protocol.transport.base.Stream`."""
+    """One end of a `protocol.stream.Stream`."""
 
     def __init__(self, remote: str):
         self.remote = remote

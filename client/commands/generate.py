@@ -1,0 +1,76 @@
+"""`peer generate`: text through a swarm."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bootstrap.options import InitialPeers, SwarmKeyFile, need_initial_peers
+from protocol.errors import BadUsage, first_line
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub name.")],
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    initial_peers: InitialPeers = None,
+    swarm_key: SwarmKeyFile = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="For sampling.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="A PEFT adapter: a folder or hub name.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of what this machine holds; default: the checkpoint's.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+) -> None:
+    """Generate text through a swarm, streamed as it comes."""
+    addresses = need_initial_peers(initial_peers)
+    import torch
+    from transformers import TextStreamer
+
+    from client.tokenizer import encode_prompt, load_tokenizer
+
+    tokenizer = load_tokenizer(model, revision)
+    swarm_model = _load_model(model, addresses, swarm_key, dtype=dtype, revision=revision, adapter=adapter)
+    inputs = encode_prompt(tokenizer, prompt, chat)
+    if seed is not None:
+        torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with torch.no_grad():
+        swarm_model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=streamer)
+
+
+def _load_model(
+    model: str, initial_peers: Sequence[str], swarm_key: Path | None, *, dtype: str | None, revision: str | None,
+    adapter: str | None,
+) -> Any:  # fmt: skip
+    """The swarm's model, with an adapter on it when one is named. Raises `BadUsage` for an unusable adapter."""
+    from client import AutoDistributedModelForCausalLM
+
+    swarm_model = AutoDistributedModelForCausalLM.from_pretrained(
+        model, initial_peers=initial_peers, swarm_key=swarm_key, dtype=dtype, revision=revision
+    )
+    if adapter is None:
+        return swarm_model
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        return PeftModel.from_pretrained(swarm_model, adapter).eval()
+    except (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise BadUsage(f"--adapter {adapter} cannot be put on {model} ({_misfit(error)}).") from error
+
+
+def _misfit(error: Exception) -> str:
+    """Why an adapter does not load; PEFT's first line does not tell when sizes differ."""
+    from client.merge.adapter import find_mismatch
+
+    mismatch = find_mismatch(error)
+    if mismatch is None:
+        return first_line(error)
+    name, given, needed = mismatch
+    return f"it was trained on another model: its tensor {name} is {given}, and here it must be {needed}"

@@ -1,0 +1,137 @@
+"""`peer tune`: a fine-tuning run over a swarm, from its description to its adapter."""
+
+import json
+import os
+import shlex
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bootstrap.options import SwarmKeyFile
+from protocol.errors import BadUsage
+from protocol.machine.signals import like_interrupt
+
+if TYPE_CHECKING:
+    from client.swarm.routes import Hop
+    from client.tune.description.config import TuneConfig
+    from client.tune.running.plan import Plan
+
+
+def tune(
+    config: Annotated[Path | None, typer.Argument(help="A YAML file that describes the run; see --init.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: trainer.steps=100 ...")] = None,
+    swarm_key: SwarmKeyFile = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint of this run.")] = False,
+    plan: Annotated[bool, typer.Option(help="Show what the run would do, and stop.")] = False,
+    init: Annotated[bool, typer.Option(help="Write a commented example file (to CONFIG, or to the screen).")] = False,
+    schema: Annotated[bool, typer.Option(help="Print the JSON schema of the file.")] = False,
+) -> None:
+    """Fine-tune an adapter through a swarm, as one file describes it."""
+    changes = list(overrides or ())
+    if config is not None and _is_override(str(config)):  # a run that is described by overrides alone
+        config, changes = None, [str(config), *changes]
+    if swarm_key is not None:
+        changes.append(f"swarm_key={json.dumps(str(swarm_key))}")  # YAML takes JSON
+    if init:
+        _write_example(config)
+    elif schema:
+        from client.tune.description.config import json_schema
+
+        print(json.dumps(json_schema(), indent=2))
+    else:
+        run_tune(config, changes, resume, plan)
+
+
+def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_only: bool) -> None:
+    """Carry out, or with `plan_only` show, the run that a file and `a.b=c` overrides describe.
+
+    Raises `TuneError` (its subclasses say what) and whatever the swarm raises, each with one sentence for a person.
+    """
+    from rich.console import Console
+
+    from client.auto import AutoDistributedModelForCausalLM
+    from client.tokenizer import load_tokenizer
+    from client.tune.description.config import load_config
+    from client.tune.errors import ConfigError
+    from client.tune.running.dataset import prepare
+    from client.tune.running.run import TuneRun, check_output, context_length
+    from protocol.model.checkpoint import open_checkpoint
+
+    console = Console(highlight=False)
+    config = load_config(path, overrides)
+    if not config.initial_peers:
+        raise ConfigError("initial_peers is empty; give the address of a member, which `peer serve` prints when ready")
+    check_output(config, resume)
+    tokenizer = load_tokenizer(config.model, config.revision)
+    prepared = prepare(config, tokenizer, context_length(open_checkpoint(config.model, config.revision).config))
+    model = AutoDistributedModelForCausalLM.from_pretrained(
+        config.model,
+        revision=config.revision,
+        initial_peers=config.initial_peers,
+        swarm_key=config.swarm_key,
+        **config.network.model_dump(exclude_none=True),
+        dtype=config.dtype,
+    )
+    again = shlex.join(["peer", "tune", *([str(path)] if path else []), *overrides, "--resume"])
+    with like_interrupt(signal.SIGTERM):  # it saves a checkpoint too
+        run = TuneRun(config, model, tokenizer, prepared, resume=resume, resume_command=f"`{again}`")
+        plan = run.plan()
+        console.print(run.plan(_swarm_rows(model, plan, config)))
+        if plan_only:
+            return
+        result = run.train(console)
+    console.print(f"{result}; adapter: {result.adapter}")
+    console.print(f"before and after: {run.folder.samples}; the losses: {run.folder.plot}")
+
+
+def _swarm_rows(model: Any, plan: "Plan", config: "TuneConfig") -> list[tuple[str, str]]:
+    """What the swarm adds to the plan: the route, bytes over this machine's link, expected time."""
+    from client.swarm.swarm import swarm_of
+    from protocol.model.anatomy import hidden_size
+
+    route = swarm_of(model).route("forward")
+    rows, tokens = plan.widest_batch
+    accumulation = config.trainer.gradient_accumulation
+    hidden = rows * tokens * hidden_size(model.config) * model.dtype.itemsize
+    trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    # Per hop and micro-batch: hidden states out and back, their gradients out and back; adapters' gradients back.
+    total = accumulation * (4 * hidden * len(route) + trainable) + trainable
+    seconds = accumulation * rows * tokens * sum(_seconds_per_token(hop) for hop in route)
+    return [
+        ("peers on the route", ", ".join(str(hop) for hop in route)),
+        ("over the wire", f"at most {total / 2**20:,.1f} MiB a step"),
+        ("expected time", f"about {_duration(seconds * plan.steps)} ({seconds:.1f} s a step, links not counted)"),
+    ]
+
+
+def _seconds_per_token(hop: "Hop") -> float:
+    """Forward and backward, which costs about twice a forward when weights are frozen."""
+    return 3 * (hop.end - hop.start) / hop.peer.speed.forward
+
+
+def _duration(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"
+
+
+def _is_override(argument: str) -> bool:
+    """Whether it is `a.b=c`: the path of a file may have a `=` in it too."""
+    key, equals, _ = argument.partition("=")
+    return bool(equals) and "/" not in key and not os.path.isfile(argument)  # Path's raises where a name is too long
+
+
+def _write_example(path: Path | None) -> None:
+    from client.tune.description.example import example_yaml
+
+    if path is None:
+        print(example_yaml(), end="")
+        return
+    try:
+        with path.open("x") as file:
+            file.write(example_yaml())
+    except OSError as error:
+        raise BadUsage(f"{path} cannot be written: {error.strerror}.") from error
+    print(f"Wrote {path}; change it, then run `peer tune {path}`.")
