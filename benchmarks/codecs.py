@@ -14,7 +14,7 @@ import transformers
 from benchmarks.core import MODELS, fetch_model, running_swarm
 from benchmarks.traffic import counting
 from client import AutoDistributedModelForCausalLM
-from client.certify.certify import PAIRS
+from client.certify.measure import PAIRS
 
 _PEERS, _TOKENS = 2, 16
 _BATCH = (2, 64)

@@ -3,8 +3,8 @@
 python -m benchmarks.fuzz --inputs 1000000                       (all targets, one process after the other)
 python -m benchmarks.fuzz --inputs 100000 --target handlers --seed 1
 
-Atheris (libFuzzer) mutates the decisions of `tests.tools.fuzzing.choices` and keeps those that reach new code. A crash, a
-wrong answer, anything left behind, an input over 5 s, or memory beyond the bounds ends the run with the input.
+Atheris (libFuzzer) mutates the decisions of `tests.tools.fuzzing.choices` and keeps those that reach new code. A crash,
+a wrong answer, anything left behind, an input over 5 s, or memory beyond the bounds ends the run with the input.
 """
 
 import argparse

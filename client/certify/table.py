@@ -3,22 +3,16 @@
 from rich import box
 from rich.table import Table
 
-from client.certify.certify import (
-    MAX_KL,
-    MAX_LOSS,
-    MIN_TOP1,
-    Certificate,
-    Effect,
-)
+from client.certify.certificate import MAX_KL, MAX_LOSS, MIN_TOP1, Certificate, Effect
 
 
 def as_table(certificate: Certificate) -> Table:
     """One line per codec, the model as it is on top."""
-    plan = certificate.plan
+    extent = certificate.extent
     table = Table(
         box=box.SIMPLE,
-        title=f"{certificate.model} in {certificate.dtype}, {plan.spans} spans",
-        caption=f"{plan.tokens} tokens of text, {plan.steps} steps of LoRA; bytes per value. Safe: KL at most "
+        title=f"{certificate.model} in {certificate.dtype}, {extent.spans} spans",
+        caption=f"{extent.tokens} tokens of text, {extent.steps} steps of LoRA; bytes per value. Safe: KL at most "
         f"{MAX_KL:g} nats per token, top-1 at least {MIN_TOP1:.0%}, loss within {MAX_LOSS:.1%}.",
     )
     for name in ("codec", "gradients", "bytes", "KL", "top-1", "perplexity", "loss", "safe"):

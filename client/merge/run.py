@@ -14,19 +14,9 @@ from pathlib import Path
 import torch
 
 from client.merge.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder
-from client.merge.base import (
-    SIDE_FILES,
-    BaseCheckpoint,
-    MergeError,
-    find_folder,
-)
+from client.merge.base import SIDE_FILES, BaseCheckpoint, MergeError, find_folder
 from client.merge.plan import MergePlan
-from client.merge.write import (
-    ShardWriter,
-    check_out,
-    check_space,
-    unfinished,
-)
+from client.merge.write import ShardWriter, check_out, check_space, unfinished
 
 __all__ = ["MergeError", "MergeReport", "merge_adapter"]
 

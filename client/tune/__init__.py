@@ -1,14 +1,12 @@
-"""A fine-tuning run described by one file: `peer tune CONFIG.yaml`.
+"""A fine-tuning run described by one file: `peer tune CONFIG.yaml`. It trains any Transformers model, remote or local.
 
-The way through a run, one module each:
+The way through a run, a folder each:
 
-    config, adapters, example   what the user wrote, checked; PEFT's methods and their options
-    data -> formats -> render -> encode -> packing -> dataset
-                                files to records, records to text, text to token ids and labels, rows, batches
-    plan                        what the run will do, before it does it
-    run                         the run itself: `Trainer` around any Transformers causal language model
-    trainer, checkpoints, interrupts, progress, output, plot, samples
-                                what the run is made of
+    description  what the user wrote, checked: the keys of the file, PEFT's methods and their options
+    data         files to records, records to text, text to token ids and labels, short sequences packed into rows
+    running      the plan, the training itself around `Trainer`, and all that is written into the output folder
+    errors       what can go wrong for a reason that the user can mend
 
-Importing this package imports none of them: PEFT and Transformers take seconds to load.
+`client.commands.tune` joins them with a swarm. Importing this package imports none of them: PEFT and Transformers take
+seconds to load.
 """

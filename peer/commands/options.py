@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
+from bootstrap.options import InitialPeers as InitialPeers
+from bootstrap.options import SwarmKeyFile as SwarmKeyFile
+from bootstrap.options import need_initial_peers as need_initial_peers
 from protocol.errors import BadUsage, first_line
 from protocol.records import MAX_NAME
 
@@ -16,16 +19,6 @@ if TYPE_CHECKING:
     import torch
 
 # torch takes seconds to import: not for `peer --help`.
-
-InitialPeers = Annotated[
-    list[str] | None,
-    typer.Option("--initial-peers", metavar="ADDRESS", help="Address of a member of the swarm (may be repeated)."),
-]
-SwarmKeyFile = Annotated[
-    Path | None,
-    typer.Option("--swarm-key", metavar="FILE", help="Key file of a private swarm (`peer key create FILE`)."),
-]
-
 
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")]
@@ -119,13 +112,6 @@ def one_of(option: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
-def need_initial_peers(addresses: list[str] | None) -> tuple[str, ...]:
-    """At least one address. Raises `BadUsage`."""
-    if not addresses:
-        raise BadUsage("Give the address of a member with --initial-peers; `peer serve` and `peer bootstrap` print it.")
-    return tuple(addresses)
-
-
 class LazyGroup(typer.core.TyperGroup):
     """Also offers the client's commands, and imports the client only when one of them is asked for."""
 
@@ -139,6 +125,6 @@ class LazyGroup(typer.core.TyperGroup):
         """The command of this name."""
         if cmd_name not in self.lazy:
             return super().get_command(ctx, cmd_name)
-        from client.commands import app
+        from client.commands.app import app
 
         return typer.main.get_group(app).get_command(ctx, cmd_name)

@@ -11,8 +11,9 @@ import pytest
 import torch
 import transformers
 
-from client.certify import certify as module
-from client.certify.certify import Borders, Effect
+from client.certify import certificate
+from client.certify.boundaries import Boundaries
+from client.certify.certificate import Effect
 from protocol.codecs import NAMES, round_trip
 from tests.tools.command import Command
 
@@ -61,7 +62,7 @@ def test_the_table_says_what_is_safe(command: Command, llama: Path, text: Path) 
     assert {"none", *NAMES, "yes", "KL", "top-1"} <= set(words)
 
 
-def test_every_border_is_crossed_once_each_way(models: Callable[[str], Path]) -> None:
+def test_every_boundary_is_crossed_once_each_way(models: Callable[[str], Path]) -> None:
     """By hand: the blocks run one after the other, the hidden states coded before 0 and 2 and after the last."""
     model = transformers.AutoModelForCausalLM.from_pretrained(models("llama")).eval()
     plain = transformers.AutoModelForCausalLM.from_pretrained(models("llama")).eval()
@@ -73,32 +74,32 @@ def test_every_border_is_crossed_once_each_way(models: Callable[[str], Path]) ->
             expected = round_trip(expected, NAMES["int8"])
         expected = block(expected, position_embeddings=rotary)
     expected = plain.model.norm(round_trip(expected, NAMES["int8"]))
-    borders = Borders(model, 2)
-    with borders.using("int8"), torch.no_grad():
+    boundaries = Boundaries(model, 2)
+    with boundaries.using("int8"), torch.no_grad():
         found = model.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    assert borders.values == 3 * hidden.numel()
+    assert boundaries.values == 3 * hidden.numel()
     assert not torch.equal(model.model(inputs_embeds=hidden).last_hidden_state, found)
 
 
 def test_gradients_are_coded_on_their_way_back(models: Callable[[str], Path]) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(models("llama"))
-    borders = Borders(model, 1)
+    boundaries = Boundaries(model, 1)
     hidden = torch.randn(1, 4, 32, requires_grad=True)
-    with borders.using("none", "bf16"):
+    with boundaries.using("none", "bf16"):
         model.model(inputs_embeds=hidden).last_hidden_state.sum().backward()
     assert hidden.grad is not None
     assert torch.equal(hidden.grad, hidden.grad.bfloat16().float())
-    assert borders.bytes == 4 * borders.values
+    assert boundaries.bytes == 4 * boundaries.values
 
 
 @pytest.mark.parametrize(
     ("changes", "excesses"),
     [
         ({}, []),
-        ({"kl": 2 * module.MAX_KL}, ["KL"]),
-        ({"top1": module.MIN_TOP1 - 0.01}, ["top-1"]),
-        ({"loss_change": -2 * module.MAX_LOSS}, ["loss"]),
+        ({"kl": 2 * certificate.MAX_KL}, ["KL"]),
+        ({"top1": certificate.MIN_TOP1 - 0.01}, ["top-1"]),
+        ({"loss_change": -2 * certificate.MAX_LOSS}, ["loss"]),
         ({"kl": math.nan, "loss_change": math.nan}, ["KL", "loss"]),
     ],
 )

@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[2]
 ROOMS = ("protocol", "bootstrap", "peer", "client")
 MAY_IMPORT: dict[str, str] = {
     "protocol/machine": "",
+    "protocol": "",
     "protocol/model": "protocol",
     "protocol/transport": "protocol",
-    "protocol": "protocol/model protocol/transport",
     "bootstrap": "protocol/*",
     "peer/compute": "",
     "peer/kv_cache": "protocol/*",
@@ -38,14 +38,15 @@ MAY_IMPORT: dict[str, str] = {
     "client/training": "client/requests client/swarm protocol/*",
     "client/model": "client/generation client/training client/requests client/adapters client/ghosts client/swarm "
     "bootstrap protocol/*",
-    "client/tune/data": "client/tune/errors protocol/*",
-    "client/tune/description": "client/tune/data client/tune/errors client/swarm protocol/*",
-    "client/tune/running": "client/tune/description client/tune/data client/tune/errors protocol/*",
-    "client/tune": "client client/tune/running client/tune/description client/swarm protocol/*",
+    "client": "client/model client/swarm protocol/*",
+    "client/tune": "protocol/*",
+    "client/tune/data": "client/tune protocol/*",
+    "client/tune/description": "client/tune/data client/tune client/swarm protocol/*",
+    "client/tune/running": "client/tune/description client/tune/data client/tune protocol/*",
     "client/merge": "protocol/*",
-    "client/certify": "client/tokenizer client/tune/data protocol/*",
-    "client": "client/model client/swarm client/tune client/tune/data client/tune/description client/merge "
-    "client/certify protocol/*",
+    "client/certify": "client/tune/data client protocol/*",
+    "client/commands": "client/certify client/merge client/tune/* client client/model client/swarm bootstrap "
+    "protocol/*",
 }
 """Folder -> the folders, or single files of them, whose code its own may use; `/*` stands for all below as well.
 

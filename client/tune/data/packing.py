@@ -10,16 +10,16 @@ from transformers import PreTrainedModel
 from client.tune.data.encode import Example
 from client.tune.errors import ConfigError
 
-Row = list[Example]
+BatchRow = list[Example]
 
 
-def pack(examples: Sequence[Example], max_length: int) -> list[Row]:
+def pack(examples: Sequence[Example], max_length: int) -> list[BatchRow]:
     """The examples in rows of at most `max_length` tokens. Deterministic.
 
     Best-fit decreasing: longest first, each into the fullest row that still takes it; at most 11/9 of the fewest rows
     possible, plus 4 (D. S. Johnson, 1974).
     """
-    rows: list[Row] = []
+    rows: list[BatchRow] = []
     spaces: list[tuple[int, int]] = []  # (free tokens, index of the row), sorted
     for example in sorted(examples, key=len, reverse=True):
         place = bisect_left(spaces, (len(example), 0))

@@ -11,13 +11,7 @@ from dataclasses import dataclass
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from client.tune.data.formats import (
-    Completion,
-    Conversation,
-    Record,
-    Text,
-    Turn,
-)
+from client.tune.data.formats import Completion, Conversation, Record, Text, Turn
 from client.tune.errors import DataError
 
 _PLAIN_SYSTEM = (

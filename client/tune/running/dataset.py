@@ -15,21 +15,21 @@ from transformers import PreTrainedTokenizerBase
 from client.tune.data.encode import IGNORED, Encoder, Example
 from client.tune.data.files import read_rows
 from client.tune.data.formats import Conversation, Converter, Record
-from client.tune.data.packing import Row, pack
+from client.tune.data.packing import BatchRow, pack
 from client.tune.description.config import TuneConfig
 from client.tune.errors import DataError
 
 
-class Rows(Dataset[Row]):
+class Rows(Dataset[BatchRow]):
     """Rows of one or (packed) several examples, all in memory: 8 bytes a token."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[BatchRow]) -> None:
         self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> BatchRow:
         return self._rows[index]
 
     def fingerprint(self) -> str:
@@ -73,7 +73,7 @@ class Collator:
         self._packing = packing
         self._pad = pad
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[BatchRow]) -> dict[str, Tensor]:
         ids = [torch.cat([example.ids for example in row]).long() for row in rows]
         labels = [torch.cat([example.labels for example in row]).long() for row in rows]
         batch = {
@@ -89,7 +89,7 @@ class Collator:
         return batch
 
 
-def _positions(row: Row, width: int) -> Tensor:
+def _positions(row: BatchRow, width: int) -> Tensor:
     lengths = [len(example) for example in row]
     return torch.cat([torch.arange(length) for length in (*lengths, width - sum(lengths))])
 

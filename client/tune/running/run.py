@@ -23,29 +23,14 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from client.tune.data.packing import check_packing
 from client.tune.description.config import TuneConfig
 from client.tune.description.peft_methods import attach, peft_config
-from client.tune.errors import (
-    ConfigError,
-    Interrupted,
-    OutputError,
-    TuneError,
-)
+from client.tune.errors import ConfigError, Interrupted, OutputError, TuneError
 from client.tune.running.checkpoints import CheckpointStore
 from client.tune.running.dataset import Collator, Prepared
 from client.tune.running.interrupts import InterruptGuard
 from client.tune.running.output import RunFolder, replace_file, replacing_folder
-from client.tune.running.plan import (
-    ExtraRow,
-    Plan,
-    count_steps,
-    make_plan,
-)
+from client.tune.running.plan import ExtraRow, Plan, count_steps, make_plan
 from client.tune.running.plot import plot_losses
-from client.tune.running.progress import (
-    Line,
-    Recorder,
-    RunLog,
-    read_log,
-)
+from client.tune.running.progress import Line, Recorder, RunLog, read_log
 from client.tune.running.samples import generate_samples, samples_markdown
 from client.tune.running.state import load_trained
 from client.tune.running.trainer import RankAllocation, TuneTrainer, training_arguments

@@ -8,13 +8,7 @@ from typing import Any
 import pytest
 
 from client.tune.data.files import Row, read_rows
-from client.tune.data.formats import (
-    Completion,
-    Conversation,
-    Converter,
-    Record,
-    Text,
-)
+from client.tune.data.formats import Completion, Conversation, Converter, Record, Text
 from client.tune.errors import DataError
 
 RECORDS = [{"instruction": "a", "output": "b"}, {"instruction": "ü\nc", "output": "d, e"}]

@@ -10,12 +10,7 @@ from client.tune.data.encode import Example
 from client.tune.data.packing import check_packing, pack
 from client.tune.errors import ConfigError
 from client.tune.running.dataset import Collator, prepare
-from tests.tools.tune import (
-    byte_tokenizer,
-    describe,
-    start,
-    tiny_llama,
-)
+from tests.tools.tune import byte_tokenizer, describe, start, tiny_llama
 
 FAMILY = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 

@@ -16,25 +16,12 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from client.tune.description.config import TuneConfig
-from client.tune.errors import (
-    ConfigError,
-    DataError,
-    DivergedError,
-    Interrupted,
-    OutputError,
-)
+from client.tune.errors import ConfigError, DataError, DivergedError, Interrupted, OutputError
 from client.tune.running import checkpoints, state, trainer
 from client.tune.running import run as run_module
 from client.tune.running.output import replace_file, writing
 from client.tune.running.run import TuneRun, check_output
-from tests.tools.tune import (
-    ALPACA,
-    describe,
-    losses,
-    silent,
-    start,
-    write_jsonl,
-)
+from tests.tools.tune import ALPACA, describe, losses, silent, start, write_jsonl
 
 Arm = Callable[[TuneRun], None]
 

@@ -12,29 +12,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from transformers import BloomConfig, GPT2Config, LlamaConfig, Trainer, TrainingArguments, set_seed
 
-from client.tune.command import run_tune
+from client.commands.tune import run_tune
 from client.tune.description.config import TuneConfig
 from client.tune.errors import ConfigError, DataError, Interrupted
 from client.tune.running.dataset import Collator, prepare
 from client.tune.running.plan import count_steps
-from client.tune.running.run import (
-    TuneResult,
-    TuneRun,
-    check_output,
-    context_length,
-)
+from client.tune.running.run import TuneResult, TuneRun, check_output, context_length
 from client.tune.running.samples import Sample, samples_markdown
 from tests.tools.command import Command
-from tests.tools.tune import (
-    ALPACA,
-    byte_tokenizer,
-    describe,
-    losses,
-    silent,
-    start,
-    tiny_llama,
-    write_jsonl,
-)
+from tests.tools.tune import ALPACA, byte_tokenizer, describe, losses, silent, start, tiny_llama, write_jsonl
 
 Whole = tuple[TuneConfig, TuneRun, TuneResult, str]
 
@@ -297,7 +283,7 @@ def test_the_context_is_that_of_the_revision(tmp_path: Path, monkeypatch: pytest
         return str(tmp_path / name)
 
     monkeypatch.setattr("protocol.model.checkpoint.hf_hub_download", download)
-    monkeypatch.setattr("client.tune.command.load_tokenizer", lambda *_: byte_tokenizer())
+    monkeypatch.setattr("client.tokenizer.load_tokenizer", lambda *_: byte_tokenizer())
     with pytest.raises(ConfigError, match=r"data\.max_length: 100 tokens do not fit, some/model has room for 64"):
         run_tune(described(tmp_path, model="some/model", revision="old"), [], resume=False, plan_only=False)
 

@@ -16,21 +16,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from client.tune.command import run_tune
+from client.commands.tune import run_tune
 from tests.tools.command import Command
-from tests.tools.swarm import (
-    ForkServer,
-    Peer,
-    Swarm,
-    new_swarm,
-)
-from tests.tools.tune import (
-    ALPACA,
-    CONTEXT,
-    byte_tokenizer,
-    tiny_llama,
-    write_jsonl,
-)
+from tests.tools.swarm import ForkServer, Peer, Swarm, new_swarm
+from tests.tools.tune import ALPACA, CONTEXT, byte_tokenizer, tiny_llama, write_jsonl
 
 STEPS, SAVE_EVERY = 30, 5
 AFTER = 7
