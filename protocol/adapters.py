@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from protocol.errors import BadAdapter
+from protocol.errors import BadAdapter, first_problem
 from protocol.tensors import encode
 
 _LYCORIS = ("r", "alpha", "rank_dropout", "module_dropout", "rank_pattern", "alpha_pattern")
@@ -95,9 +95,8 @@ class Manifest(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(str(part) for part in problem["loc"])
-            raise BadAdapter(f"Adapter refused: {problem['msg']} ({where or 'manifest'}).") from error
+            where, problem = first_problem(error)
+            raise BadAdapter(f"Adapter refused: {problem} ({where or 'manifest'}).") from error
 
     @property
     def has_dropout(self) -> bool:

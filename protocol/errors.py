@@ -1,6 +1,11 @@
 """Typed errors that survive the wire: a peer raises one, its caller catches the same class with the same sentence."""
 
+from typing import TYPE_CHECKING
+
 from protocol import swarm_pb2 as pb
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class SwarmError(Exception):
@@ -110,6 +115,12 @@ def first_line(error: BaseException) -> str:
     """What an error of a library says, to stand within a sentence of ours."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(" .:")[:300]
+
+
+def first_problem(error: "ValidationError") -> tuple[str, str]:
+    """What pydantic refused first: its place (keys with dots between; empty: the whole), and what is wrong with it."""
+    problem = error.errors()[0]
+    return ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
 
 
 def to_failure(error: BaseException) -> pb.Failure:

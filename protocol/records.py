@@ -9,7 +9,7 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from protocol.errors import BadRequest
+from protocol.errors import BadRequest, first_problem
 
 MAX_BLOCKS = 4096
 MAX_RECORD_BYTES = 8192
@@ -61,7 +61,7 @@ class _Record(BaseModel):
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
-            raise BadRequest(f"Not a {cls.__name__}: {error.errors()[0]['msg']}.") from error
+            raise BadRequest(f"Not a {cls.__name__}: {first_problem(error)[1]}.") from error
 
 
 class ModelId(_Record):

@@ -73,7 +73,7 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
         revision=config.revision,
         initial_peers=config.initial_peers,
         swarm_key=config.swarm_key,
-        **config.network.model_dump(exclude_none=True),
+        **config.network.model_dump(exclude_unset=True),
         dtype=config.dtype,
     )
     again = shlex.join(["peer", "tune", *([str(path)] if path else []), *overrides, "--resume"])

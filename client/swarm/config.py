@@ -3,11 +3,11 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from protocol.errors import BadUsage
+from protocol.errors import BadUsage, first_problem
 from protocol.stream import Carrier
 
 Codec = Literal["none", "bf16", "f16", "int8", "lossless"]
@@ -17,15 +17,11 @@ GradientCodec = Literal["none", "bf16", "f16", "lossless"]
 _PEER_ID = re.compile(r"Qm[1-9A-HJ-NP-Za-km-z]{44}")
 
 
-class SwarmConfig(BaseModel):
-    """How a client uses a swarm. Given whole, or field by field as keyword arguments of `from_pretrained`."""
+class NetworkOptions(BaseModel):
+    """Through which peers, and how: those of a client's options that a fine-tuning run may describe in its file too."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
-    initial_peers: tuple[str, ...] = Field(min_length=1)
-    """Addresses of any members of the swarm: /ip4/…/tcp/…/p2p/…"""
-    swarm_key: Path | None = None
-    """The key file of a private swarm."""
     carrier: Carrier = "auto"
     """How to connect to peers: "direct" (TLS to their own ports), "libp2p", or "auto": directly if that works."""
     allowed_peers: frozenset[str] | None = None
@@ -44,16 +40,14 @@ class SwarmConfig(BaseModel):
     """How the gradients of hidden states travel, both ways."""
     silence_timeout: float = Field(default=10.0, gt=0)
     """Seconds without a sign of life after which a peer counts as lost. Peers at work give one every 2 s."""
-    look_up_period: float = Field(default=10.0, gt=0)
-    """Seconds for which the directory of peers is taken to be unchanged."""
-    max_attempts: int = Field(default=20, gt=0)
-    """How often a failed piece of work is tried again on other peers before its error is raised."""
     micro_batch_tokens: int = Field(default=1024, gt=0)
     """Training batches of more tokens are split by rows into pieces of about this size, in flight at once."""
-    prefill_chunk_tokens: int = Field(default=512, gt=0)
-    """Longer prompts are split into pieces of about this many tokens, which are in flight over all spans at once."""
-    hand_over_above: float = Field(default=0.005, ge=0)
-    """Seconds of round trip to a peer from which on peers hand their results to each other, without a detour here."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_none(cls, given: Any) -> Any:
+        """An option without a value is one that was not given."""
+        return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
 
     @field_validator("allowed_peers", "blocked_peers")
     @classmethod
@@ -71,6 +65,25 @@ class SwarmConfig(BaseModel):
             _check_ids(peers)
         return pins
 
+
+class SwarmConfig(NetworkOptions):
+    """How a client uses a swarm. Given whole, or field by field as keyword arguments of `from_pretrained`."""
+
+    model_config = ConfigDict(allow_inf_nan=True)  # seconds without end are an answer here
+
+    initial_peers: tuple[str, ...] = Field(min_length=1)
+    """Addresses of any members of the swarm: /ip4/…/tcp/…/p2p/…"""
+    swarm_key: Path | None = None
+    """The key file of a private swarm."""
+    look_up_period: float = Field(default=10.0, gt=0)
+    """Seconds for which the directory of peers is taken to be unchanged."""
+    max_attempts: int = Field(default=20, gt=0)
+    """How often a failed piece of work is tried again on other peers before its error is raised."""
+    prefill_chunk_tokens: int = Field(default=512, gt=0)
+    """Longer prompts are split into pieces of about this many tokens, which are in flight over all spans at once."""
+    hand_over_above: float = Field(default=0.005, ge=0)
+    """Seconds of round trip to a peer from which on peers hand their results to each other, without a detour here."""
+
     @classmethod
     def make(cls, config: "SwarmConfig | None", **options: object) -> "SwarmConfig":
         """The configuration from a whole one or from keyword arguments. Raises `BadUsage`."""
@@ -84,9 +97,8 @@ class SwarmConfig(BaseModel):
         try:
             return cls.model_validate(given)
         except ValidationError as error:
-            problem = error.errors()[0]
-            field = ".".join(str(part) for part in problem["loc"])
-            raise BadUsage(f"Option {field} of the swarm: {problem['msg'].removeprefix('Value error, ')}.") from error
+            field, problem = first_problem(error)
+            raise BadUsage(f"Option {field} of the swarm: {problem}.") from error
 
 
 def _check_ids(peers: Iterable[str]) -> None:

@@ -9,11 +9,10 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-from client.swarm.config import Codec, GradientCodec
+from client.swarm.config import NetworkOptions
 from client.tune.data.formats import COLUMNS, FormatName
 from client.tune.description.peft_methods import METHODS, OPTIONS, PROMPT_METHODS, AdapterChoice
 from client.tune.errors import ConfigError
-from protocol.stream import Carrier
 
 DEFAULT_EPOCHS = 3.0
 LONGEST_DEFAULT = 2048
@@ -106,27 +105,6 @@ class SamplesConfig(Section):
     max_new_tokens: Count = 64
 
 
-class NetworkConfig(Section):
-    """Through which peers, and how; each is the `SwarmConfig` field of the same name."""
-
-    carrier: Carrier | None = Field(default=None, description="direct, libp2p, or auto: directly where that works")
-    allowed_peers: list[str] | None = Field(default=None, description="IDs of the only peers to go through")
-    blocked_peers: list[str] | None = Field(default=None, description="IDs of peers never to go through")
-    pins: dict[str, list[str]] | None = Field(
-        default=None, description="START:END -> IDs of the peers for these blocks"
-    )
-    verify: float | None = Field(
-        default=None, ge=0, le=1, description="share of answers that other peers compute again"
-    )
-    codec_out: Codec | None = Field(default=None, description="how hidden states travel to peers")
-    codec_back: Codec | None = Field(default=None, description="how hidden states travel back")
-    codec_gradients: GradientCodec | None = Field(default=None, description="how gradients of hidden states travel")
-    silence_timeout: float | None = Field(
-        default=None, gt=0, le=_MOST, description="seconds until a silent peer counts as lost"
-    )
-    micro_batch_tokens: Count | None = Field(default=None, description="larger batches are split")
-
-
 class TuneConfig(Section):
     """One fine-tuning run."""
 
@@ -134,7 +112,7 @@ class TuneConfig(Section):
     revision: str | None = None
     initial_peers: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
     swarm_key: Path | None = Field(default=None, description="key file of a private swarm")
-    network: NetworkConfig = Field(default_factory=NetworkConfig)
+    network: NetworkOptions = Field(default_factory=NetworkOptions)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     data: DataConfig
     adapter: AdapterChoice = Field(default_factory=lambda: OPTIONS["lora"](method="lora"))
@@ -258,7 +236,7 @@ def _merge(values: dict[str, Any], flags: dict[str, Any]) -> None:
 
 def _sections() -> dict[str, type[BaseModel]]:
     return {
-        "": TuneConfig, "network": NetworkConfig, "data": DataConfig, "adapter": OPTIONS["lora"],
+        "": TuneConfig, "network": NetworkOptions, "data": DataConfig, "adapter": OPTIONS["lora"],
         "trainer": TrainerConfig, "samples": SamplesConfig,
     }  # fmt: skip
 

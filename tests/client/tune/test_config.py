@@ -245,3 +245,11 @@ def test_max_length_is_checked_against_the_context() -> None:
         config(method="prompt", num_virtual_tokens=10).max_length(100)
     free = TuneConfig.model_validate(MINIMAL)
     assert (free.max_length(None), free.max_length(512), free.max_length(100_000)) == (2048, 512, 2048)
+
+
+def test_an_option_of_the_network_without_a_value_is_one_that_is_not_given(tmp_path: Path) -> None:
+    (tmp_path / "tune.yaml").write_text(
+        "model: m\noutput: o\ndata: {path: d.jsonl}\nnetwork:\n  codec_out:\n  verify: 0.5\n"
+    )
+    network = load_config(tmp_path / "tune.yaml").network
+    assert network.model_dump(exclude_unset=True) == {"verify": 0.5}
