@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +153,12 @@ class Member:
         for task in (member._watch(), member._keep_up(listens=not options.client_mode)):
             resources.callback(asyncio.create_task(task).cancel)
         return member
+
+    def describe(self) -> Iterator[str]:
+        """How this member stands with its swarm now, a line each: for people."""
+        yield f"member {self.peer_id}, p2pd is process {self.daemon_process_id}"
+        yield from (f"    reached at {address}" for address in self.addresses)
+        yield self._neighbours.describe()
 
     async def shutdown(self) -> None:
         """Leave the swarm: pending calls fail, p2pd ends, its files go. May be called again."""

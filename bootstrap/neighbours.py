@@ -99,6 +99,10 @@ class Neighbours:
         results = await asyncio.gather(*map(self._meet, missing), return_exceptions=True)
         return [result for result in results if result is not None]
 
+    def describe(self) -> str:
+        """How many members are known, and whether the swarm is lost: a line for people."""
+        return f"{len(self._known())} other members known" + (", none of which answers" if self.cut_off else "")
+
     async def _meet(self, peer_id: PeerID) -> None:
         """Connect to an initial peer and exchange DHT IDs with it. Raises `PeerUnreachable`, `WrongKey`."""
         try:

@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import logging
+from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
@@ -81,6 +82,17 @@ class Server:
             sessions=self.service.load.sessions,
             version=own_version(),
         )
+
+    def describe(self) -> Iterator[str]:
+        """What this peer serves now, a line each: for people."""
+        record, load, memory = self.record(), self.service.load, self.service.memory
+        yield f"{record.state}: blocks {record.start}:{record.end} of {record.model.name}, version {record.version}"
+        yield f"{load.sessions} sessions, {load.calls} requests being answered"
+        yield f"{memory.free_tokens} of {memory.total_tokens} cache tokens free"
+        yield from self._scheduler.describe()
+        for what, counts in (("steps", self.service.tally), ("training calls", self.service.call_tally)):
+            yield f"{counts.steps} {what} in {counts.calls} passes since the start"
+        yield from self.member.describe()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then leave. Raises `PeerFailed` when the p2pd process is lost."""

@@ -43,6 +43,7 @@ from protocol.errors import (
     WrongKey,
     WrongModel,
 )
+from protocol.machine.inspection import describe_on_signal, show_stacks_on_signal
 
 app = typer.Typer(
     cls=LazyGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -78,6 +79,7 @@ def bootstrap(
         if member is None:
             return
         say_ready(member.addresses)
+        describe_on_signal(member.describe)
         lost = asyncio.create_task(member.lost.wait())
         waiting = asyncio.create_task(stop.wait())
         await asyncio.wait({lost, waiting}, return_when=asyncio.FIRST_COMPLETED)
@@ -149,6 +151,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for room in ("peer", "bootstrap", "client"):
         logging.getLogger(room).setLevel(logging.INFO)
+    show_stacks_on_signal()
     warnings.simplefilter("ignore", FutureWarning)  # of libraries among themselves; users can do nothing about them
     try:
         app()

@@ -33,6 +33,7 @@ from peer.commands.process import (
 from peer.service.quotas import Quota
 from protocol.errors import BadUsage, UnsupportedModel
 from protocol.machine.imports import without_collection
+from protocol.machine.inspection import describe_on_signal
 from protocol.model.read_ahead import begin_to_read
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ async def _serve(membership: "MemberOptions", model: str | None, revision: str |
     if server is not None:
         span = f"blocks={server.span.start}:{server.span.end}"
         say_ready(server.member.addresses, f"{span} model={server.options.checkpoint.model_id.name}")
+        describe_on_signal(server.describe)
         await server.run(stop)
     leave_at_once()
 

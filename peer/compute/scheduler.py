@@ -157,6 +157,18 @@ class Scheduler:
             self._ready.notify()
         return future
 
+    def describe(self) -> Iterator[str]:
+        """What waits for the compute thread now, a line for each client: for people."""
+        with self._ready:
+            waiting = {
+                name: ", ".join(f"{len(flow.work)} {priority.name}" for priority, flow in client.flows.items())
+                for name, client in self._waiting.items()
+                if client.has_work
+            }
+        yield f"work of {len(waiting)} clients waits for the compute thread"
+        for name, work in waiting.items():
+            yield f"    {name or 'this peer itself'}: {work}"
+
     def close(self) -> None:
         """Begin no more work. What is running runs on."""
         with self._ready:

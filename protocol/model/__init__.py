@@ -1,1 +1,6 @@
-"""What both ends must agree on about a model: which modules are its blocks, which checkpoint files hold what."""
+"""What both ends must agree on about a model: which modules are its blocks, which checkpoint files hold what.
+
+anatomy     where a Transformers model keeps its blocks
+checkpoint  a model's folder or hub name: its configuration, and lazy reading of the tensors that are wanted
+loading     a part of a model, loaded by Transformers' own loader
+"""
