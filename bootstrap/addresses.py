@@ -1,4 +1,4 @@
-"""Multiaddrs: checking what users give, choosing what others are told."""
+"""Multiaddrs: those that users give are checked, those that others are told are chosen."""
 
 import ipaddress
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ def split_peer_address(address: str) -> tuple[PeerID, Multiaddr]:
         if not separator or not location or len(base58.b58decode(peer_id)) < 34:
             raise ValueError
         where = Multiaddr(location)
-        parts_of(where)  # it takes some that it cannot read again
+        parts_of(where)  # Multiaddr accepts some that it cannot read again
         return PeerID.from_base58(peer_id), where
     except Exception as error:  # hivemind's Multiaddr raises errors of many kinds
         raise BadUsage(f"{address!r} is not the address of a peer; expected one like {_EXAMPLE}.") from error

@@ -21,8 +21,8 @@ from protocol.name import NAME
 STOP_TIMEOUT = 1.0
 """Seconds that p2pd gets to end by itself."""
 IDLE_TIMEOUT = 10
-"""Seconds after which p2pd gives up waiting for our connection; it also ends as soon as that connection closes, so
-that it does not outlive a process that was killed."""
+"""Seconds after which p2pd gives up waiting for our connection. It also ends when that connection closes, so that it
+does not outlive a process that was killed."""
 _READY = b"Peer ID:"
 _log = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -37,10 +37,10 @@ class Daemon:
 
     def __init__(self, process: subprocess.Popen[bytes], socket: Path):
         self.gone = asyncio.Event()
-        """Set when the process has ended, whoever ended it."""
+        """Set when the process has ended, for whatever reason."""
         self.process_id = process.pid
         self.control = _multiaddr(socket)
-        """Where it takes commands."""
+        """The address at which it takes commands."""
         self._process = process
         self._socket = socket
         self._ready = asyncio.get_running_loop().create_future()
@@ -52,8 +52,8 @@ class Daemon:
 
         Raises `DaemonFailed` when it ends at once, `PeerFailed` when it cannot be run or is silent for `timeout` s.
         """
-        # Not in TMPDIR, which may be too long for a socket's path; not in a folder, which would be left behind when
-        # this process is killed: p2pd then ends and removes its socket, but no more.
+        # Not in TMPDIR, which may be too long for a socket's path. Not in a folder of its own, which would be left
+        # behind when this process is killed: p2pd then ends and removes its socket only.
         socket = Path(f"/tmp/{NAME}-{os.getpid()}-{secrets.token_hex(8)}.sock")
         try:
             daemon = cls(_spawn(socket, options), socket)
@@ -173,6 +173,6 @@ def _spawn(socket: Path, options: Sequence[str]) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=os.environ | {"GOLOG_LOG_LEVEL": "error"},
-        # Ctrl-C must reach us alone: p2pd would end at once, and with it our chance to leave the swarm properly.
+        # Ctrl-C must not reach p2pd: it would end at once, before this member has left the swarm in order.
         start_new_session=True,
     )

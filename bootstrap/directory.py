@@ -53,7 +53,7 @@ class Directory:
 
     async def withdraw(self, record: PeerRecord) -> None:
         """Take the announcement back: from now on nobody sees the peer."""
-        # Of two records the DHT keeps the one that expires later, so this one lives as long as what it replaces.
+        # The DHT keeps the record that expires later, so this one expires no sooner than the one that it replaces.
         await self._store(record.model_copy(update={"state": PeerState.OFFLINE}), time.time() + 1.0)
 
     async def peers(self, config_hash: str) -> list[PeerRecord]:
@@ -62,14 +62,14 @@ class Directory:
         return self._learned((await self._look_up([key]))[key])
 
     async def complain(self, complaint: Complaint) -> None:
-        """Publish what this member says of others, instead of what it said before for that model, for ten minutes."""
+        """Publish this member's complaint for a model for ten minutes, in place of an earlier one."""
         await self._neighbours.ensure()
         expiration = time.time() + MAX_LIFETIME - 1
         key = complaints_key(complaint.model.config_hash)
         await self._node.store(key, complaint.to_bytes(), expiration, subkey=complaint.peer_id)
 
     async def complaints(self, config_hash: str) -> Counter[str]:
-        """ID of a peer of a model -> how many members complain of its answers."""
+        """Peer ID -> how many members complain of that peer's answers, for one model."""
         key = complaints_key(config_hash)
         said = _parse((await self._look_up([key]))[key], Complaint)
         return Counter(peer_id for complaint in said for peer_id in {accused.peer_id for accused in complaint.accused})
@@ -104,14 +104,14 @@ class Directory:
         await self._neighbours.ensure()
         found = await self._search(keys)
         if self._neighbours.cut_off:
-            # The last member that we knew fell silent during the search, and all that is left is what we hold.
+            # The last known member fell silent during the search, so the result is only what this member holds.
             await self._neighbours.ensure()
             found = await self._search(keys)
         return found
 
     async def _search(self, keys: Collection[str]) -> dict[str, dict[str, Any]]:
-        # Not a number: no answer is ever late enough to end the search, so every replica's records are merged, and a
-        # member that claims an infinite expiration time cannot hide what the others hold.
+        # NaN: no answer's expiration time is ever sufficient to end the search. All replicas' records are merged, and a
+        # member that claims an infinite expiration time cannot hide what others hold.
         found = await self._node.get_many(keys, sufficient_expiration_time=math.nan)
         return {key: value.value if value is not None else {} for key, value in found.items()}
 
@@ -144,7 +144,7 @@ class Announcer:
         self._due.set()
 
     async def stop(self) -> None:
-        """Stop, and withdraw the record as far as the swarm can be reached. May be called again."""
+        """Stop, and withdraw the record if the swarm can be reached. May be called again."""
         task, self._task = self._task, None
         if task is None:
             return
@@ -181,7 +181,7 @@ class Announcer:
 
 
 def _parse(values: dict[str, Any], kind: type[R]) -> list[R]:
-    """The records in a look-up's result; what is none is left out."""
+    """The valid records in a look-up's result; all else is left out."""
     records = []
     for peer_id, value in values.items():
         try:
@@ -199,5 +199,5 @@ def _peers(values: dict[str, Any]) -> list[PeerRecord]:
 
 
 def _usual_model(records: Iterable[PeerRecord]) -> ModelId:
-    """Peers may call one model by different names: the most usual."""
+    """The model under the name that most peers give it: they may name it differently."""
     return Counter(record.model for record in records).most_common(1)[0][0]

@@ -1,4 +1,4 @@
-"""A member's door for direct connections: opened, and described for its record."""
+"""A member's own port for direct connections (its door): opened, and described for its record."""
 
 import ipaddress
 from collections.abc import Iterable
@@ -27,14 +27,14 @@ class OwnDoor:
         self.listener = DirectListener(me, bind(host, port, ", for direct connections"))
 
     def describe(self, addresses: Iterable[str]) -> Door | None:
-        """The door for this member's record, its libp2p `addresses` being these; None when nobody could come to it."""
+        """The door for this member's record; None when nobody could reach it. `addresses`: its libp2p addresses."""
         found = self._announced or [(host, self.listener.port) for host in self._own_hosts(addresses)]
         if not found:
             return None
         return Door(fingerprint=self.listener.fingerprint, addresses=tuple(found[:MAX_DOOR_ADDRESSES]))
 
     def _own_hosts(self, addresses: Iterable[str]) -> list[str]:
-        """Those of the hosts in `addresses` that lead here without a router, which knows the libp2p port only."""
+        """The hosts in `addresses` that are this machine's own. A router's address leads to the libp2p port only."""
         own = {interface.address for interfaces in psutil.net_if_addrs().values() for interface in interfaces}
         hosts = dict.fromkeys(str(ip) for address in addresses if (ip := ip_of(Multiaddr(address))) is not None)
         listens_everywhere = ipaddress.ip_address(self._host).is_unspecified

@@ -1,7 +1,7 @@
-"""The DHT's remote calls: in a private swarm only between members that hold its key.
+"""The DHT's requests: in a private swarm, only members that hold its key may ask and answer.
 
-hivemind's own authorizers know neither the peer nor the method of a request, and see it only after protobuf has read
-it. So the gate stands below, where requests are bytes: they are checked before anything in them is read.
+hivemind's own authorizers know neither the peer nor the method of a request, and see it only after protobuf has parsed
+it. The gate stands below them, where requests are bytes: it checks them before anything is parsed.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -16,7 +16,7 @@ from protocol.swarm_key import Keyring, SwarmKey
 
 
 class Bytes(bytes):
-    """Bytes where hivemind expects a class of protobuf messages."""
+    """Bytes in the form of a protobuf message class, which hivemind expects."""
 
     @classmethod
     def FromString(cls, data: bytes) -> Self:
@@ -29,7 +29,7 @@ class Bytes(bytes):
 
 
 class Gate:
-    """Stands between a `DHTNode` and its connection to p2pd. Without a keyring the swarm is open."""
+    """Stands between a `DHTNode` and its connection to p2pd. Without a keyring (open swarm) all requests pass."""
 
     def __init__(self, p2p: Connection, keyring: Keyring | None):
         self.peer_id: PeerID = p2p.peer_id
@@ -40,7 +40,7 @@ class Gate:
     async def add_protobuf_handler(
         self, name: str, handler: Callable[[Any, P2PContext], Awaitable[Any]], input_type: Any, **options: Any
     ) -> None:
-        """See `hivemind.P2P`; for requests of one message that have an answer of one."""
+        """See `hivemind.P2P`. Only for requests and answers of one message each."""
 
         async def handle(data: bytes, context: P2PContext) -> Bytes:
             try:
@@ -75,7 +75,7 @@ class Gate:
         return None
 
     async def _ask_sealed(self, keys: Sequence[SwarmKey], route: Route, body: bytes) -> bytes:
-        """The answer under the first of `keys` that the receiver takes: it may be a step behind in a rotation."""
+        """The answer under the first of `keys` that the receiver accepts: it may be a step behind in a rotation."""
         for key in keys:
             request = SealedRequest.seal(key, route, body, get_dht_time())
             answer = await self._send(route, request.to_bytes())
@@ -89,7 +89,7 @@ class Gate:
 
 
 def _granted(answer: bytes) -> bytes:
-    """`answer`, unless it is a refusal; that is raised as what it means to us."""
+    """`answer`, unless it is a refusal, which is raised as the error that it stands for."""
     refusal = refusal_in(answer)
     if refusal is not None:
         raise refusal.error()

@@ -134,7 +134,7 @@ def _read_key(path: Path, file: BinaryIO) -> rsa.RSAPrivateKey:
 
 
 def _lock(path: Path, file: BinaryIO) -> None:
-    """Two members with one identity would get each other's messages. The lock goes with the process."""
+    """Lock the file until this process ends: two members with one identity would get each other's messages."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

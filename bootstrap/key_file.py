@@ -1,4 +1,4 @@
-"""The file with a swarm's keys: written, read, read again when it changes, and the steps of a rotation."""
+"""The file with a swarm's keys: creating it, reading it (again when it changes), and the steps of a rotation."""
 
 import base64
 import binascii
@@ -33,7 +33,7 @@ class _Entry:
 
     @classmethod
     def generate(cls, after: str = "") -> Self:
-        """A new key, dated now, or a second `after` the date of another when that is later."""
+        """A new key, dated now, or one second later than the date `after` where that is in the future."""
         date = time.strftime(_DATE, time.gmtime())
         if date <= after:
             date = time.strftime(_DATE, time.gmtime(_seconds(after) + 1))
@@ -56,7 +56,7 @@ class _Entry:
 
 
 class KeyFile:
-    """The keys in a file, one per line, as they are now: the first is used, all are accepted."""
+    """The present keys in a file, one per line: the first is used, all are accepted."""
 
     def __init__(self, path: Path):
         """Raises `BadUsage` for a file that cannot be read, is no key file, or can be read by everyone."""
@@ -65,7 +65,7 @@ class KeyFile:
         self._keys = _keys(self._path)
 
     def current(self) -> Sequence[SwarmKey]:
-        """The present keys. A file that has become unusable is reported, and the keys stay as they were."""
+        """The present keys. When the file has become unusable, that is logged, and the keys stay as they were."""
         version = _version(self._path)
         if version != self._version:
             self._version = version
@@ -83,7 +83,7 @@ class KeyFile:
 
 
 def create_key(path: Path) -> str:
-    """Write a file with one new key; what it is called. Raises `BadUsage`, also when there is a file already."""
+    """Write a file with one new key; returns the key's ID. Raises `BadUsage`, also when the file exists."""
     entry = _Entry.generate()
     try:
         create_private(path, _content([entry]))
@@ -95,7 +95,7 @@ def create_key(path: Path) -> str:
 
 
 def add_key(path: Path) -> str:
-    """First step of a rotation: a new key, accepted but not yet used; what it is called. Raises `BadUsage`."""
+    """First step of a rotation: a new key, accepted but not yet used; returns its ID. Raises `BadUsage`."""
     entries = _read(path)
     if len(entries) > 1:
         raise BadUsage(
@@ -107,7 +107,7 @@ def add_key(path: Path) -> str:
 
 
 def use_newest_key(path: Path) -> str:
-    """Second step: the newest key is used, the others are accepted; what it is called. Raises `BadUsage`."""
+    """Second step: the newest key is used, the others are accepted; returns its ID. Raises `BadUsage`."""
     entries = sorted(_read(path), key=lambda entry: entry.date, reverse=True)
     if len(entries) == 1:
         raise BadUsage(f"{path} has one key only, which is used already; a rotation begins with `peer key add`.")
@@ -116,7 +116,7 @@ def use_newest_key(path: Path) -> str:
 
 
 def drop_old_keys(path: Path) -> str:
-    """Last step: the newest key alone is left; what it is called. Raises `BadUsage` when it is not yet used."""
+    """Last step: only the newest key is left; returns its ID. Raises `BadUsage` when it is not used yet."""
     entries = _read(path)
     if entries[0] != max(entries, key=lambda entry: entry.date):
         raise BadUsage(
@@ -127,7 +127,7 @@ def drop_old_keys(path: Path) -> str:
 
 
 def _read(path: Path) -> list[_Entry]:
-    """Raises `BadUsage`; no message shows what is in the file."""
+    """The file's entries. Raises `BadUsage`; no message shows what is in the file."""
     try:
         mode = path.stat().st_mode
         content = _head(path) if stat.S_ISREG(mode) else b""
@@ -135,7 +135,7 @@ def _read(path: Path) -> list[_Entry]:
         raise BadUsage(f"The swarm key {path} cannot be read: {error.strerror or error}.") from error
     if not stat.S_ISREG(mode):
         raise BadUsage(f"The swarm key {path} is not a file; it is read again when it changes, so it must be one.")
-    # A warning would scroll by, and what everyone on this machine can read is no secret. A group may read it.
+    # An error, as a warning would be overlooked: a key that everyone can read is no secret. A group may read it.
     if mode & 0o007:
         raise BadUsage(f"The swarm key {path} can be read by every user of this machine; run `chmod 600 {path}`.")
     if len(content) > MAX_FILE_BYTES:
@@ -172,7 +172,7 @@ def _content(entries: Sequence[_Entry]) -> bytes:
 
 
 def _version(path: Path) -> object:
-    """What changes when the file does; None when it is not there."""
+    """A value that changes when the file does; None when the file is missing."""
     try:
         state = path.stat()
     except OSError:

@@ -31,6 +31,8 @@ from protocol.transport.direct import DirectCaller
 from protocol.transport.introduction import Credentials
 from protocol.transport.libp2p import LibP2PTransport
 
+JOIN_TIMEOUT = 12.0
+"""Seconds for the whole of `Member.join`."""
 UPKEEP_PERIOD = 10.0
 """Seconds between two looks at our own addresses and at lost initial peers."""
 _LEAVE_TIMEOUT = 0.5
@@ -52,19 +54,13 @@ class MemberOptions:
     identity_path: Path | None = None
     """An identity file, made if there is none; None: a new identity that is forgotten."""
     direct_port: int | None = None
-    """The TCP port to listen on for direct connections; 0: any free one; None: there shall be none."""
+    """The TCP port to listen on for direct connections; 0: any free one; None: no direct connections."""
     announce_direct: tuple[str, ...] = ()
     """Addresses (/ip4/…/tcp/…) for direct connections to announce, instead of this machine's own."""
     client_mode: bool = False
     """Listen nowhere and serve no DHT queries."""
-    use_relay: bool = True
-    """Reach peers through relays."""
-    use_auto_relay: bool = True
-    """Become reachable through the initial peers as relays when behind a NAT."""
     swarm_key: Path | None = None
     """The key file of a private swarm; None: the swarm is open."""
-    join_timeout: float = 12.0
-    """Seconds for the whole of `Member.join`."""
 
 
 class Member:
@@ -82,7 +78,7 @@ class Member:
     ):
         self.peer_id: str = identity.peer_id
         self.handshake = Handshake(self.peer_id, keyring)
-        """With which every stream begins."""
+        """What every stream begins with."""
         self.addresses: list[str] = []
         """Full multiaddrs that others can join with; kept up to date. Empty for a client."""
         self.door: Door | None = None
@@ -93,8 +89,7 @@ class Member:
         )
         self.directory = Directory(node, neighbours, self.transport.learn)
         self.lost = asyncio.Event()
-        """Set when p2pd has died: nothing works any more but direct streams that are open, all calls fail at once.
-        Not set by `shutdown`."""
+        """Set when p2pd has died: open direct streams still work, all else fails at once. Not set by `shutdown`."""
         self.daemon_process_id = daemon.process_id
         self._daemon = daemon
         self._p2p = p2p
@@ -114,15 +109,15 @@ class Member:
         for address in options.initial_peers:
             split_peer_address(address)
         try:
-            async with asyncio.timeout(options.join_timeout), AsyncExitStack() as resources:
+            async with asyncio.timeout(JOIN_TIMEOUT), AsyncExitStack() as resources:
                 member = await cls._start(options, resources)
                 member._resources = resources.pop_all()
                 return member
         except TimeoutError as error:
             if not options.initial_peers:
-                raise PeerFailed(f"p2pd did not start within {options.join_timeout:g} s.") from error
+                raise PeerFailed(f"p2pd did not start within {JOIN_TIMEOUT:g} s.") from error
             peers = ", ".join(options.initial_peers)
-            raise NoSwarm(f"None of the initial peers answers within {options.join_timeout:g} s: {peers}.") from error
+            raise NoSwarm(f"None of the initial peers answers within {JOIN_TIMEOUT:g} s: {peers}.") from error
 
     @classmethod
     async def _start(cls, options: MemberOptions, resources: AsyncExitStack) -> Self:
@@ -137,7 +132,7 @@ class Member:
             own_door = OwnDoor(_credentials(identity), options.host, options.direct_port, options.announce_direct)
             resources.callback(own_door.listener.close)
         if options.identity_path is None:
-            # p2pd has read it, and if this process is killed there shall be no key left lying about.
+            # p2pd has read the key; nothing may be left of it if this process is killed.
             identity.close()
         try:
             p2p = await Connection.open(daemon.control)
@@ -170,7 +165,7 @@ class Member:
         with suppress(Exception):
             await asyncio.wait_for(self._node.shutdown(), _LEAVE_TIMEOUT)
         self._p2p.broken.set()
-        if not self.lost.is_set():  # else what still works shall go on
+        if not self.lost.is_set():  # else open direct streams still work
             self.transport.hang_up()
         await self._resources.aclose()
 
@@ -210,16 +205,16 @@ def _credentials(identity: Identity) -> Credentials:
 async def _start_daemon(options: MemberOptions, identity: Identity) -> Daemon:
     arguments = [
         f"-id={identity.path}",
-        f"-relay={int(options.use_relay)}",
+        "-relay=1",  # reach peers through relays
         "-connManager=1",
         *(_client_arguments() if options.client_mode else _listening_arguments(options, identity.peer_id)),
     ]
     if options.port and not options.client_mode:
-        # p2pd shares its port with any other that shares, and half of the connections would reach the wrong member. Of
-        # ::, p2pd leaves the IPv4 port alone.
+        # p2pd shares its port with others that share it, and half of the connections would reach the wrong member. With
+        # host ::, p2pd leaves the IPv4 port alone.
         bind(options.host, options.port, v6_only=True).close()
     try:
-        return await Daemon.start(arguments, options.join_timeout)
+        return await Daemon.start(arguments, JOIN_TIMEOUT)
     except DaemonFailed as error:
         if "listen" in str(error) and not options.client_mode:
             raise BadUsage(f"Cannot listen on {options.host}, port {options.port}: {error}.") from error
@@ -240,7 +235,7 @@ def _listening_arguments(options: MemberOptions, peer_id: str) -> list[str]:
     if options.announce_addresses:
         announced = [check_announced(address, peer_id) for address in options.announce_addresses]
         arguments.append(f"-announceAddrs={','.join(announced)}")
-    if options.use_auto_relay and options.initial_peers:
-        # Without names of its own, p2pd would turn to the public IPFS network for relays.
+    if options.initial_peers:
+        # Behind a NAT, be reachable through relays. Without these names p2pd would ask the public IPFS network.
         arguments += ["-autoRelay=1", f"-trustedRelays={','.join(options.initial_peers)}"]
     return arguments

@@ -1,4 +1,4 @@
-"""Staying in touch: the first contact with a swarm's members, and finding them again."""
+"""The other members that one knows: the first contact with them, and finding them again when they are lost."""
 
 import asyncio
 import logging
@@ -32,7 +32,7 @@ async def create_node(gate: Gate, validator: RecordValidatorBase, client_mode: b
     """A DHT node that keeps no cache and takes only the records that `validator` does."""
     node = await DHTNode.create(
         gate,
-        # The same after a restart, so that the others' routing tables stay right.
+        # The ID follows from the identity, so that others' routing tables stay right after a restart.
         node_id=DHTID.generate(source=gate.peer_id.to_bytes()),
         client_mode=client_mode,
         record_validator=validator,
@@ -114,12 +114,12 @@ class Neighbours:
             raise PeerUnreachable(_shorten(str(error))) from error
         if dht_id is None:
             raise await self._find_reason(peer_id)
-        # The ping's own update is deferred, but `cut_off` must see this one now.
+        # The ping updates the routing table later, but `cut_off` must see this member now.
         await self._node.protocol.update_routing_table(dht_id, peer_id)
         self._node.blacklist.register_success(peer_id)
 
     async def _find_reason(self, peer_id: PeerID) -> SwarmError:
-        """Why a peer did not answer a ping; hivemind does not say."""
+        """The error that says why a peer did not answer a ping: hivemind gives no reason."""
         try:
             stub = self._node.protocol.get_stub(peer_id)
             await stub.rpc_ping(dht_pb2.PingRequest(), timeout=_REASON_TIMEOUT)
@@ -157,7 +157,7 @@ async def _first_success(tasks: Iterable[asyncio.Task[None]]) -> bool:
 
 
 def _raise_wrong_key(failures: Iterable[BaseException]) -> None:
-    """Raise the `WrongKey` among `failures`, if there is one: it says more than that nobody answers."""
+    """Raise the `WrongKey` among `failures`, if there is one: it tells more than that nobody answers."""
     for error in failures:
         if isinstance(error, WrongKey):
             raise error
@@ -170,6 +170,6 @@ def _explain_refusal(message: str) -> str:
 
 
 def _shorten(message: str) -> str:
-    """The last line of a libp2p error: the cause."""
+    """The last line of a libp2p error, which is the cause."""
     lines = [line.strip(" *") for line in message.splitlines() if line.strip()]
     return lines[-1][:200] if lines else "no connection"

@@ -9,8 +9,8 @@ from protocol.errors import BadUsage
 def bind(host: str, port: int, purpose: str = "", v6_only: bool = False) -> socket.socket:
     """A socket bound to a port (0: any free one) of the IP address `host`.
 
-    `v6_only`: where that is ::, leave the port of IPv4 addresses to others. Raises `BadUsage` when the port cannot be
-    had; it says for what `purpose`.
+    `v6_only`: where `host` is ::, leave the port of IPv4 addresses to others. Raises `BadUsage` when the port cannot be
+    had; the message ends with `purpose`.
     """
     family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)

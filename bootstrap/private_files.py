@@ -10,7 +10,7 @@ from pathlib import Path
 def create_private(path: Path, content: bytes) -> None:
     """Write a new file. Raises `FileExistsError` when there is one, and then leaves it as it is; `OSError`."""
     with _written(path, content) as part:
-        os.link(part, path)  # unlike a rename, it replaces nothing
+        os.link(part, path)  # a rename would replace a file that is there
 
 
 def replace_private(path: Path, content: bytes) -> None:
@@ -23,7 +23,7 @@ def replace_private(path: Path, content: bytes) -> None:
 
 @contextmanager
 def _written(path: Path, content: bytes) -> Iterator[Path]:
-    """`content` in a file beside `path`, on the disk, which goes at the end of the block."""
+    """Write `content` to a temporary file beside `path`, on the disk; it is removed at the end of the block."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(descriptor, "wb") as file:
@@ -32,5 +32,5 @@ def _written(path: Path, content: bytes) -> Iterator[Path]:
             os.fsync(descriptor)
         yield Path(name)
     finally:
-        with suppress(FileNotFoundError):  # it has been moved
+        with suppress(FileNotFoundError):  # the block has moved it
             os.unlink(name)

@@ -1,4 +1,4 @@
-"""Sealed requests and answers: bytes that only a holder of the swarm's key can have sent, to us, now, for this."""
+"""Sealed requests and answers: bytes that only a holder of the swarm's key can have sent, to this member, just now."""
 
 import secrets
 import struct
@@ -15,12 +15,12 @@ from protocol.name import NAME
 from protocol.swarm_key import ID_BYTES, NO_KEY, OPEN, REFUSED, SwarmKey, key_with_id
 
 WINDOW = 30.0
-"""Seconds by which a request's time may be off. That long requests are remembered, so that none is taken twice."""
+"""Seconds by which a request's time may be off. Requests are remembered for so long, so that none is accepted twice."""
 CLOCKS_DIFFER = "its clock and this machine's differ by more than 3 s; set both, by NTP for instance"
 _REQUEST, _ANSWER, _REFUSAL = (f"\x07{NAME} {what} 1".encode() for what in ("request", "answer", "no"))
-"""What comes first. No protobuf message begins with 7, so these are never taken for one, nor one for these."""
+"""The first bytes of each. No protobuf message begins with byte 7, so that they cannot be mistaken for one."""
 _HEADER = struct.Struct(f"<{ID_BYTES}sd16s")
-"""Id of the key, seconds since the epoch, nonce."""
+"""The key's ID, seconds since the epoch, a nonce."""
 _MAC_BYTES = 32
 _PURPOSE = "dht"
 
@@ -35,11 +35,11 @@ class Refusal(IntEnum):
     REPEATED = 5
 
     def to_answer(self) -> bytes:
-        """The answer that says so."""
+        """The bytes of the answer that refuses."""
         return _REFUSAL + bytes([self])
 
     def error(self) -> SwarmError:
-        """What it is to the one who is refused."""
+        """The error that a refused sender raises."""
         if self is Refusal.CLOCKS_DIFFER:
             return PeerUnreachable(CLOCKS_DIFFER)
         if self is Refusal.REPEATED:
@@ -48,7 +48,7 @@ class Refusal(IntEnum):
 
 
 class Refused(Exception):
-    """A request is not let in."""
+    """A request that is not accepted."""
 
     def __init__(self, why: Refusal):
         super().__init__(why)
@@ -57,14 +57,14 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Route:
-    """Whose request to whom, for which method."""
+    """The sender, the receiver and the method of a request."""
 
     method: str
     sender: PeerID
     receiver: PeerID
 
     def parts(self) -> tuple[bytes, bytes, bytes]:
-        """For a MAC."""
+        """The route as parts of a MAC."""
         return self.method.encode(), self.sender.to_bytes(), self.receiver.to_bytes()
 
 
@@ -98,18 +98,18 @@ class SealedRequest:
         request = cls(key, route, header, data[start + _HEADER.size + _MAC_BYTES :])
         if not key.verify(mac, _PURPOSE, *request._parts()):
             raise Refused(Refusal.WRONG_KEY)
-        if not abs(sent - now) <= WINDOW:  # nor if it is no number
+        if not abs(sent - now) <= WINDOW:  # NaN is refused too
             raise Refused(Refusal.CLOCKS_DIFFER)
         if not seen.add(nonce, now):
             raise Refused(Refusal.REPEATED)
         return request
 
     def to_bytes(self) -> bytes:
-        """What crosses the wire."""
+        """The request as it crosses the wire."""
         return b"".join((_REQUEST, self.header, self.key.mac(_PURPOSE, *self._parts()), self.body))
 
     def seal_answer(self, body: bytes) -> bytes:
-        """What crosses the wire back."""
+        """The answer `body` as it crosses the wire."""
         return b"".join((_ANSWER, self.key.mac(_PURPOSE, *self._answer_parts(body)), body))
 
     def open_answer(self, data: bytes) -> bytes:
@@ -127,7 +127,7 @@ class SealedRequest:
 
 
 class Nonces:
-    """The nonces of the requests that are still young enough to be taken again."""
+    """The nonces of requests that are young enough to be accepted if they came again."""
 
     def __init__(self) -> None:
         self._until: OrderedDict[bytes, float] = OrderedDict()
@@ -143,7 +143,7 @@ class Nonces:
 
 
 def is_sealed(data: bytes) -> bool:
-    """Whether `data` is the request of somebody with a key."""
+    """Whether `data` is a sealed request."""
     return data.startswith(_REQUEST)
 
 

@@ -1,4 +1,4 @@
-"""What a member keeps of the DHT: bounded, and never the older of two records."""
+"""The DHT records that a member keeps: within bounds, and of two records always the newer."""
 
 import time
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ _Shelf = dict[str, ValueWithExpiration[bytes]]
 
 
 class RecordStorage:
-    """Takes the place of hivemind's `DHTLocalStorage`, as both storage and cache of a node.
+    """Replaces hivemind's `DHTLocalStorage`, as both storage and cache of a node.
 
-    The original lets a late copy of an older record shorten the life of a newer one, hands out its own dictionaries
-    for others to change, and with a separate cache, one record there hides all those stored.
+    hivemind's lets a late copy of an older record shorten the life of a newer one, and hands out its own dictionaries
+    for others to change. With a separate cache, one record in the cache would hide all those stored.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What may stand in a swarm's DHT: records signed by the identity that they speak of, and nothing else."""
+"""The records that a swarm's DHT accepts: only those signed by the member that they are about."""
 
 import json
 import struct
@@ -38,8 +38,8 @@ class SignedRecords(RecordValidatorBase):  # type: ignore[misc]
     """Signs this member's records and checks everyone's.
 
     A stored value is msgpack `[public key, signature, payload]`; the signature covers key, subkey, payload and
-    expiration time. What it accepts depends on the record alone, not on the time or on this program's version beyond
-    the names below: hivemind drops a whole answer for one record that the reader refuses, so members must agree.
+    expiration time. Whether a record is valid depends on nothing but the record and the names in this file, not on the
+    time: hivemind drops a whole answer for one record that the reader refuses, so all members must agree.
     """
 
     def __init__(self, identity: Identity):
@@ -65,7 +65,7 @@ class SignedRecords(RecordValidatorBase):  # type: ignore[misc]
 
 @lru_cache(maxsize=2048)
 def _is_valid(key: bytes, subkey: bytes, value: bytes, expiration: float) -> bool:
-    # Cached: a look-up meets the same record once for each replica.
+    # Cached, as a look-up meets the same record once for each replica.
     try:
         if len(value) > MAX_RECORD_BYTES + _MAX_OVERHEAD:
             return False
@@ -87,7 +87,7 @@ def _unpack(value: bytes) -> tuple[bytes, bytes, bytes]:
 
 
 def _data(payload: bytes) -> bytes:
-    """The bytes in a payload, which is what hivemind makes of bytes: msgpack."""
+    """The bytes in a payload: hivemind packs bytes by msgpack."""
     data = msgpack.unpackb(payload, raw=False)
     if not isinstance(data, bytes) or len(data) > MAX_RECORD_BYTES:
         raise ValueError("not bytes")

@@ -29,7 +29,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "RANDLORA": ("r", "projection_prng_key", "save_projection", "sparse", "very_sparse", "randlora_dropout",
                  "fan_in_fan_out", "randlora_alpha"),
 }  # fmt: skip
-"""PEFT method -> the options that shape its modules or its arithmetic. Everything else stays with the client."""
+"""PEFT method -> the options that shape its modules or its arithmetic. All other options stay with the client."""
 
 DROPOUTS = ("lora_dropout", "vera_dropout", "boft_dropout", "randlora_dropout", "rank_dropout", "module_dropout")
 PATTERNS = ("rank_pattern", "alpha_pattern", "n_frequency_pattern")
@@ -52,7 +52,7 @@ class AdapterSpec(BaseModel):
     targets: tuple[Name, ...] = ()
     """Modules, `BLOCK.PATH`."""
     parameters: tuple[Name, ...] = ()
-    """What LoRA is on directly, such as the fused experts of a layer: `BLOCK.PATH.PARAMETER`."""
+    """Parameters that LoRA is put on directly, such as the fused experts of a layer: `BLOCK.PATH.PARAMETER`."""
 
     @model_validator(mode="after")
     def _only_known_options(self) -> Self:
@@ -74,7 +74,7 @@ class AdapterSpec(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a bundle is: the active adapters, in order, and where their tensors are."""
+    """The description of a bundle: the active adapters, in order, and where their tensors are."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     adapters: tuple[AdapterSpec, ...] = Field(min_length=1, max_length=16)
@@ -104,7 +104,7 @@ class Manifest(BaseModel):
         return any(spec.options.get(name) for spec in self.adapters for name in DROPOUTS)
 
     def config_key(self) -> str:
-        """What decides the module tree: bundles with equal keys differ in their tensors only."""
+        """A key of the module tree: bundles with equal keys differ in their tensors only."""
         return json.dumps([spec.model_dump(mode="json") for spec in self.adapters], sort_keys=True)
 
 

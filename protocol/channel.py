@@ -19,22 +19,22 @@ from protocol.tensors import Limits, check_entries, decode, decoded_size, encode
 
 VERSION = 1
 PUSH_TOKEN_BYTES = 16
-"""Of the token of a `Push`: random, the client's."""
+"""Bytes of the random token by which a client names a `Push`."""
 _LENGTHS = struct.Struct("<IQ")
 _INLINE = 2**16
-"""Bytes of tensors to be coded or decoded that are not worth another thread: a step of a generation is not to wait."""
+"""Up to so many bytes, tensors are coded and decoded on the event loop: another thread would delay a step more."""
 _INLINE_HEADER = 2**12
-"""Bytes of a header that is not worth another thread."""
+"""Up to so many bytes, a header is parsed on the event loop."""
 _ASIDE = ThreadPoolExecutor(1, "headers")
-"""Headers are Python's to read, so more threads would only keep the event loop longer from running."""
+"""One thread for large headers: parsing holds the GIL, so that more threads would only keep the event loop waiting."""
 _CALL_TENSORS = 1024
-"""A few, and of a KV prefix two for each block."""
+"""Tensors of a training call or a step: a few, and two for each block that has a KV prefix."""
 _MAX_TENSORS = {
     "forward": _CALL_TENSORS, "backward": _CALL_TENSORS, "step": _CALL_TENSORS, "push": 1, "factorize": 3, "ping": 1,
 }  # fmt: skip
-"""Of a message, by its kind: what is not here has none, but for adapters and answers, which `Limits` are for."""
+"""Kind of message -> the tensors that it may have. Adapters and answers have the limit of `Limits`, all others none."""
 _TENSOR_COST = 1024
-"""Bytes that reading a tensor's entry is reckoned as, by the time that it takes."""
+"""Bytes that quotas count for each tensor's header entry: reading it takes about as long as so many bytes."""
 _FIELD_OF_TYPE = {f.message_type.name: f.name for f in pb.Frame.DESCRIPTOR.oneofs_by_name["body"].fields}  # type: ignore[union-attr]
 
 
@@ -49,9 +49,9 @@ class Message:
     body: ProtoMessage
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     codecs: Mapping[str, int] = field(default_factory=dict)
-    """How tensors are to travel, by name; RAW unless said. Of a message that came: empty."""
+    """Tensor name -> the codec that it is to travel in, RAW where none is given. Empty in a received message."""
     cost: int = 0
-    """Bytes of a message that came, as quotas count them: header and decoded tensors, and something for each tensor."""
+    """Bytes of a received message as quotas count them: header, decoded tensors, and `_TENSOR_COST` a tensor."""
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor `name`. Raises `BadRequest` when it is missing."""
@@ -61,7 +61,7 @@ class Message:
 
 
 class Channel:
-    """A stream that carries messages. Not for concurrent use: one request, then its answer.
+    """A stream that carries messages: one request, then its answer. Not for concurrent use.
 
     `patience` (seconds): how long the other end may be silent inside a message, and before an answer.
     """
@@ -72,10 +72,10 @@ class Channel:
         self.remote_limit = limits.max_payload
         """Bytes of tensors that the other end takes in one message."""
         self.remote_codecs = SUPPORTED
-        """Codecs that the other end reads. What is to travel in another goes RAW."""
+        """Codecs that the other end reads. A tensor that is to travel in another codec travels RAW."""
         self.patience = patience
         self.key_id = b""
-        """Of the swarm key that both ends have proved; see `protocol.handshake`."""
+        """The ID of the swarm key that both ends have proved; empty in an open swarm. See `protocol.handshake`."""
 
     @property
     def remote(self) -> str:
@@ -94,7 +94,7 @@ class Channel:
         await self.stream.send(prefix, *(data for _, data in parts), patience=self.patience)
 
     async def receive_request(self) -> Message:
-        """Read one frame, however long it is in coming. Raises `BadRequest` for a malformed one."""
+        """Wait for one frame, without a time limit, and read it. Raises `BadRequest` for a malformed one."""
         return await self._receive(None)
 
     async def receive_answer(self, on_working: OnWorking | None = None) -> Message:

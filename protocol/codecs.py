@@ -1,8 +1,8 @@
 """Wire codecs: fewer bytes for hidden states and their gradients, where the two ends agree on it.
 
-A codec is one of `NAMES`. What it cannot take, or would not make smaller, or would turn into something that is not
-finite, travels RAW: the sender decides, the header says so. Every token's values are coded by themselves, so that a
-prompt comes out the same in one piece or in chunks, and again when it is sent to another peer.
+A codec is one of `NAMES`. A tensor travels RAW where its codec does not take its dtype, would not make it smaller, or
+would make a value infinite or NaN: the sender decides, and the header says so. Every token's values are coded by
+themselves, so that a prompt comes out the same in one piece or in chunks, and again when it is sent to another peer.
 """
 
 import struct
@@ -19,17 +19,17 @@ from protocol.errors import BadRequest
 Shape = tuple[int, ...]
 NAMES = {"none": pb.RAW, "bf16": pb.BF16, "f16": pb.F16, "int8": pb.INT8, "lossless": pb.LOSSLESS}
 SUPPORTED = frozenset(NAMES.values())
-"""That this version reads and writes."""
+"""The codecs that this version reads and writes."""
 
 BLOCK = 64
-"""Values with one scale (INT8)."""
+"""INT8: so many values share one scale."""
 _LEVEL = 1
-"""Of zstd. Hidden states of SmolLM2 come out smaller than with levels 2 to 9 (0.85 of float32, 0.70 of bfloat16), and
-faster (0.3 to 0.6 GB/s on one core): there is nothing in them but a skewed distribution of exponents."""
+"""The level of zstd. Hidden states of SmolLM2 come out smaller than with levels 2 to 9 (0.85 of float32, 0.70 of
+bfloat16), and faster (0.3 to 0.6 GB/s on one core): there is nothing in them but a skewed distribution of exponents."""
 _MAX_RATIO = 16
-"""Memory taken for what is LOSSLESS, over its bytes on the wire: a few bytes shall not take much."""
+"""LOSSLESS: a tensor may take at most so many times its bytes on the wire, so that few bytes cannot claim much."""
 _WINDOW = 2**20
-"""Bytes of history that a compressed plane may always ask of its decompressor; level 1 asks for half of it."""
+"""Bytes of history that any compressed plane may ask of the decompressor; level 1 asks for half of that."""
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -72,8 +72,8 @@ class _Cast:
 class _BlockwiseInt8:
     """Blocks of 64 values along the last dimension; where that is no multiple of 64 its last block is shorter.
 
-    Of each block the value that is largest in magnitude travels as bfloat16: a transformer's outlier dimensions would
-    take the precision of all others (Dettmers et al. 2022, LLM.int8, keep them in 16 bits too). The others are
+    The value of each block that is largest in magnitude travels as bfloat16: a transformer's outlier dimensions would
+    cost all other values their precision (Dettmers et al. 2022, LLM.int8, keep them in 16 bits too). The others are
     `round(value / scale)`, with the scale bfloat16(the largest of them / 127): each is off by half a scale at most.
 
     Bytes: the integers of all values in their order (that of a block's largest is not used); then one per block of

@@ -22,7 +22,7 @@ _MAX_IDLE = 8
 
 @dataclass(frozen=True)
 class Wanted:
-    """The model that the caller works on."""
+    """The model that the caller works on: its configuration's hash, and digests of the weight files that it has."""
 
     config_hash: str
     digests: Mapping[str, str]
@@ -50,8 +50,8 @@ class End(Protocol):
 class Connections:
     """A pool of channels per peer, all greeted for one model.
 
-    `end`: the caller as it is now, for it may join anew. `patience` (seconds): see `Channel`. `met` is told of each new
-    connection to a peer, and of the seconds of the round trip in which it greeted.
+    `end` returns the caller as it is now: it may have joined anew. `patience` (seconds): see `Channel`. `met` is called
+    with the peer's ID and the seconds of the greeting's round trip, for each new connection.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Connections:
         self._carrier = carrier
         self._idle: dict[str, list[Channel]] = defaultdict(list)
         self.codecs: dict[str, frozenset[int]] = {}
-        """Peer ID -> the codecs that it knows, as it said when it was greeted last."""
+        """Peer ID -> the codecs that the peer knows, as its last greeting said."""
 
     @asynccontextmanager
     async def channel(self, peer_id: str) -> AsyncIterator[Channel]:
-        """A channel for a few calls, given back at the end; closed when anything went wrong on it."""
+        """A channel for a few requests, given back at the end, or closed when anything went wrong on it."""
         channel = self._take_idle(peer_id) or await self.open(peer_id)
         try:
             yield channel
@@ -83,7 +83,10 @@ class Connections:
             channel.close()
 
     async def open(self, peer_id: str) -> Channel:
-        """A new channel of the caller's own. Raises `NoConnection`, `PeerUnreachable`, `WrongKey`, `WrongModel`."""
+        """A new, greeted channel that the caller must close.
+
+        Raises `NoConnection`, `PeerUnreachable`, `WrongKey`, `WrongModel`.
+        """
         end = self._end()
         channel = Channel(await self._dial(end.transport, peer_id), Limits(), self._patience)
         try:
@@ -109,7 +112,7 @@ class Connections:
             channel = self._idle[peer_id].pop()
             if self._end().handshake.is_preferred(channel):
                 return channel
-            channel.close()  # the swarm's key is being changed
+            channel.close()  # it was opened with a key that has been replaced since
         return None
 
     async def _dial(self, transport: Dialer, peer_id: str) -> Stream:

@@ -52,11 +52,11 @@ class TooLong(SwarmError):
 
 
 class UnknownAdapter(SwarmError):
-    """The peer does not hold the adapter bundle that a call names; put it and repeat."""
+    """The peer does not hold the adapter bundle that a request names; put it and repeat."""
 
 
 class UnknownCall(SwarmError):
-    """The peer no longer keeps the activations that a backward names; send the forward's inputs with it."""
+    """The peer no longer keeps the activations that a Backward request names; send the forward's inputs with it."""
 
 
 class BadAdapter(SwarmError):
@@ -64,7 +64,7 @@ class BadAdapter(SwarmError):
 
 
 class OutOfMemory(SwarmError):
-    """One call did not fit the peer's memory; the peer lives on."""
+    """One request did not fit the peer's memory; the peer lives on."""
 
     retry_after = 1.0
 
@@ -98,7 +98,7 @@ class UnsupportedModel(SwarmError):
 
 
 class BadUsage(SwarmError):
-    """An option or an argument of ours is wrong."""
+    """An option or an argument that the user gave is wrong."""
 
 
 _BY_NAME = {
@@ -112,7 +112,7 @@ _MAX_MESSAGE = 2000
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, to stand within a sentence of ours."""
+    """The first line of a library's error, at most 300 characters, without a full stop: to stand within a sentence."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(" .:")[:300]
 
@@ -134,5 +134,5 @@ def from_failure(failure: pb.Failure, remote: str) -> SwarmError:
     """The error that the peer `remote` reported. What it says is shown to people: a bounded line, nothing else."""
     line = "".join(letter if letter.isprintable() else " " for letter in failure.message[:_MAX_MESSAGE])
     error = _BY_NAME.get(failure.kind, PeerFailed)(f"{line.rstrip('.')} (peer {remote}).")
-    error.retry_after = min(failure.retry_after, 600.0) if failure.retry_after > 0 else 0.0  # also when it is no number
+    error.retry_after = min(failure.retry_after, 600.0) if failure.retry_after > 0 else 0.0  # 0 also for NaN
     return error

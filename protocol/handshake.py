@@ -5,9 +5,9 @@
                                      <-     Proof{nonce b, id of a key, mac(peer, ...)}
       Proof{mac(caller, ...)}, Hello ->
 
-A mac covers its role, both peer IDs as the carrier authenticated them, both nonces and the ids: what is recorded of one
-handshake is of no use in another, nor is what one end says of use to a third. The caller says nothing of itself to a
-peer that has not proved itself; the peer reads nothing but small frames of a caller that has not, and not for long.
+A mac covers its role, both peer IDs as the carrier authenticated them, both nonces and the ids. So a recorded handshake
+is of no use in another one, and no end can pass on what the other says. The caller says nothing of itself to a peer
+that has not proved its key; the peer reads only small frames, for a short time, from a caller that has not.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from protocol.swarm_key import NO_KEY, OPEN, REFUSED, Keyring, SwarmKey, key_wit
 from protocol.tensors import Limits
 
 TIMEOUT = 10.0
-"""Seconds that a stranger gets until its first request is here, and a peer until it has proved itself."""
+"""Seconds that a caller has to send its first request, and a peer to prove its key."""
 NONCE_BYTES = 32
 MAX_KEYS = 16
 _UNPROVED = Limits(max_header=4096, max_payload=0, max_tensors=0)
@@ -31,14 +31,14 @@ _PURPOSE = "stream"
 
 
 class Handshake:
-    """Both ends of it, for the member `local` with the keys of `keyring` (None: its swarm is open)."""
+    """Both ends of the handshake, for the member `local` with the keys of `keyring` (None: its swarm is open)."""
 
     def __init__(self, local: str, keyring: Keyring | None):
         self._local = local
         self._keyring = keyring
 
     async def initiate(self, channel: Channel) -> None:
-        """As the caller, before the first request. Raises `WrongKey` when the peer does not hold our key."""
+        """The caller's end, before the first request. Raises `WrongKey` when the peer does not hold our key."""
         if self._keyring is None:
             return
         with _Bounded(channel, _UNPROVED):
@@ -49,7 +49,7 @@ class Handshake:
                 raise PeerUnreachable(f"Peer {channel.remote} proved no key within {TIMEOUT:g} s.") from error
 
     async def respond(self, channel: Channel) -> Message:
-        """As the peer: the first request of a caller that holds our key.
+        """The peer's end. Returns the first request of a caller that holds our key.
 
         Raises `WrongKey` for one that does not, `PeerUnreachable` for one that is slow.
         """
@@ -70,7 +70,7 @@ class Handshake:
         return self._keyring is None or channel.key_id == self._keyring.current()[0].id
 
     def check_current(self, channel: Channel) -> None:
-        """Raises `PeerFailed` when the key of `channel` has been dropped since: whoever still may will come again."""
+        """Raises `PeerFailed` when the key of `channel` has been dropped since; a caller with another reconnects."""
         if self._keyring is not None and key_with_id(self._keyring.current(), channel.key_id) is None:
             raise PeerFailed("The key that this stream began with has been dropped; open another stream.")
 

@@ -1,4 +1,4 @@
-"""What a peer announces in the DHT, and what identifies a model there."""
+"""Records that members keep in the DHT: peers' announcements, complaints, and what identifies a model."""
 
 import ipaddress
 import json
@@ -69,18 +69,18 @@ class ModelId(_Record):
 
     name: Text = Field(max_length=200)
     config_hash: ConfigHash
-    """Of the configuration: same architecture and sizes. Which weights, the handshake's digests tell."""
+    """Hash of the configuration: equal for equal architecture and sizes. Weights are compared by digests."""
     num_blocks: int = Field(gt=0, le=MAX_BLOCKS)
 
 
 def same_weights(ours: Mapping[str, str], theirs: Mapping[str, str]) -> bool:
-    """Whether two sets of digests can be of one checkpoint: what both ends hold agrees, and there is such a thing."""
+    """Whether two sets of digests (file -> digest) can be of one checkpoint: they share files and agree on these."""
     common = ours.keys() & theirs.keys()
     return bool(common) and all(ours[name] == theirs[name] for name in common)
 
 
 class PeerState(StrEnum):
-    """What a peer is doing."""
+    """What a peer is doing, as it announces it."""
 
     ONLINE = "online"
     DRAINING = "draining"
@@ -157,11 +157,14 @@ class Accusation(_Record):
 
     peer_id: PeerIdText
     kind: Text = Field(max_length=20)
-    """What it answered wrongly: forward, backward or step."""
+    """The kind of request that it answered wrongly: forward, backward or step."""
 
 
 class Complaint(_Record):
-    """What one client says of peers whose answers it had computed again by others. Advice: anyone may say anything."""
+    """A client's complaint about peers whose answers differed when others computed them again.
+
+    Mere advice: any client can claim anything.
+    """
 
     peer_id: PeerIdText
     """The client's."""

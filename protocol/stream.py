@@ -1,4 +1,4 @@
-"""What a carrier gives: ordered duplex byte streams between two authenticated ends."""
+"""What a carrier gives: ordered duplex byte streams between two authenticated ends. See `protocol.transport`."""
 
 from collections.abc import Awaitable, Callable
 from typing import Literal, Protocol
@@ -19,10 +19,10 @@ class Stream(Protocol):
     """The remote's peer ID, as the carrier authenticated it."""
 
     async def send(self, *buffers: Buffer, patience: float | None) -> None:
-        """Write `buffers`, one after the other; broken when a chunk takes over `patience` seconds (None: for ever)."""
+        """Write `buffers` in order. It is broken when a chunk takes over `patience` seconds (None: no limit)."""
 
     async def receive(self, count: int, patience: float | None) -> bytearray:
-        """Exactly `count` bytes; broken when nothing arrives for `patience` seconds (None: for ever)."""
+        """Exactly `count` bytes. It is broken when nothing arrives for `patience` seconds (None: no limit)."""
 
     def close(self) -> None:
         """Close both directions; a pending `receive` of either end fails."""

@@ -19,24 +19,24 @@ _CONTEXT = f"{NAME} key 1".encode()
 
 
 class SwarmKey:
-    """One key. Holds nothing but what is derived from the secret; neither shows nor compares it."""
+    """One key. Its `repr` shows the ID only; the secret is never compared, only MACs are."""
 
     def __init__(self, secret: bytes):
         if len(secret) != KEY_BYTES:
             raise ValueError(f"a swarm key has {KEY_BYTES} bytes")
         self._secret = secret
         self.id: bytes = _hmac(secret, [_CONTEXT, b"id"])[:ID_BYTES]
-        """Names the key to those who may know it; tells nothing about it to others."""
+        """Names the key among its holders; tells others nothing about the secret."""
         self._derived: dict[str, bytes] = {}
 
     def mac(self, purpose: str, *parts: bytes) -> bytes:
-        """HMAC-SHA-256 over `parts`, each with its length, under a key derived for `purpose` alone; 32 bytes."""
+        """HMAC-SHA-256 (32 bytes) over `parts`, each with its length, under a key derived for `purpose` alone."""
         if purpose not in self._derived:
             self._derived[purpose] = _hmac(self._secret, [_CONTEXT, b"derive", purpose.encode()])
         return _hmac(self._derived[purpose], parts)
 
     def verify(self, mac: bytes, purpose: str, *parts: bytes) -> bool:
-        """Whether `mac` is that of `purpose` and `parts`; takes the same time for all that are not."""
+        """Whether `mac` is the one of `purpose` and `parts`. Takes the same time for every wrong one."""
         return hmac.compare_digest(mac, self.mac(purpose, *parts))
 
     def __repr__(self) -> str:

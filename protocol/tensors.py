@@ -1,4 +1,4 @@
-"""Tensor <-> bytes. What arrives is checked before any memory is taken for it."""
+"""Tensors to bytes and back. Bytes that arrive are checked before any memory is taken for them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ from protocol.errors import BadRequest
 
 MAX_DIMENSIONS = 8
 MAX_ELEMENTS = 2**40
-"""Of a tensor, dimensions of 0 taken as 1: torch refuses an empty tensor whose strides overflow."""
+"""The elements that a tensor may have, a dimension of 0 counted as 1: torch refuses an empty tensor whose strides
+overflow."""
 
 _TORCH = {
     pb.FLOAT32: torch.float32,
@@ -27,7 +28,7 @@ _TORCH = {
 }
 _WIRE = {dtype: number for number, dtype in _TORCH.items()}
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""What models can be run in, by the names that users give."""
+"""The name that users give -> the dtype that a model can be run in."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Limits:
     max_payload: int = 512 * 2**20
     """Bytes of all tensors together, as they travel and as they come out of their codecs."""
     max_tensors: int = 50_000
-    """Of an adapter or an answer; `protocol.channel` has the other kinds of messages."""
+    """Tensors of an adapter or an answer; `protocol.channel` limits the other kinds of messages."""
 
 
 def wire_dtype(dtype: torch.dtype | None) -> pb.DType:
@@ -80,7 +81,7 @@ def encode(name: str, tensor: torch.Tensor, codec: int = pb.RAW) -> tuple[pb.Ten
 
 
 def check_entries(entries: Sequence[pb.Tensor], payload: int, limits: Limits) -> int:
-    """Refuse a header whose tensors cannot be what it says, before their bytes are read; the bytes that they take.
+    """Check a header before its tensors' bytes are read. Returns the bytes that the tensors take when decoded.
 
     Raises `BadRequest` when there are too many, when a name repeats, when shape, dtype, codec and byte counts disagree,
     or when they would come out of their codecs larger than a payload may be.
@@ -115,7 +116,7 @@ def check_entries(entries: Sequence[pb.Tensor], payload: int, limits: Limits) ->
 
 
 def decoded_size(entries: Iterable[pb.Tensor]) -> int:
-    """Bytes that coded tensors among those of a checked header take when they are decoded."""
+    """The bytes that the coded tensors of a checked header take when they are decoded; RAW ones are not counted."""
     coded = ((entry, torch_dtype(entry.dtype)) for entry in entries if entry.codec != pb.RAW)
     return sum(prod(entry.shape) * dtype.itemsize for entry, dtype in coded if dtype is not None)
 

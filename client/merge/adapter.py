@@ -39,7 +39,7 @@ _HEADS = ("score", "classifier", "qa_outputs")
 class Stub(nn.Parameter):
     """A parameter with shape and dtype on the CPU, and no memory: what PEFT looks at while it injects an adapter.
 
-    Its values are NaN, lest a method start from them unnoticed.
+    Its values are NaN, so that a method that starts from them is noticed.
     """
 
     def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> Self:
@@ -144,7 +144,7 @@ class Adapted:
             warnings.simplefilter("ignore")  # about ties, merging, projections made from a seed: all handled
             self.peft = self._inject(skeleton)
             for stub in stubs:
-                stub.retype(adapter.dtype)  # PEFT casts what it loads to its base's type; it shall keep all bits
+                stub.retype(adapter.dtype)  # PEFT casts what it loads to its base's dtype; this one keeps all bits
             self.given = self._load()
         """Base parameters whose values the adapter file holds itself: trained biases, embeddings."""
         self.sites: dict[str, nn.Module] = dict(_find_sites(self._tree, ""))

@@ -1,4 +1,4 @@
-"""Importing quickly."""
+"""Importing torch and Transformers quickly."""
 
 import gc
 from collections.abc import Iterator
@@ -7,8 +7,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Imports go in here. No collection of cyclic garbage meanwhile: what modules make is none, and to look through it
-    again and again is a seventh of the time in which torch and Transformers are imported."""
+    """Within the block Python collects no cyclic garbage; imports belong in it.
+
+    Modules make objects that stay. Looking through them for garbage, again and again, takes a seventh of the time in
+    which torch and Transformers are imported.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -4,11 +4,11 @@ import time
 from collections.abc import Callable
 
 _RUNS, _BUDGET = 8, 0.2
-"""Of each measurement, and the seconds after which no further one is begun."""
+"""Runs of a measurement at most, and the seconds after which no further run is begun."""
 
 
 def fastest(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few runs of `work`: the others were disturbed."""
+    """Seconds of the fastest of up to 8 runs of `work`: other processes only ever slow a run down."""
     best, begin = float("inf"), time.perf_counter()
     for _ in range(_RUNS):
         start = time.perf_counter()

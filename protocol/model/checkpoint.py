@@ -33,7 +33,7 @@ class Checkpoint:
     """A model's files. Nothing but the configuration is read until it is asked for."""
 
     name: str
-    """What the user called it: a folder or a hub name."""
+    """The folder or the hub name that the user gave."""
     revision: str | None
     config: PreTrainedConfig
     raw_config: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Which carrier a stream takes: the direct one where it works, else libp2p, without being asked."""
+"""The choice of a carrier for each stream: direct where that works, else libp2p."""
 
 import asyncio
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ from protocol.transport.race import first
 HEAD_START = 0.3
 """Seconds that a direct connection gets before libp2p is tried too."""
 _FIRST_REST, _LONGEST_REST = 5.0, 300.0
-"""Seconds for which a door that failed is left alone; twice as long each time it fails again."""
+"""Seconds for which a door that failed is not tried; the time doubles each time the door fails again."""
 _MAX_DOORS = 4096
 
 
 @dataclass
 class _Known:
-    """The door of one peer, and how it did."""
+    """The door of one peer, and until when it is not tried."""
 
     door: Door
     rest: float = 0.0
     closed_until: float = 0.0
 
     def fail(self) -> None:
-        """Leave it alone for a while."""
+        """Do not try the door for a while."""
         self.rest = min(self.rest * 2, _LONGEST_REST) if self.rest else _FIRST_REST
         self.closed_until = asyncio.get_running_loop().time() + self.rest
 
@@ -36,14 +36,14 @@ class _Known:
 
 
 class Carriers:
-    """A `Transport` over both carriers, which is told where others' doors are."""
+    """A `Transport` over both carriers, which learns from records where other peers' doors are."""
 
     def __init__(self, libp2p: Transport, caller: DirectCaller, listener: DirectListener | None):
         self._libp2p, self._caller, self._listener = libp2p, caller, listener
         self._doors: dict[str, _Known] = {}
 
     def learn(self, record: PeerRecord) -> None:
-        """Take note of where a peer's door is, or that it has none. The record must have been checked to be the peer's.
+        """Take note of a peer's door, or that it has none. The record's signature must have been checked.
 
         A door that failed and has not changed stays closed for a while.
         """
@@ -87,7 +87,7 @@ class Carriers:
     async def _enter(self, peer_id: str, known: _Known) -> Stream:
         try:
             stream = await self._caller.connect(peer_id, known.door)
-        except BaseException:  # also when it is called off: libp2p was faster
+        except BaseException:  # also cancelled: libp2p was faster
             known.fail()
             raise
         known.succeed()

@@ -15,7 +15,7 @@ from protocol.name import NAME
 
 _NAME = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, NAME)])
 _SINCE, _LONG = datetime(2000, 1, 1), timedelta(days=365 * 500)
-"""Nobody looks at the times: the record that names the certificate expires in a minute."""
+"""The certificate's validity. Nobody checks it: the record that names the certificate expires in a minute."""
 
 
 class Certificate:
@@ -30,11 +30,11 @@ class Certificate:
         self.fingerprint: bytes = certificate.fingerprint(hashes.SHA256())
         """SHA-256 of the certificate (DER)."""
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        """For the side that listens."""
+        """The TLS context of the listening side."""
         self.context.minimum_version = ssl.TLSVersion.TLSv1_3
         self.context.num_tickets = 0
         pem = serialization.Encoding.PEM
-        with tempfile.NamedTemporaryFile(prefix=f"{NAME}-") as file:  # ssl reads files only; its owner alone can
+        with tempfile.NamedTemporaryFile(prefix=f"{NAME}-") as file:  # ssl reads files only; only its owner can read it
             file.write(
                 key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
                 + certificate.public_bytes(pem)
@@ -44,7 +44,7 @@ class Certificate:
 
 
 def caller_context() -> ssl.SSLContext:
-    """For the side that calls. It takes every certificate; `has_fingerprint` then says whether it is the right one."""
+    """The TLS context of the calling side. It accepts any certificate: `has_fingerprint` must check it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
@@ -55,7 +55,7 @@ def caller_context() -> ssl.SSLContext:
 def has_fingerprint(transport: asyncio.BaseTransport, fingerprint: bytes) -> bool:
     """Whether the other end of a TLS connection has shown the certificate with the SHA-256 `fingerprint`.
 
-    That it holds the certificate's private key, TLS has checked, whoever signed the certificate.
+    TLS itself has checked that the other end holds the certificate's private key; who signed it does not matter.
     """
     tls: Any = transport.get_extra_info("ssl_object")
     certificate = tls.getpeercert(binary_form=True)

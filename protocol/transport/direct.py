@@ -20,11 +20,11 @@ CALL_TIMEOUT = 4.0
 STRANGER_TIMEOUT = 10.0
 """Seconds that a caller gets until it has introduced itself."""
 MAX_STRANGERS, MAX_STRANGERS_OF_HOST = 64, 32
-"""Connections whose callers have not introduced themselves yet, of all hosts and of one; more are closed at once."""
+"""Connections without introduction that are kept, of all hosts together and of one host; more are closed at once."""
 MAX_STREAMS = 512
-"""Connections from others, so that files and memory are left for the rest. Who finds no room goes by libp2p."""
+"""Connections from others, so that files and memory are left for the rest. Further callers come by libp2p."""
 _MAX_CALLS = 16
-"""Connections to one peer that are made at the same time; more wait, so that they are not too many strangers."""
+"""Connections to one peer that are made at the same time; more wait, or the peer would refuse them as strangers."""
 _NEXT_ADDRESS = 0.1
 """Seconds that one address of a peer gets before the next is tried too."""
 _CLOSING = 5.0
@@ -32,13 +32,13 @@ _CLOSING = 5.0
 _PAUSE = 0.5
 """Seconds until the next attempt to accept, when this process has no more files."""
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
-"""Seconds; the last, milliseconds. A machine that is gone is noticed after about 10 s, also by who only waits for it;
-after 60 s if something was on the way to it. The latter also ends connections to who takes nothing for so long."""
+"""Seconds, the last in milliseconds. A machine that is gone is noticed after about 10 s by an end that only waits for
+it, and after 60 s by an end that was sending. TCP_USER_TIMEOUT also ends connections to an end that takes nothing."""
 _log = logging.getLogger(__name__)
 
 
 class DirectCaller:
-    """Calls others."""
+    """Makes direct connections to other peers."""
 
     def __init__(self, me: Credentials):
         self._me = me
@@ -88,7 +88,7 @@ class DirectCaller:
 
 
 class DirectListener:
-    """Answers others, once they have introduced themselves."""
+    """Accepts direct connections; callers must introduce themselves first."""
 
     def __init__(self, me: Credentials, listener: socket.socket):
         """`listener`: a TCP socket that is bound to an address."""

@@ -1,4 +1,4 @@
-"""How the caller of a direct connection shows who it is; the peer does by its certificate, which its record names.
+"""How the caller of a direct connection shows who it is. The peer shows it by the certificate that its record names.
 
     caller                                         peer
       (TLS 1.3, and the certificate is the one that the peer's record names)
@@ -6,8 +6,8 @@
       lengths, public key, signature        ->
                                             <-     accepted (1 byte)
 
-The signature covers the peer's certificate, its peer ID and the nonce: what is recorded or received here is of no use
-at another peer or at another time. The caller's peer ID follows from its key. One that is refused is told nothing.
+The signature covers the peer's certificate, its peer ID and the nonce, so that it is of no use at another peer or at
+another time. The caller's peer ID follows from its key. A caller that is refused is told nothing.
 """
 
 import secrets

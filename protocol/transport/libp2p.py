@@ -26,7 +26,7 @@ class LibP2PTransport:
         """See `Transport.connect`."""
         opening = asyncio.create_task(self._open_stream(peer_id))
         try:
-            # hivemind leaves its socket open when it is cancelled: so it is let finish, and the stream closed then.
+            # hivemind leaves its socket open when it is cancelled: so it may finish, and the stream is closed then.
             return await asyncio.shield(opening)
         except asyncio.CancelledError:
             opening.add_done_callback(close_result)
@@ -42,7 +42,7 @@ class LibP2PTransport:
             except _BROKEN:
                 return
             self._open.add(stream)
-            # As the process ends, its tasks are cancelled; of a cancelled one of these asyncio prints a traceback.
+            # Tasks are cancelled as the process ends, and asyncio would print a traceback for a cancelled one of these.
             with suppress(asyncio.CancelledError):
                 try:
                     await handler(stream)

@@ -1,4 +1,4 @@
-"""Several ways to one connection: the first that is there is taken (as "happy eyeballs", RFC 8305)."""
+"""Several ways to one connection are tried, and the first that succeeds is taken ("happy eyeballs", RFC 8305)."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
@@ -13,10 +13,10 @@ R = TypeVar("R", bound=_Closable)
 
 
 async def first(ways: Iterable[Callable[[], Coroutine[Any, Any, R]]], head_start: float) -> R:
-    """The result of the first of `ways` that succeeds; others are cancelled, and what they still bring is closed.
+    """The result of the first of `ways` that succeeds; the others are cancelled, and their connections closed.
 
-    Each begins when one before it has failed or all have taken `head_start` seconds. Raises the last error when all
-    have failed.
+    A way is begun when one before it has failed, or when those before it have taken `head_start` seconds. Raises the
+    last error when all have failed.
     """
     waiting = list(ways)
     running = set[asyncio.Task[R]]()
@@ -37,6 +37,6 @@ async def first(ways: Iterable[Callable[[], Coroutine[Any, Any, R]]], head_start
 
 
 def close_result(task: asyncio.Task[R]) -> None:
-    """Close what a task brings that nobody waits for any more."""
+    """Close the result of a task that nobody waits for any more."""
     if not task.cancelled() and task.exception() is None:
         task.result().close()

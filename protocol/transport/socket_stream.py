@@ -8,29 +8,29 @@ from protocol.errors import PeerUnreachable
 from protocol.stream import CHUNK, Buffer
 
 _SMALL = 2**16
-"""Bytes that are copied sooner than written in parts."""
+"""Buffers of up to so many bytes together are copied into one and written at once."""
 _AHEAD = 2**18
-"""Bytes that are read before anyone asks for them. No less than asyncio takes of a socket at once to decrypt: what it
-cannot hand over by the time that the other end closes, it drops."""
+"""Bytes that are read before anyone asks for them. Not less than asyncio decrypts of a socket at once: it drops what it
+cannot hand over by the time that the other end closes."""
 _LARGE = 2**16
-"""Bytes that are read right into the memory of who waits for them, without a copy."""
+"""From so many missing bytes on, a `receive` has them read right into its memory, without a copy."""
 _FIRST, _GROWTH = 2**20, 8
-"""Memory for a `receive`: so many bytes at first, and so many times as many whenever these have come."""
+"""Bytes of memory that a `receive` begins with, and the factor by which it grows whenever that is full."""
 _MAX_UNSENT = 2**18
 _NOTHING = memoryview(bytearray())
 
 
 class SocketStream(asyncio.BufferedProtocol):
-    """A `Stream`. What is received is read, and decrypted, right into the memory that `receive` returns."""
+    """A `Stream` whose bytes are read, and decrypted, right into the memory that `receive` returns."""
 
     def __init__(self, remote: str = ""):
         self.remote = remote
-        """The remote's peer ID; whoever makes the stream sets it before anyone else gets it."""
+        """The remote's peer ID. The maker of the stream sets it before others use the stream."""
         self._transport: asyncio.Transport | None = None
         self._owner: object = None
         self._ahead, self._start, self._end = bytearray(_AHEAD), 0, 0
         self._target = _NOTHING
-        """What a `receive` waits for; its first `_filled` bytes are there."""
+        """The memory that a `receive` waits to be filled; its first `_filled` bytes are there."""
         self._filled = 0
         self._into_target = False
         """Whether the transport was last given a part of `_target` to read into."""
@@ -46,7 +46,7 @@ class SocketStream(asyncio.BufferedProtocol):
 
     @classmethod
     async def adopt(cls, remote: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> "SocketStream":
-        """The stream that `reader` and `writer` were, with what `reader` has read already. They are of no use then."""
+        """Take over the connection of `reader` and `writer`, with what `reader` has read; neither may be used then."""
         stream, transport = cls(remote), cast(asyncio.Transport, writer.transport)
         transport.pause_reading()
         reader.feed_eof()
@@ -73,7 +73,7 @@ class SocketStream(asyncio.BufferedProtocol):
 
     async def receive(self, count: int, patience: float | None) -> bytearray:
         """See `Stream.receive`."""
-        # Grows as bytes come: `count` is no more than what the other end says.
+        # Memory grows as bytes come: `count` is only what the other end claims.
         data, filled = bytearray(min(count, _FIRST)), 0
         while True:
             await self._fill(memoryview(data), filled, patience)
@@ -100,7 +100,7 @@ class SocketStream(asyncio.BufferedProtocol):
         self._into_target = len(self._target) - self._filled >= _LARGE
         if self._into_target:
             return self._target[self._filled :]
-        if self._is_broken:  # what comes after `close` is of no use
+        if self._is_broken:  # bytes that come after `close` are dropped
             self._start = self._end = 0
         return memoryview(self._ahead)[self._end :]
 

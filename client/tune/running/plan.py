@@ -17,7 +17,7 @@ class Plan:
     """The size of a run. Tokens are counted over one pass through the data, without padding.
 
     `rows`: sequences as the model sees them (packed: several records in one). `tokens_per_step`: the mean.
-    `widest_batch`: (rows, tokens per row) of the largest micro-batch there can be, for whoever reckons bytes or memory.
+    `widest_batch`: (rows, tokens per row) of the largest micro-batch there can be.
     """
 
     model: str
@@ -74,7 +74,7 @@ def count_steps(rows: int, trainer: TrainerConfig) -> int:
 def make_plan(
     config: TuneConfig, prepared: Prepared, parameters: tuple[int, int], extra: Sequence[ExtraRow] = ()
 ) -> Plan:
-    """The plan of a run; `parameters` are (trainable, all), `extra` rows come from whoever knows the swarm."""
+    """The plan of a run; `parameters` are (trainable, all), `extra` rows are put below it."""
     trainer, rows = config.trainer, prepared.train
     lengths, learned = _lengths(rows)
     steps, per_epoch = count_steps(len(rows), trainer), steps_per_epoch(len(rows), trainer)

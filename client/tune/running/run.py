@@ -128,7 +128,7 @@ class TuneRun:
         return self._start[0] if self._start else 0
 
     def plan(self, extra: Sequence[ExtraRow] = ()) -> Plan:
-        """What the run will do; `extra` rows come from whoever knows the swarm."""
+        """What the run will do; `extra` rows are put below it."""
         return make_plan(self._config, self._prepared, self.model.get_nb_trainable_parameters(), extra)
 
     def begin(self) -> None:
