@@ -1,7 +1,9 @@
 """`peer merge`: an adapter merged into its base model, one module at a time: the model is never in memory whole.
 
 run      the way through: what is asked, what is written
-adapter  the adapter's folder, and PEFT's injection of it into stubs
-base     the base's files; names: checkpoint names against module names
-plan     which tensors come from where; write: shards, streamed
+adapter  the adapter's folder; the adapter injected by PEFT into stubs, and merged by PEFT module by module
+base     the base's folder, read one tensor at a time, dequantized where bitsandbytes had quantized it
+names    a checkpoint's tensor names against the model's parameter names, both ways
+plan     which tensors of the merged model come from where
+write    safetensors shards, written tensor by tensor; the folder appears when it is whole
 """

@@ -1,4 +1,4 @@
-"""A base model's folder read one tensor at a time; weights stored bitsandbytes-quantized come out dense."""
+"""A base model's folder read one tensor at a time; weights that bitsandbytes quantized come dequantized."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,15 +12,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 
 from protocol.errors import BadUsage
+from protocol.model.checkpoint import INDEX_FILE, SINGLE_FILE
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 _NOT_WANTED = ("consolidated*", "*/*")
 _STATE_OF_4BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _PACKED_4BIT = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
 _STATE_OF_8BIT = ("SCB", "weight_format")
-_DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class MergeError(BadUsage, ValueError):
@@ -29,7 +28,7 @@ class MergeError(BadUsage, ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the checkpoint as it is read: dense, whatever form it is stored in."""
+    """One tensor of the checkpoint as it is read: dequantized, if it is stored quantized."""
 
     file: Path
     shape: tuple[int, ...]
@@ -84,7 +83,7 @@ class BaseCheckpoint:
         states = _quantization_states(raw) if self.quantized else {}
         pieces = {key for state in states.values() for key, _ in state.values()}
         self.entries = {
-            key: self._dense_entry(key, entry, states.get(key, {})) for key, entry in raw.items() if key not in pieces
+            key: self._entry(key, entry, states.get(key, {})) for key, entry in raw.items() if key not in pieces
         }
 
     def read(self, key: str) -> torch.Tensor:
@@ -97,14 +96,14 @@ class BaseCheckpoint:
             return _dequantize_8bit(stored, self._piece(entry, "SCB")).to(entry.dtype)
         return _dequantize_4bit(stored, self._quant_state(key, entry.state))
 
-    def _dense_entry(self, key: str, raw: Entry, state: Mapping[str, tuple[str, Path]]) -> Entry:
+    def _entry(self, key: str, raw: Entry, state: Mapping[str, tuple[str, Path]]) -> Entry:
         if "SCB" in state:
             self._check_row_format(key, state)
             return Entry(raw.file, raw.shape, stored_dtype(self.config) or torch.float16, state)
         if state:
             quant_state = self._quant_state(key, state)
             return Entry(raw.file, tuple(quant_state.shape), quant_state.dtype, state)
-        if raw.dtype.is_floating_point and raw.dtype not in _DENSE_DTYPES:
+        if raw.dtype.is_floating_point and raw.dtype not in _PLAIN_DTYPES:
             raise MergeError(f"Tensor {key} of the base is stored as {raw.dtype}; use a float32, bf16 or f16 base.")
         return raw
 
@@ -137,7 +136,7 @@ def _is_bitsandbytes(config: Mapping[str, Any], folder: Path) -> bool:
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method != "bitsandbytes":
         raise MergeError(
-            f"The base {folder} is quantized with {method}; merge into a dense or a bitsandbytes-quantized base."
+            f"The base {folder} is quantized with {method}; merge into one that is not quantized, or by bitsandbytes."
         )
     return True
 
@@ -198,10 +197,10 @@ def _bitsandbytes() -> Any:
 
 
 def _dequantize_4bit(stored: torch.Tensor, quant_state: Any) -> torch.Tensor:
-    dense: torch.Tensor = _bitsandbytes().functional.dequantize_4bit(stored, quant_state)
-    return dense
+    weight: torch.Tensor = _bitsandbytes().functional.dequantize_4bit(stored, quant_state)
+    return weight
 
 
 def _dequantize_8bit(stored: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    dense: torch.Tensor = _bitsandbytes().functional.int8_vectorwise_dequant(stored, scales)
-    return dense
+    weight: torch.Tensor = _bitsandbytes().functional.int8_vectorwise_dequant(stored, scales)
+    return weight

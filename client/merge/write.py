@@ -14,7 +14,8 @@ from typing import BinaryIO, Self
 
 import torch
 
-from client.merge.base import INDEX_FILE, SINGLE_FILE, MergeError
+from client.merge.base import MergeError
+from protocol.model.checkpoint import INDEX_FILE, SINGLE_FILE
 
 _NAMES = {
     torch.float64: "F64",

@@ -19,7 +19,7 @@ from protocol.errors import UnsupportedModel, first_line
 from protocol.model.anatomy import num_blocks
 from protocol.records import MAX_BLOCKS, ModelId
 
-_INDEX, _SINGLE, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+INDEX_FILE, SINGLE_FILE, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 _VOLATILE = {
     "transformers_version", "_name_or_path", "name_or_path", "dtype", "torch_dtype", "architectures", "use_cache",
     "id2label", "label2id", "num_labels", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id",
@@ -57,20 +57,20 @@ class Checkpoint:
     @cached_property
     def weight_map(self) -> dict[str, str]:
         """Tensor name -> the file that holds it."""
-        index = self._optional_file(_INDEX)
+        index = self._optional_file(INDEX_FILE)
         if index is not None:
             weight_map = _read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
                 raise UnsupportedModel(f"{index} has no weight_map of tensors to files; download the model again.")
             return weight_map
-        single = self._optional_file(_SINGLE)
+        single = self._optional_file(SINGLE_FILE)
         if single is None:
             raise UnsupportedModel(
-                f"{self.name} has neither {_SINGLE} nor {_INDEX}; expected weights in safetensors format "
+                f"{self.name} has neither {SINGLE_FILE} nor {INDEX_FILE}; expected weights in safetensors format "
                 "(save the model once with `save_pretrained`)."
             )
         with _open(single) as file:
-            return dict.fromkeys(file.keys(), _SINGLE)
+            return dict.fromkeys(file.keys(), SINGLE_FILE)
 
     def state_dict(self, wanted: Callable[[str], bool]) -> dict[str, Any]:
         """Name -> lazy safetensors slice, for the tensors whose name is `wanted`. Fetches just their files.
@@ -93,7 +93,7 @@ class Checkpoint:
         """
         index = hashlib.sha256(json.dumps(self.weight_map, sort_keys=True).encode()).hexdigest()[:32]
         files = {name: self._local_file(name) for name in sorted(set(self.weight_map.values()))}
-        return {_INDEX: index, **{name: _sampled_digest(path) for name, path in files.items() if path is not None}}
+        return {INDEX_FILE: index, **{name: _sampled_digest(path) for name, path in files.items() if path is not None}}
 
     def _file(self, name: str) -> Path:
         path = self._optional_file(name)

@@ -1,6 +1,6 @@
 """Golden numbers: tokens, losses and gradients that real peers gave, kept as a file so that they stay what they are.
 
-`python -m tests.golden` writes them anew, which only a change that is meant to change numbers may do.
+`python -m tests.tools.golden` writes them anew, which only a change that is meant to change numbers may do.
 """
 
 import hashlib
