@@ -33,7 +33,6 @@ from peer.commands.process import (
 from peer.service.quotas import Quota
 from protocol.errors import BadUsage, UnsupportedModel
 from protocol.machine.imports import without_collection
-from protocol.model.read_ahead import begin_to_read
 
 if TYPE_CHECKING:
     from bootstrap.member import Member, MemberOptions
@@ -107,13 +106,11 @@ def serve(
         raise BadUsage("--double-quantize goes with --quantize nf4 only.")
     if blocks is not None and num_blocks is not None:
         raise BadUsage("Give --blocks or --num-blocks, not both.")
-    span = parse_blocks(blocks)
+    parse_blocks(blocks)
     parse_name(name)
     addresses = tuple(initial_peers or ())
     if model is None and not addresses:
         raise BadUsage("Name a MODEL to found a swarm, or join one with --initial-peers.")
-    if model is not None and span is not None:
-        begin_to_read(model, revision, span)
     with without_collection():
         import torch
 
