@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from protocol.machine.forwards import before_each_call
+
 
 def forget_between_calls(model: nn.Module) -> None:
     """Let every "dynamic" rotary embedding of `model`, and of copies of it, begin each call as it was made."""
     for module in model.modules():
         if any("dynamic" in kind for kind in rope_types(module).values()):
-            module.register_forward_pre_hook(_begin_anew)
+            before_each_call(module, _begin_anew)
 
 
 def rope_types(module: nn.Module) -> dict[str, str]:

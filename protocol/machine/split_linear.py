@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from protocol.machine.forwards import become
 from protocol.machine.timing import fastest
 
 logger = logging.getLogger(__name__)
@@ -69,8 +70,7 @@ def split_linears(model: nn.Module) -> None:
         if parts > 1 and _pays(modules, parts) and 1 in (splits := _right_rows(modules[0], parts)):
             logger.info("%d linear layers of %s: %s rows in %d parts", len(modules), shape, sorted(splits), parts)
             for module in modules:
-                module.__class__ = SplitLinear
-                module.parts, module.splits, module.tried = parts, splits, shape  # type: ignore[assignment]
+                become(module, SplitLinear, parts=parts, splits=splits, tried=shape)
 
 
 def _is_plain(weight: torch.Tensor) -> bool:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from peer.adapters.lora import Delta, Lora
-from peer.generation.joined.lockstep import Forward, place_apart, replaced_forwards
+from peer.generation.joined.lockstep import place_apart
 from peer.span.span import Span
+from protocol.machine.forwards import Forward, replaced
 
 _KEPT_SETS = 4
 
@@ -62,7 +63,7 @@ class LoraApplier:
                 stacked = stacks.get(name) if is_even and len(own) == len(segments) else None
                 add = partial(_add_stack, stacked) if stacked else partial(_add_each, name)
                 make = partial(_adding, own, add, partial(_add_each, name))
-                stack.enter_context(replaced_forwards([blocks.get_submodule(name)], make))
+                stack.enter_context(replaced([blocks.get_submodule(name)], make))
             yield
 
     def _stacks_of(self, loras: tuple[Lora, ...]) -> dict[str, _Stack | None]:
