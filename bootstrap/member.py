@@ -38,6 +38,8 @@ from protocol.transport.libp2p import LibP2PTransport
 
 UPKEEP_PERIOD = 10.0
 """Seconds between two looks at our own addresses and at lost initial peers."""
+JOIN_TIMEOUT = 12.0
+"""Seconds for the whole of `Member.join`."""
 _LEAVE_TIMEOUT = 0.5
 _log = logging.getLogger(__name__)
 
@@ -62,14 +64,8 @@ class MemberOptions:
     """Addresses (/ip4/…/tcp/…) for direct connections to announce, instead of this machine's own."""
     client_mode: bool = False
     """Listen nowhere and serve no DHT queries."""
-    use_relay: bool = True
-    """Reach peers through relays."""
-    use_auto_relay: bool = True
-    """Become reachable through the initial peers as relays when behind a NAT."""
     swarm_key: Path | None = None
     """The key file of a private swarm; None: the swarm is open."""
-    join_timeout: float = 12.0
-    """Seconds for the whole of `Member.join`."""
 
 
 class Member:
@@ -119,15 +115,15 @@ class Member:
         for address in options.initial_peers:
             split_peer_address(address)
         try:
-            async with asyncio.timeout(options.join_timeout), AsyncExitStack() as resources:
+            async with asyncio.timeout(JOIN_TIMEOUT), AsyncExitStack() as resources:
                 member = await cls._start(options, resources)
                 member._resources = resources.pop_all()
                 return member
         except TimeoutError as error:
             if not options.initial_peers:
-                raise PeerFailed(f"p2pd did not start within {options.join_timeout:g} s.") from error
+                raise PeerFailed(f"p2pd did not start within {JOIN_TIMEOUT:g} s.") from error
             peers = ", ".join(options.initial_peers)
-            raise NoSwarm(f"None of the initial peers answers within {options.join_timeout:g} s: {peers}.") from error
+            raise NoSwarm(f"None of the initial peers answers within {JOIN_TIMEOUT:g} s: {peers}.") from error
 
     @classmethod
     async def _start(cls, options: MemberOptions, resources: AsyncExitStack) -> Self:
@@ -209,7 +205,7 @@ def _credentials(identity: Identity) -> Credentials:
 async def _start_daemon(options: MemberOptions, identity: Identity) -> Daemon:
     arguments = [
         f"-id={identity.path}",
-        f"-relay={int(options.use_relay)}",
+        "-relay=1",
         "-connManager=1",
         *(_client_arguments() if options.client_mode else _listening_arguments(options, identity.peer_id)),
     ]
@@ -218,7 +214,7 @@ async def _start_daemon(options: MemberOptions, identity: Identity) -> Daemon:
         # ::, p2pd leaves the IPv4 port alone.
         bind(options.host, options.port, v6_only=True).close()
     try:
-        return await Daemon.start(arguments, options.join_timeout)
+        return await Daemon.start(arguments, JOIN_TIMEOUT)
     except DaemonFailed as error:
         if "listen" in str(error) and not options.client_mode:
             raise BadUsage(f"Cannot listen on {options.host}, port {options.port}: {error}.") from error
@@ -239,7 +235,7 @@ def _listening_arguments(options: MemberOptions, peer_id: str) -> list[str]:
     if options.announce_addresses:
         announced = [check_announced(address, peer_id) for address in options.announce_addresses]
         arguments.append(f"-announceAddrs={','.join(announced)}")
-    if options.use_auto_relay and options.initial_peers:
-        # Without names of its own, p2pd would turn to the public IPFS network for relays.
+    if options.initial_peers:
+        # They relay, should this member be behind a NAT. Unnamed, p2pd would turn to the public IPFS network.
         arguments += ["-autoRelay=1", f"-trustedRelays={','.join(options.initial_peers)}"]
     return arguments

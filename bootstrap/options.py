@@ -1,0 +1,32 @@
+"""Options of commands that take part in a swarm, for all rooms' command lines alike. Imports nothing slow."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from protocol.errors import BadUsage
+
+InitialPeers = Annotated[
+    list[str] | None,
+    typer.Option("--initial-peers", metavar="ADDRESS", help="Address of a member of the swarm (may be repeated)."),
+]
+SwarmKeyFile = Annotated[
+    Path | None,
+    typer.Option("--swarm-key", metavar="FILE", help="Key file of a private swarm (`peer key create FILE`)."),
+]
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")]
+Identity = Annotated[Path | None, typer.Option(metavar="FILE", help="Key file of this member; made if missing.")]
+Announce = Annotated[
+    list[str] | None,
+    typer.Option("--announce", metavar="ADDRESS", help="Address to announce instead of those found (may be repeated)."),
+]
+
+
+def need_initial_peers(addresses: Sequence[str] | None) -> tuple[str, ...]:
+    """At least one address. Raises `BadUsage`."""
+    if not addresses:
+        raise BadUsage("Give the address of a member with --initial-peers; `peer serve` and `peer bootstrap` print it.")
+    return tuple(addresses)
