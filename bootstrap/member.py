@@ -36,10 +36,10 @@ from protocol.transport.direct import DirectCaller
 from protocol.transport.introduction import Credentials
 from protocol.transport.libp2p import LibP2PTransport
 
-UPKEEP_PERIOD = 10.0
-"""Seconds between two looks at our own addresses and at lost initial peers."""
 JOIN_TIMEOUT = 12.0
 """Seconds for the whole of `Member.join`."""
+UPKEEP_PERIOD = 10.0
+"""Seconds between two looks at our own addresses and at lost initial peers."""
 _LEAVE_TIMEOUT = 0.5
 _log = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def _credentials(identity: Identity) -> Credentials:
 async def _start_daemon(options: MemberOptions, identity: Identity) -> Daemon:
     arguments = [
         f"-id={identity.path}",
-        "-relay=1",
+        "-relay=1",  # reach peers through relays
         "-connManager=1",
         *(_client_arguments() if options.client_mode else _listening_arguments(options, identity.peer_id)),
     ]
@@ -236,6 +236,6 @@ def _listening_arguments(options: MemberOptions, peer_id: str) -> list[str]:
         announced = [check_announced(address, peer_id) for address in options.announce_addresses]
         arguments.append(f"-announceAddrs={','.join(announced)}")
     if options.initial_peers:
-        # They relay, should this member be behind a NAT. Unnamed, p2pd would turn to the public IPFS network.
+        # Behind a NAT, be reachable through relays. Without these names p2pd would ask the public IPFS network.
         arguments += ["-autoRelay=1", f"-trustedRelays={','.join(options.initial_peers)}"]
     return arguments

@@ -1,6 +1,5 @@
-"""Options of commands that take part in a swarm, for all rooms' command lines alike. Imports nothing slow."""
+"""The command line options by which any member, a peer or a client, finds its swarm."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +24,7 @@ Announce = Annotated[
 ]
 
 
-def need_initial_peers(addresses: Sequence[str] | None) -> tuple[str, ...]:
+def need_initial_peers(addresses: list[str] | None) -> tuple[str, ...]:
     """At least one address. Raises `BadUsage`."""
     if not addresses:
         raise BadUsage("Give the address of a member with --initial-peers; `peer serve` and `peer bootstrap` print it.")
