@@ -17,8 +17,9 @@ from peer.adapters.store import AdapterStore
 from peer.service.quotas import Quota
 from peer.span.loading import load_span
 from peer.span.span import Inputs, Mode, Span
-from peer.training.runner import CallRunner, Task
-from peer.training.trainer import Call, Trainer
+from peer.training.joined.together import Together
+from peer.training.runner import Task, TrainingRunner
+from peer.training.trainer import Trainer, TrainingCall
 from protocol.model.checkpoint import open_checkpoint
 from protocol.name import cache_folder
 from tests.tools.families import build_llama
@@ -38,7 +39,7 @@ class Bench:
 
     def __init__(self, span: Span, clients: int):
         store = AdapterStore(span, 10**9, Quota())
-        self._span, self._runner = span, CallRunner(Trainer(span, store, 10**10), joined_tokens=10**6)
+        self._span, self._runner = span, TrainingRunner(Trainer(span, store, 10**10), Together(span, 10**6))
         targets = [f"{block}.self_attn.{name}_proj" for block in span.blocks for name in "qv"]
         self._bundles = [put_lora(store, span, targets, 8, seed, f"client {seed}") for seed in range(clients)]
 
@@ -47,7 +48,7 @@ class Bench:
         runner, mode = self._runner, Mode(self._span.blocks, training=True)
         hidden = torch.randn(1, tokens, _HIDDEN, dtype=self._span.dtype)
         begin = time.process_time()
-        calls = [Call(Inputs(hidden), mode, bundle, {}) for bundle in self._bundles]
+        calls = [TrainingCall(Inputs(hidden), mode, bundle, {}) for bundle in self._bundles]
         answers = self._run([runner.forward(call, "client", keep=True) for call in calls], joined)
         middle = time.process_time()
         self._run([runner.backward_kept(call_id, "client", hidden) for _, call_id in answers], joined)

@@ -28,6 +28,7 @@ from peer.span.span import Inputs, Mode
 from peer.start.arena_trial import arena_for
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
+from protocol.machine.timing import fastest
 from protocol.model.checkpoint import open_checkpoint
 from protocol.tensors import Limits
 from tests.tools.families import build_llama
@@ -36,14 +37,9 @@ from tests.tools.fuzzing.carrier import connect
 _RUNS = 200
 
 
-def fastest(work: Callable[[], Any], runs: int = _RUNS) -> float:
-    """Microseconds of the fastest run."""
-    best = float("inf")
-    for _ in range(runs):
-        begin = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - begin)
-    return best * 1e6
+def microseconds(work: Callable[[], Any], runs: int = _RUNS) -> float:
+    """Of the fastest run."""
+    return 1e6 * fastest(work, runs, budget=float("inf"))
 
 
 async def fastest_of(work: Callable[[], Awaitable[Any]]) -> float:
@@ -118,12 +114,12 @@ def time_span(path: Path, blocks: range, context: int, dtype: torch.dtype) -> di
     session.reserve(1, context + 1)
     for cache in (plain, session.cache):
         span.run(Inputs(prompt), mode, cache)
-    skipped = fastest(whole(session.cache, Mode(range(blocks.start, blocks.start))))
+    skipped = microseconds(whole(session.cache, Mode(range(blocks.start, blocks.start))))
     asked = pb.Context(start=blocks.start, end=blocks.stop)
-    in_arena, in_plain = (fastest(whole(cache, mode), 50) for cache in (session.cache, plain))
+    in_arena, in_plain = (microseconds(whole(cache, mode), 50) for cache in (session.cache, plain))
     return {
-        "peer: checks": fastest(lambda: (check_mode(span, asked), check_inputs(span, message, 0, 100))),
-        "peer: memory reserved": fastest(lambda: session.reserve(1, context + 1)),
+        "peer: checks": microseconds(lambda: (check_mode(span, asked), check_inputs(span, message, 0, 100))),
+        "peer: memory reserved": microseconds(lambda: session.reserve(1, context + 1)),
         "peer: trunk without a block, others skipped": skipped,
         f"peer: its {len(blocks)} blocks": in_arena - skipped,
         "(its blocks with Transformers' own cache)": in_plain - skipped,
@@ -148,12 +144,12 @@ def main() -> None:
             intermediate=options.hidden * 11 // 4, vocab=1000, dtype=dtype,
         )  # fmt: skip
         hidden, history = torch.randn(1, 1, options.hidden, dtype=dtype), History()
-        table = {"client: to its loop and back": fastest(lambda: LOOP.run(nothing()))}
+        table = {"client: to its loop and back": microseconds(lambda: LOOP.run(nothing()))}
         table |= asyncio.run(time_wire(hidden, pb.Context(start=blocks.start, end=blocks.stop)))
         table |= time_span(path, blocks, options.context, dtype)
-        table["client: history"] = fastest(lambda: history.append(hidden))
-    for part, microseconds in table.items():
-        print(f"{part:<46}{microseconds:>10.1f}")
+        table["client: history"] = microseconds(lambda: history.append(hidden))
+    for part, time_taken in table.items():
+        print(f"{part:<46}{time_taken:>10.1f}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,13 @@ SwarmKeyFile = Annotated[
     Path | None,
     typer.Option("--swarm-key", metavar="FILE", help="Key file of a private swarm (`peer key create FILE`)."),
 ]
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")]
+Identity = Annotated[Path | None, typer.Option(metavar="FILE", help="Key file of this member; made if missing.")]
+Announce = Annotated[
+    list[str] | None,
+    typer.Option("--announce", metavar="ADDRESS", help="Address to announce instead of those found (may be repeated)."),
+]
 
 
 def need_initial_peers(addresses: list[str] | None) -> tuple[str, ...]:

@@ -1,26 +1,23 @@
-"""A peer: loads a span, joins the swarm, announces itself, serves until it is told to stop."""
+"""A peer's life: it loads a span, joins the swarm, announces itself, serves until it is told to stop, and leaves."""
 
 import asyncio
 import importlib
 import logging
 from collections.abc import Iterator
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
-import torch
-
-from bootstrap.directory import Announcer
+from bootstrap.directory import LIFETIME, Announcer
 from bootstrap.member import Member
-from peer.compute.scheduler import Priority, Scheduler
-from peer.start.assembly import _JOINED, _JOINED_ON_CPU, ServeOptions, _choose_blocks, _load, _load_span, _Loaded
+from peer.compute.scheduler import Scheduler
+from peer.start.assembly import Assembled, assemble, new_scheduler
+from peer.start.options import ServeOptions
 from protocol.errors import PeerFailed
 from protocol.machine.imports import without_collection
+from protocol.model.checkpoint import Checkpoint
 from protocol.name import NAME
-from protocol.records import PeerRecord, PeerState
+from protocol.records import ModelId, PeerRecord, PeerState
 
 logger = logging.getLogger(__name__)
-
-_ANNOUNCE_PERIOD, _RECORD_LIFETIME = 20.0, 60.0
 
 
 def own_version() -> str:
@@ -34,28 +31,28 @@ def own_version() -> str:
 class Server:
     """A running peer. Make one with `start`."""
 
-    def __init__(self, options: ServeOptions, loaded: "_Loaded", member: Member):
-        self.options, self.member = options, member
-        self.span, self.service = loaded.span, loaded.service
-        self._speed, self._scheduler = loaded.speed, loaded.scheduler
+    def __init__(
+        self, options: ServeOptions, model_id: ModelId, assembled: Assembled, scheduler: Scheduler, member: Member
+    ):
+        self.options, self.model_id, self.member = options, model_id, member
+        self.span, self.service = assembled.span, assembled.service
+        self._speed, self._scheduler = assembled.speed, scheduler
         self._state = PeerState.ONLINE
         self._preload: asyncio.Task[object] | None = None
         """Imports what the first adapter needs, PEFT above all, while the peer serves already."""
-        self._announcer = Announcer(member.directory, self.record, _ANNOUNCE_PERIOD, _RECORD_LIFETIME)
+        self._announcer = Announcer(member.directory, self.record)
 
     @classmethod
-    async def start(cls, options: ServeOptions, joining: asyncio.Task[Member]) -> "Server":
-        """Load and announce once `joining` is done. Raises as it does, and `UnsupportedModel`."""
-        on_cpu = torch.device(options.device).type == "cpu"
-        scheduler = Scheduler(joined_size=_JOINED_ON_CPU if on_cpu else _JOINED)
+    async def start(cls, options: ServeOptions, checkpoint: Checkpoint, joining: asyncio.Task[Member]) -> "Server":
+        """Load and announce once `joining` is done. Raises as it does, and `BadUsage`, `UnsupportedModel`."""
+        options.span(checkpoint.model_id.num_blocks)  # what is wrong with it need not wait for the join
+        scheduler = new_scheduler(options)
         try:
             member = await joining  # first: what loads cannot be stopped, and most of a join is over by now
-            blocks = options.blocks or await _choose_blocks(options, member)
-            span = await scheduler.submit(Priority.CALL, partial(_load_span, options, blocks))
-            loaded = await scheduler.submit(Priority.CALL, partial(_load, options, span, scheduler, member))
-            server = cls(options, loaded, member)
+            assembled = await assemble(options, checkpoint, member, scheduler)
+            server = cls(options, checkpoint.model_id, assembled, scheduler, member)
             await member.transport.serve(server.service.handle)
-            await member.directory.announce(server.record(), _RECORD_LIFETIME)
+            await member.directory.announce(server.record(), LIFETIME)
         except BaseException:
             scheduler.close()
             raise
@@ -68,12 +65,12 @@ class Server:
         return PeerRecord(
             peer_id=self.member.peer_id,
             name=self.options.name,
-            model=self.options.checkpoint.model_id,
+            model=self.model_id,
             start=self.span.start,
             end=self.span.end,
             state=self._state,
             dtype=str(self.span.dtype).removeprefix("torch."),
-            quantization=self.options.quantization,
+            quantization=self.options.quantize,
             addresses=tuple(self.member.addresses)[:20],
             direct=self.member.door,
             speed=self._speed,

@@ -17,7 +17,7 @@ from client.model.saving import freeze, hide_ghosts
 from client.swarm.swarm import Swarm
 from protocol.errors import UnsupportedModel
 from protocol.machine.split_linear import split_linears
-from protocol.model.anatomy import BlockList, find_blocks, hidden_size
+from protocol.model.anatomy import BlockList, find_blocks, find_form, hidden_size
 from protocol.model.checkpoint import Checkpoint, block_of
 from protocol.model.loading import load_part
 
@@ -86,13 +86,9 @@ def _probe(model: PreTrainedModel, trunk: torch.nn.Module, layer: PseudoLayer) -
         "attention_mask": torch.ones(2, 3, dtype=torch.long),
         "use_cache": False,
     }
-    for returns_tuple in (False, True):
-        layer.returns_tuple = returns_tuple
-        try:
-            output = trunk(**inputs)[0]
-        except Exception:  # any failure at all: this form is not it
-            continue
-        if output.shape[:2] == (2, 3) and output.shape[-1] in (width, hidden_size(model.config)):
-            layer.probing = False
-            return
-    raise UnsupportedModel(f"{type(trunk).__name__} does not run over remote blocks; it cannot be used in a swarm.")
+    widths = (width, hidden_size(model.config))
+    if not find_form(
+        layer, lambda: trunk(**inputs)[0], lambda out: out.shape[:2] == (2, 3) and out.shape[-1] in widths
+    ):
+        raise UnsupportedModel(f"{type(trunk).__name__} does not run over remote blocks; it cannot be used in a swarm.")
+    layer.probing = False

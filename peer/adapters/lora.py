@@ -1,7 +1,7 @@
-"""Different clients' LoRA adapters in one trunk call: the base runs once, each client's tokens get a delta of its own.
+"""LoRA on linear layers, as plain matrices: such adapters of several clients can be run in one trunk pass.
 
-Where all have one rank and as many tokens each, their deltas are two grouped products (as in Punica, Chen et al. 2023,
-and S-LoRA, Sheng et al. 2023), else two small products per client.
+The base runs once, and each client's tokens get a delta of their own: see `peer.generation.joined.lora_rows` for steps
+and `peer.training.joined.products` for training calls.
 """
 
 import re

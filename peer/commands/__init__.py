@@ -1,1 +1,14 @@
-"""."""
+"""What people type. The only place in `peer` that may use `client`, and only from inside a function.
+
+    app             the `peer` command, `peer bootstrap`, `peer status`; exit codes
+    serve           `peer serve`
+    status          how `peer status` shows a swarm
+    key             `peer key`: the key file of a private swarm
+    demo            `peer demo`: a swarm on this machine, and a fine-tuning through it
+    sample_model    the small model of the demo
+    options         `--config`, and the client's commands
+    fields          options of a command from the fields of a dataclass
+    process         running until told to stop
+
+Importing these imports neither torch nor Transformers: `peer --help` must not wait for them.
+"""

@@ -12,25 +12,10 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
+from bootstrap.options import Announce, Host, Identity, InitialPeers, Port, SwarmKeyFile, need_initial_peers
 from peer.commands.key import app as key_app
-from peer.commands.options import (
-    Announce,
-    Config,
-    Host,
-    Identity,
-    InitialPeers,
-    LazyGroup,
-    Port,
-    SwarmKeyFile,
-    need_initial_peers,
-)
-from peer.commands.process import (
-    leave_at_once,
-    run,
-    say_ready,
-    stop_on_signals,
-    unless_stopped,
-)
+from peer.commands.options import Config, LazyGroup
+from peer.commands.process import leave_at_once, run, say_ready, stop_on_signals, unless_stopped
 from peer.commands.serve import serve
 from protocol.errors import (
     BadAdapter,

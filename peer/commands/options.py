@@ -1,32 +1,13 @@
-"""Options that commands share: parsing and checking what a user typed."""
+"""Options of the `peer` command that are about the command line itself: `--config`, and commands of other rooms."""
 
 import difflib
-import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 import yaml
 
-from bootstrap.options import InitialPeers as InitialPeers
-from bootstrap.options import SwarmKeyFile as SwarmKeyFile
-from bootstrap.options import need_initial_peers as need_initial_peers
 from protocol.errors import BadUsage, first_line
-from protocol.records import MAX_NAME
-
-if TYPE_CHECKING:
-    import torch
-
-# torch takes seconds to import: not for `peer --help`.
-
-Host = Annotated[str, typer.Option(help="Address to listen on.")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")]
-Identity = Annotated[Path | None, typer.Option(metavar="FILE", help="Key file of this member; made if missing.")]
-Announce = Annotated[
-    list[str] | None,
-    typer.Option("--announce", metavar="ADDRESS", help="Address to announce instead of those found (may be repeated)."),
-]
 
 
 def _load_defaults(context: typer.Context, value: Path | None) -> Path | None:
@@ -60,56 +41,6 @@ Config = Annotated[
         "--config", metavar="FILE.yaml", callback=_load_defaults, is_eager=True, help="A YAML file with these options."
     ),
 ]
-
-
-def parse_blocks(text: str | None, total: int | None = None) -> range | None:
-    """`0:12` as a range. Raises `BadUsage` when it is malformed, empty, or not in a model of `total` blocks."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,5}):(\d{1,5})", text.strip())
-    if not match:
-        raise BadUsage(f"--blocks {text!r} is not a span; expected START:END, such as 0:12.")
-    blocks = range(int(match[1]), int(match[2]))
-    if not blocks:
-        raise BadUsage(f"--blocks {text} is empty; END must be greater than START.")
-    if total is not None and blocks.stop > total:
-        raise BadUsage(f"--blocks {text} is out of range: the model has blocks 0:{total}.")
-    return blocks
-
-
-def parse_name(text: str) -> str:
-    """A peer's name. Raises `BadUsage` for one that a record cannot hold."""
-    if len(text) > MAX_NAME or not text.isprintable():
-        raise BadUsage(f"--name must be at most {MAX_NAME} printable characters.")
-    return text
-
-
-def parse_dtype(text: str) -> "torch.dtype | None":
-    """A dtype by name; `auto` is `None`. Raises `BadUsage`."""
-    from protocol.tensors import COMPUTE_DTYPES
-
-    return COMPUTE_DTYPES.get(one_of("--dtype", text, ("auto", *COMPUTE_DTYPES)))
-
-
-def parse_device(text: str) -> str:
-    """A device that is there; `auto` is the first GPU, else the CPU. Raises `BadUsage`."""
-    import torch
-
-    if text == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(text)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise BadUsage(f"--device {text} is not usable on this machine ({first_line(error)[:100]}).") from error
-    return text
-
-
-def one_of(option: str, value: str, choices: Sequence[str]) -> str:
-    """`value` when it is among `choices`. Raises `BadUsage`."""
-    if value not in choices:
-        raise BadUsage(f"{option} {value!r} is unknown; expected one of {', '.join(choices)}.")
-    return value
 
 
 class LazyGroup(typer.core.TyperGroup):

@@ -8,7 +8,7 @@ import torch
 
 from peer.adapters.store import AdapterStore, Bundle
 from peer.compute.tally import Tally
-from peer.generation.joined.call import Joiner, JointCall, Part
+from peer.generation.joined.batched_pass import BatchedPass, BatchMember, Joiner
 from peer.generation.joined.lora_rows import LoraApplier, Segment
 from peer.kv_cache.edits import apply_edit, check_edits
 from peer.kv_cache.session import Session
@@ -133,26 +133,26 @@ class StepRunner:
         return result
 
     def _run_together(self, steps: Sequence[Step]) -> dict[Step, Outcome]:
-        call = JointCall([Part(step.inputs, step.session.cache) for step in steps])
+        batch = BatchedPass([BatchMember(step.inputs, step.session.cache) for step in steps])
         try:
-            results = self._call_trunk(steps, call)
+            results = self._call_trunk(steps, batch)
         except Exception as error:
-            if call.has_begun:
+            if batch.has_begun:
                 return {step: _lose(step, error, alone=len(steps) == 1) for step in steps}
             return {step: self._run_alone(step) for step in steps}
         self.tally.count(len(steps))
-        outcomes = map(_outcome, steps, call.parts, results)
+        outcomes = map(_outcome, steps, batch.members, results)
         return dict(zip(steps, outcomes, strict=True))
 
-    def _call_trunk(self, steps: Sequence[Step], call: JointCall) -> list[torch.Tensor]:
+    def _call_trunk(self, steps: Sequence[Step], batch: BatchedPass) -> list[torch.Tensor]:
         assert self._joiner is not None, "group() is None without one"
         mode, bundle = steps[0].mode, steps[0].bundle
         if all(step.bundle is bundle for step in steps):
             if bundle is None and self._compiled:
-                return self._compiled.run(call, mode)
-            return self._joiner.run(call, mode, self._adapted(bundle))
-        with self._lora.applied(_segments(steps, call)):
-            return self._joiner.run(call, mode)
+                return self._compiled.run(batch, mode)
+            return self._joiner.run(batch, mode, self._adapted(bundle))
+        with self._lora.applied(_segments(steps, batch)):
+            return self._joiner.run(batch, mode)
 
     def _is_compiled(self, step: Step) -> bool:
         return self._compiled is not None and step.bundle is None and self.group(step) is not None
@@ -161,12 +161,12 @@ class StepRunner:
         return self._adapters.adapt(bundle, bundle.tensors) if bundle else None
 
 
-def _segments(steps: Sequence[Step], call: JointCall) -> list[Segment]:
+def _segments(steps: Sequence[Step], batch: BatchedPass) -> list[Segment]:
     """The tokens that run with each LoRA; steps with the same one lie side by side."""
     segments: list[Segment] = []
     end = 0
-    for step, part in zip(steps, call.parts, strict=True):
-        start, end = end, end + part.size
+    for step, member in zip(steps, batch.members, strict=True):
+        start, end = end, end + member.size
         lora = step.bundle.lora if step.bundle else None
         if lora and segments and segments[-1].lora is lora:
             start = segments.pop().start
@@ -175,10 +175,10 @@ def _segments(steps: Sequence[Step], call: JointCall) -> list[Segment]:
     return segments
 
 
-def _outcome(step: Step, part: Part, hidden: torch.Tensor) -> Outcome:
-    if part.error:
+def _outcome(step: Step, member: BatchMember, hidden: torch.Tensor) -> Outcome:
+    if member.error:
         step.session.close()
-        return part.error
+        return member.error
     step.count_tokens()
     return hidden
 

@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from protocol.errors import OverQuota
 
@@ -25,21 +27,37 @@ _BURST = 2.0
 
 @dataclass(frozen=True)
 class Quota:
-    """The most that one client may have."""
+    """The most that one client may have. Each field is an option of `peer serve`."""
 
-    streams: int = 256
-    sessions: int = 128
-    """Open generations, copies that beam search or a copied cache made included."""
-    cache_tokens: int | None = None
-    """Tokens in KV caches, of all rows of all sessions; None: as many as there are."""
-    calls: int = 64
-    """Requests being answered."""
-    adapters: int = 64
-    """Kept adapters; the client's own oldest give way to new ones."""
-    adapter_bytes: int | None = None
-    """Bytes of kept adapters; None: as many as there are."""
-    bytes_per_second: float = inf
-    """Bytes that the client sends, as `protocol.channel.Message` counts them."""
+    streams: Annotated[int, typer.Option("--client-streams", min=1, help="Connections of one client.")] = 256
+    sessions: Annotated[int, typer.Option("--client-sessions", min=1, help="Generations of one client at a time.")] = (
+        128
+    )
+    """Copies that beam search or a copied cache made included."""
+    cache_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--client-cache-tokens", min=1, help="Tokens that one client's generations may hold; default: all."
+        ),
+    ] = None
+    """Of all rows of all sessions."""
+    calls: Annotated[int, typer.Option("--client-calls", min=1, help="Requests of one client at a time.")] = 64
+    adapters: Annotated[int, typer.Option("--client-adapters", min=1, help="Adapters kept for one client.")] = 64
+    """The client's own oldest give way to new ones."""
+    adapter_bytes: Annotated[
+        int | None,
+        typer.Option("--client-adapter-bytes", min=1, help="Bytes of adapters kept for one client; default: all."),
+    ] = None
+    bytes_per_second: Annotated[
+        float,
+        typer.Option(
+            "--client-rate",
+            min=1,
+            show_default=False,
+            help="Bytes per second that one client may send; default: any.",
+        ),
+    ] = inf
+    """As `protocol.channel.Message` counts them."""
 
 
 @dataclass

@@ -29,8 +29,8 @@ from peer.span.checks import (
     prefix_length,
 )
 from peer.span.span import Mode, Span
-from peer.training.runner import CallRunner, Task
-from peer.training.trainer import Call
+from peer.training.runner import Task, TrainingRunner
+from peer.training.trainer import TrainingCall
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
 from protocol.errors import (
@@ -90,7 +90,7 @@ class Service:
         span: Span,
         memory: CacheMemory,
         adapters: AdapterStore,
-        calls: CallRunner,
+        calls: TrainingRunner,
         steps: StepRunner,
         scheduler: Scheduler,
         mailbox: Mailbox,
@@ -308,12 +308,12 @@ class Service:
         future = self._scheduler.submit_joint(Priority.CALL, run, task, client, task.group, max(1, task.size))
         return await self._answered(connection, future)
 
-    def _call(self, connection: _Connection, message: Message, context: pb.Context) -> Call:
+    def _call(self, connection: _Connection, message: Message, context: pb.Context) -> TrainingCall:
         mode = check_mode(self._span, context)
         past = prefix_length(message.tensors)
         inputs = check_inputs(self._span, message, past, self.memory.max_length)
         prefix = check_prefix(self._span, mode, message, inputs.hidden.shape[0])
-        return Call(inputs, mode, self._bundle(connection, context), prefix)
+        return TrainingCall(inputs, mode, self._bundle(connection, context), prefix)
 
     # ---- hand-over
 

@@ -1,6 +1,9 @@
-"""TODO."""
+"""Cutting a model down to a span, and the block list that skips the blocks which are not to run.
 
-from collections.abc import Iterator, Mapping
+What is cut away is replaced by modules that pass hidden states on, so the model's own code runs as it is.
+"""
+
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,13 +37,10 @@ class SpanBlocks(nn.ModuleList):
 
     active: range
     skip: tuple[Skip]  # in a tuple: not a submodule
-    stand_ins: Mapping[int, Any]
-    """What is run in the place of blocks; empty: nothing is."""
 
     def _listed(self) -> list[Any]:
         blocks, (start, end) = list(self._modules.values()), (self.active.start, self.active.stop)
-        run = [self.stand_ins[i] for i in self.active] if self.stand_ins else blocks[start:end]
-        return [*self.skip * start, *run, *self.skip * (len(blocks) - end)]
+        return [*self.skip * start, *blocks[start:end], *self.skip * (len(blocks) - end)]
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(self._listed())
@@ -49,9 +49,7 @@ class SpanBlocks(nn.ModuleList):
         if isinstance(index, slice):
             return self._listed()[index]
         index = index % len(self)
-        if index not in self.active:
-            return self.skip[0]
-        return self.stand_ins[index] if self.stand_ins else self._modules[str(index)]
+        return self._modules[str(index)] if index in self.active else self.skip[0]
 
 
 def cut_to_span(model: PreTrainedModel, start: int, end: int) -> BlockList:
@@ -62,7 +60,7 @@ def cut_to_span(model: PreTrainedModel, start: int, end: int) -> BlockList:
     where = find_blocks(model)
     trunk, skip = where.trunk_of(model), Skip()
     blocks = SpanBlocks(block if start <= i < end else skip for i, block in enumerate(where.of(model)))
-    blocks.active, blocks.skip, blocks.stand_ins = range(start, end), (skip,), {}
+    blocks.active, blocks.skip = range(start, end), (skip,)
     for name, child in list(trunk.named_children()):
         kind = f"{name} {type(child).__name__}".lower()
         if name == where.attribute:
@@ -79,8 +77,8 @@ def cut_to_span(model: PreTrainedModel, start: int, end: int) -> BlockList:
     return where
 
 
-def _neutralise_scalars(model: nn.Module) -> None:
-    """Granite and its relatives scale `inputs_embeds` inside the trunk; the client has done that already."""
+def neutralise_scalars(model: nn.Module) -> None:
+    """Have the trunk not scale its inputs, as Granite's and its relatives' do: the client has done that already."""
     for module in model.modules():
         if hasattr(module, "embedding_multiplier"):
             module.embedding_multiplier = 1.0  # type: ignore[assignment]

@@ -5,9 +5,10 @@ per architecture: masks, rotary embeddings, sliding windows and caches are Trans
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from transformers.cache_utils import Cache
 
 from peer.kv_cache.arena import Shape
 from peer.kv_cache.span_cache import SpanCache
-from peer.span.cut import _neutralise_scalars
+from peer.span.cut import neutralise_scalars
 from peer.span.transfer import to_device
 from protocol.errors import BadAdapter, UnsupportedModel, first_line
-from protocol.model.anatomy import BlockList, hidden_size
+from protocol.machine.forwards import call_with
+from protocol.model.anatomy import BlockList, find_form, hidden_size
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Adapted:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one call runs on."""
+    """What one trunk pass runs on."""
 
     hidden: torch.Tensor
     """(batch, tokens, hidden size), on the span's device and of its dtype."""
@@ -46,7 +48,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Mode:
-    """How a call is run."""
+    """How a trunk pass is run."""
 
     blocks: range
     training: bool = False
@@ -55,7 +57,7 @@ class Mode:
 
 
 class Span:
-    """Loaded blocks [start, end) of a model. Not thread-safe: one call at a time."""
+    """Loaded blocks [start, end) of a model. Not thread-safe: one trunk pass at a time."""
 
     def __init__(self, model: PreTrainedModel, where: BlockList, start: int, end: int, dtype: torch.dtype):
         self.model, self.where, self.start, self.end, self.dtype = model, where, start, end, dtype
@@ -63,7 +65,7 @@ class Span:
         self.device = next(p.device for p in model.parameters())
         self.takes_positions = "position_ids" in inspect.signature(type(self._trunk(model)).forward).parameters
         model.eval().requires_grad_(False)
-        _neutralise_scalars(model)
+        neutralise_scalars(model)
         self._check_identity()
         self.kv_shapes = self._find_kv_shapes()
         """Block -> what it caches of keys and of values for each token; of attention blocks only."""
@@ -72,16 +74,6 @@ class Span:
     def blocks(self) -> range:
         """The blocks' indices."""
         return range(self.start, self.end)
-
-    @contextmanager
-    def standing_in(self, stand_ins: Mapping[int, Any]) -> Iterator[None]:
-        """Within the block these are run in the place of blocks: of all that are run, or none."""
-        blocks: Any = self.where.of(self.model)
-        blocks.stand_ins = stand_ins
-        try:
-            yield
-        finally:
-            blocks.stand_ins = {}
 
     def run(
         self, inputs: Inputs, mode: Mode, cache: Cache | None = None, adapted: Adapted | None = None
@@ -118,15 +110,12 @@ class Span:
     def _call_trunk(
         self, model: PreTrainedModel, arguments: dict[str, Any], tensors: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
-        trunk = self._trunk(model)
-        if not tensors:
-            return trunk(**arguments)[0]  # type: ignore[no-any-return]
         named = {f"{self.where.attribute}.{name}": tensor for name, tensor in tensors.items()}
         try:
-            return torch.func.functional_call(trunk, named, (), arguments, tie_weights=False)[0]  # type: ignore[no-any-return]
+            return call_with(self._trunk(model), named, arguments)[0]  # type: ignore[no-any-return]
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
             # The inputs have been checked; options and dtypes of an adapter can contradict each other in many ways.
-            if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or "allocate memory" in str(error):
+            if not tensors or _is_the_machines(error):
                 raise
             raise BadAdapter(f"The adapter cannot be run: {first_line(error)}.") from error
 
@@ -140,21 +129,15 @@ class Span:
         Without this check a trunk that expects tuples would slice a tensor without a word, and a trunk that works on
         the hidden states by itself (Mamba hybrids, ...) would be served wrong.
         """
-        skip = self.where.of(self.model).skip[0]  # type: ignore[union-attr, index]
+        blocks: Any = self.where.of(self.model)
         hidden = torch.randn(2, 3, self.hidden_size, dtype=self.dtype, device=self.device)
-        nothing = Mode(range(self.start, self.start))
-        for returns_tuple in (False, True):
-            skip.returns_tuple = returns_tuple  # type: ignore[union-attr]
-            try:
-                out = self.run(Inputs(hidden), nothing)
-            except Exception:  # any failure at all: this form is not it
-                continue
-            if isinstance(out, torch.Tensor) and out.shape == hidden.shape and torch.equal(out, hidden):
-                return self._check_cache(hidden)
-        raise UnsupportedModel(
-            f"{type(self._trunk(self.model)).__name__} changes the hidden states outside of its blocks, so spans of "
-            "it would compute something else than the model; it cannot be served."
-        )
+        inputs, nothing = Inputs(hidden), Mode(range(self.start, self.start))
+        if not find_form(blocks.skip[0], lambda: self.run(inputs, nothing), partial(_is, hidden)):
+            raise UnsupportedModel(
+                f"{type(self._trunk(self.model)).__name__} changes the hidden states outside of its blocks, so spans "
+                "of it would compute something else than the model; it cannot be served."
+            )
+        self._check_cache(hidden)
 
     @torch.no_grad()
     def _find_kv_shapes(self) -> dict[int, tuple[Shape, Shape]]:
@@ -191,6 +174,15 @@ def find_module(blocks: nn.Module, name: str) -> nn.Module | None:
         return blocks.get_submodule(name)
     except AttributeError:
         return None
+
+
+def _is(hidden: torch.Tensor, output: Any) -> bool:
+    return isinstance(output, torch.Tensor) and output.shape == hidden.shape and torch.equal(output, hidden)
+
+
+def _is_the_machines(error: Exception) -> bool:
+    """Whether memory or a device failed, whatever the adapter."""
+    return isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or "allocate memory" in str(error)
 
 
 def _to(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

@@ -1,32 +1,27 @@
-"""TODO."""
+"""Compiled steps, if they give what a span gives, and sooner: tried when a span is loaded with `--compile`."""
 
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch._inductor.config
 
-from peer.generation.joined.call import JointCall, Part
+from peer.generation.joined.batched_pass import BatchedPass, BatchMember
 from peer.generation.joined.compiled import CompiledPacker
 from peer.generation.joined.packing import Packer
 from peer.kv_cache.span_cache import SpanCache
-from peer.span.span import (
-    Inputs,
-    Mode,
-    Span,
-)
-from peer.start.joining_trial import tolerance
+from peer.span.span import Inputs, Mode, Span
+from peer.start.trial import random_states, relative_error, tolerance
 from protocol.errors import first_line
+from protocol.machine.timing import fastest
 
 logger = logging.getLogger(__name__)
 
 _PAYS = 1.02
 """How many times as fast a step must be."""
-
-
-_ROUNDS = 10
+_STEPS = (5, 1, 3, 1)
+"""Tokens of the steps whose results are compared. During the first one, blocks run as they are."""
 
 
 @torch.no_grad()
@@ -35,7 +30,7 @@ def compile_steps(span: Span, backend: str = "inductor") -> CompiledPacker | Non
     compiled = CompiledPacker(span, backend)
     try:
         with _settings():
-            error, gain = _try_out(span, Packer(span), compiled)
+            error, gain = _try_out(span, compiled)
     except Exception as failure:  # any failure at all: no compiler, or a block that it cannot take
         logger.warning("steps are not compiled: %s", first_line(failure))
         return None
@@ -55,27 +50,28 @@ def _settings() -> Iterator[None]:
         yield
 
 
-def _try_out(span: Span, plain: Packer, compiled: CompiledPacker) -> tuple[float, float]:
-    """The largest relative difference of a few steps, and how many times as fast a step of one token is."""
-    mode, chance = Mode(span.blocks), torch.Generator().manual_seed(0)
-    caches = {packer: SpanCache(span.model.config, span.blocks) for packer in (plain, compiled)}
+class _Session:
+    """A session whose steps one packer runs."""
 
-    def step(packer: Packer, hidden: torch.Tensor) -> torch.Tensor:
-        (found,) = packer.run(JointCall([Part(Inputs(hidden), caches[packer])]), mode)
-        caches[packer].seen += hidden.shape[1]
+    def __init__(self, span: Span, packer: Packer):
+        self._packer, self._mode = packer, Mode(span.blocks)
+        self._cache = SpanCache(span.model.config, span.blocks)
+
+    def step(self, hidden: torch.Tensor) -> torch.Tensor:
+        (found,) = self._packer.run(BatchedPass([BatchMember(Inputs(hidden), self._cache)]), self._mode)
+        self._cache.seen += hidden.shape[1]
         return found
 
-    worst, times = 0.0, dict[Packer, list[float]]({plain: [], compiled: []})
-    for number, tokens in enumerate([5, 1, 3] + [1] * _ROUNDS):
-        hidden = torch.randn(1, tokens, span.hidden_size, generator=chance).to(span.device, span.dtype)
-        found = {}
-        for packer in (plain, compiled):
-            begin = time.perf_counter()
-            found[packer] = step(packer, hidden)
-            times[packer].append(time.perf_counter() - begin)
-        error = (found[compiled] - found[plain]).abs().max() / found[plain].abs().max()
-        worst = max(worst, float(error.nan_to_num(float("inf"))))
+
+def _try_out(span: Span, compiled: CompiledPacker) -> tuple[float, float]:
+    """The largest relative error of a few steps, and how many times as fast a step of one token is."""
+    plain, ours = _Session(span, Packer(span)), _Session(span, compiled)
+    chance, errors = torch.Generator().manual_seed(0), []
+    for number, tokens in enumerate(_STEPS):
+        hidden = random_states(span, 1, tokens, chance)
+        errors.append(relative_error(ours.step(hidden), plain.step(hidden)))
         if number == 0:
             compiled.compile()
-    fastest = {packer: min(taken[-_ROUNDS:]) for packer, taken in times.items()}
-    return worst, fastest[plain] / fastest[compiled]
+    token = random_states(span, 1, 1, chance)
+    seconds = [fastest(lambda session=session: session.step(token)) for session in (plain, ours)]  # type: ignore[misc]
+    return max(errors), seconds[0] / seconds[1]

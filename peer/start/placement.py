@@ -1,8 +1,25 @@
 """Which blocks to serve: those that the swarm needs most."""
 
+import asyncio
 from collections.abc import Iterable
 
+from bootstrap.directory import Directory
+from peer.span.loading import block_bytes
+from peer.start.memory import WEIGHTS_SHARE, free_memory
+from peer.start.options import ServeOptions
+from protocol.model.checkpoint import Checkpoint
 from protocol.records import PeerRecord, PeerState
+
+
+async def find_blocks_to_serve(options: ServeOptions, checkpoint: Checkpoint, directory: Directory) -> range:
+    """As many blocks as `options` say or fit the memory, where the swarm needs them most. Raises `PeerUnreachable`."""
+    peers = await directory.peers(checkpoint.model_id.config_hash)
+    total, count = checkpoint.model_id.num_blocks, options.num_blocks
+    if count is None:
+        memory = free_memory(options.torch_device) * WEIGHTS_SHARE
+        block = await asyncio.to_thread(block_bytes, checkpoint, options.weights_dtype, options.quantize)
+        count = max(1, min(total, int(memory // block)))
+    return choose_blocks(peers, total, count)
 
 
 def choose_blocks(peers: Iterable[PeerRecord], total: int, count: int) -> range:

@@ -1,4 +1,4 @@
-"""How fast a span is, by running it, and how much memory a cached token takes."""
+"""A span's speed, measured by running it, and the memory that a cached token takes."""
 
 import torch
 
@@ -15,8 +15,7 @@ _SAMPLE = 4
 
 @torch.no_grad()
 def measure(span: Span) -> tuple[Speed, int]:
-    """The span's speed, and the bytes that one cached token of one row takes. Takes less than a second where
-    a step does."""
+    """The span's speed, and the bytes of one cached token of one row. Takes about a second if a step is quick."""
     cache = SpanCache(span.model.config, span.blocks)
 
     def step(tokens: int, blocks: range, cache: SpanCache | None) -> None:
@@ -27,7 +26,7 @@ def measure(span: Span) -> tuple[Speed, int]:
 
     step(_PROMPT, span.blocks, cache)
     token_bytes = _bytes_per_token(cache, _PROMPT)
-    sample = span.blocks[-_SAMPLE:]  # the last ones: a model's first blocks may be of another kind than most
+    sample = span.blocks[-_SAMPLE:]  # the last ones: a model's first blocks may be of another type than most
     decode = len(span.blocks) / fastest(lambda: step(1, span.blocks, cache))
     forward = len(sample) * _FORWARD / fastest(lambda: step(_FORWARD, sample, None))
     return Speed(decode=decode, forward=forward), token_bytes

@@ -1,20 +1,15 @@
-"""Training calls that wait for their turn; small ones are run together where that can be.
-
-They run side by side (`peer.training.joined.side_by_side`), so that each weight is read once for all of them (`peer.training.joined.products`). Whatever
-else there is to a call is as if it had run alone: its activations, its backward, its failures are its own.
-"""
+"""Training calls that wait for their turn; small ones are run together where that can be."""
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from peer.compute.tally import Tally
-from peer.training.joined.side_by_side import MOST, run_together
-from peer.training.trainer import Call, Trainer
+from peer.training.joined.together import Together
+from peer.training.trainer import Trainer, TrainingCall
 from protocol.errors import SwarmError
 
 
@@ -22,36 +17,40 @@ from protocol.errors import SwarmError
 class Task:
     """A training call that waits."""
 
-    work: Callable[[], Any]
+    alone: Callable[[], Any]
+    """Runs it by itself."""
     size: int
     """Tokens, of all rows."""
-    group: Hashable | None
+    group: Hashable | None = None
     """Tasks of one group may be run together; `None`: on its own."""
+    beside: Callable[[], Any] | None = None
+    """Runs it side by side with others; `None`: as alone."""
 
 
-class CallRunner:
+class TrainingRunner:
     """Makes tasks of training calls, and runs them. What runs them belongs on the compute thread.
 
-    `joined_tokens`: calls of at most so many tokens may be run together with others.
+    `together`: how calls of several clients are run together; `None`: not at all.
     """
 
-    def __init__(self, trainer: Trainer, joined_tokens: int):
-        self._trainer, self._joined_tokens = trainer, joined_tokens
+    def __init__(self, trainer: Trainer, together: Together | None = None):
+        self._trainer, self._together = trainer, together
         self.tally = Tally()
 
-    def forward(self, call: Call, owner: str, keep: bool) -> Task:
+    def forward(self, call: TrainingCall, owner: str, keep: bool) -> Task:
         """See `Trainer.forward`."""
-        return self._task(partial(self._trainer.forward, call, owner, keep), call, "forward")
+        return self._task(partial(self._trainer.forward, owner=owner, keep=keep), call, "forward")
 
-    def backward(self, call: Call, grad: torch.Tensor) -> Task:
-        """See `Trainer.backward`."""
-        return self._task(partial(self._trainer.backward, call, grad), call, "backward")
+    def backward(self, call: TrainingCall, grad: torch.Tensor) -> Task:
+        """See `Trainer.backward`. `grad`: (rows, tokens, hidden size)."""
+        return self._task(partial(self._trainer.backward, grad=grad), call, "backward")
 
     def backward_kept(self, call_id: int, owner: str, grad: torch.Tensor) -> Task:
-        """See `Trainer.backward_kept`."""
-        work, size = partial(self._trainer.backward_kept, call_id, owner, grad), _tokens(grad)
-        joins = size <= self._joined_tokens and self._trainer.meets(call_id)
-        return Task(work, size, "backward of kept" if joins else None)
+        """See `Trainer.backward_kept`. `grad`: (rows, tokens, hidden size)."""
+        work, size, together = partial(self._trainer.backward_kept, call_id, owner, grad), _tokens(grad), self._together
+        if together is None or size > together.most_tokens or not self._trainer.meets(call_id):
+            return Task(work, size)
+        return Task(work, size, "backward of kept")
 
     def forget(self, owner: str) -> None:
         """See `Trainer.forget`."""
@@ -59,40 +58,36 @@ class CallRunner:
 
     def run(self, tasks: Sequence[Task]) -> list[Any]:
         """What each of `tasks`, which are of one group, returned or raised."""
+        if self._together is None or tasks[0].group is None:
+            return [self._run_alone(task) for task in tasks]
         outcomes: list[Any] = []
-        with ExitStack() as stack:
-            if tasks[0].group is not None:
-                stack.enter_context(self._trainer.products.meeting())
-            for start in range(0, len(tasks), MOST):
-                outcomes += self._run_at_once([task.work for task in tasks[start : start + MOST]])
+        with self._together.meeting():
+            for start in range(0, len(tasks), self._together.most):
+                outcomes += self._run_together(self._together, tasks[start : start + self._together.most])
         return outcomes
 
-    def _run_at_once(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
-        self.tally.count(len(works))
-        if len(works) == 1:
-            return [_attempt(works[0])]
-        outcomes = run_together(works)
-        for number, work in enumerate(works):
+    def _run_alone(self, task: Task) -> Any:
+        self.tally.count(1)
+        return _attempt(task.alone)
+
+    def _run_together(self, together: Together, tasks: Sequence[Task]) -> list[Any]:
+        if len(tasks) == 1:
+            return [self._run_alone(tasks[0])]
+        self.tally.count(len(tasks))
+        outcomes = together.run([task.beside or task.alone for task in tasks])
+        for number, task in enumerate(tasks):
             if isinstance(outcomes[number], Exception) and not isinstance(outcomes[number], SwarmError):
                 outcomes[number] = None  # and with it the memory that its traceback holds
-                outcomes[number] = _attempt(work)
+                outcomes[number] = _attempt(task.alone)
         return outcomes
 
-    def _task(self, work: Callable[[], Any], call: Call, kind: str) -> Task:
-        size, mode = _tokens(call.inputs.hidden), call.mode
-        joins = size <= self._joined_tokens and self._can_join(call)
-        return Task(work, size, (kind, mode.blocks, mode.training) if joins else None)
-
-    def _can_join(self, call: Call) -> bool:
-        """Dropout is drawn from one generator for all, and other adapters' module trees hold one client's tensors."""
-        mode, bundle = call.mode, call.bundle
-        if mode.dropout_seed is not None or mode.autocast is not None or call.prefix:
-            return False
-        if bundle is None:
-            return self._trainer.products.have(())
-        if bundle.lora is None or (mode.training and bundle.manifest.has_dropout):
-            return False
-        return self._trainer.products.have(bundle.lora.deltas)
+    def _task(self, run: Callable[..., Any], call: TrainingCall, kind: str) -> Task:
+        size, mode, together = _tokens(call.inputs.hidden), call.mode, self._together
+        if together is None or size > together.most_tokens or call.prefix or not together.takes(mode, call.bundle):
+            return Task(partial(run, call), size)
+        call = replace(call, meets=True)
+        beside = partial(run, call, adding=together.adding)
+        return Task(partial(run, call), size, (kind, mode.blocks, mode.training), beside)
 
 
 def _attempt(work: Callable[[], Any]) -> Any:

@@ -2,29 +2,33 @@
 
 import secrets
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
-from peer.adapters.lora import find_lora
 from peer.adapters.store import AdapterStore, Bundle
 from peer.kv_cache.span_cache import Prefix, prefix_cache
 from peer.span.span import Inputs, Mode, Span
 from peer.span.transfer import to_device, to_host
-from peer.training.joined.products import Products, adding
-from peer.training.joined.side_by_side import may_meet
 from protocol.errors import BadRequest, UnknownCall
 
 
 @dataclass(frozen=True)
-class Call:
+class TrainingCall:
     """What a forward runs on; a backward needs the same again."""
 
     inputs: Inputs
     mode: Mode
     bundle: Bundle | None
     prefix: Prefix
+    meets: bool = False
+    """Whether it runs where it can meet others (`peer.training.joined`), and so will its backward."""
+
+
+Adding = Callable[[Bundle, Mapping[str, torch.Tensor]], AbstractContextManager[None]]
+"""Within the context the span itself runs with a bundle's adapters, of which these are the tensors."""
 
 
 @dataclass(frozen=True)
@@ -37,25 +41,28 @@ class _Graph:
     """Bytes of saved activations."""
     owner: str
     meets: bool
-    """Whether its backward can meet others'."""
+    """Whether its backward can meet others."""
 
 
 class Trainer:
-    """Runs training calls on a span, keeping activations within a memory budget."""
+    """Runs training calls on a span, keeping activations within a memory budget.
+
+    `adding`, where a method takes it: how a call's adapters are applied; `None`: by their PEFT tree.
+    """
 
     def __init__(self, span: Span, adapters: AdapterStore, max_kept_bytes: int):
         self._span, self._adapters, self._max_kept = span, adapters, max_kept_bytes
-        self.products = Products(span)
-        """Where calls meet."""
         self._kept = dict[int, _Graph]()
         """Oldest first."""
 
-    def forward(self, call: Call, owner: str, keep: bool) -> tuple[torch.Tensor, int]:
-        """The hidden states, and the name under which the activations are kept (0: they are not)."""
+    def forward(
+        self, call: TrainingCall, owner: str, keep: bool, adding: Adding | None = None
+    ) -> tuple[torch.Tensor, int]:
+        """The hidden states (rows, tokens, hidden size), and the ID of what is kept for the backward; 0: nothing."""
         if not keep:
             with torch.no_grad():
-                return to_host(self._run(call, {})), 0
-        graph = self._forward_with_graph(call, owner)
+                return to_host(self._run(call, {}, adding)), 0
+        graph = self._forward_with_graph(call, owner, adding)
         if graph.size > self._max_kept:
             return to_host(graph.result.detach()), 0
         call_id = secrets.randbits(63) | 1
@@ -73,12 +80,12 @@ class Trainer:
         del self._kept[call_id]
         return _backward(graph, grad)
 
-    def backward(self, call: Call, grad: torch.Tensor) -> dict[str, torch.Tensor]:
+    def backward(self, call: TrainingCall, grad: torch.Tensor, adding: Adding | None = None) -> dict[str, torch.Tensor]:
         """Gradients by computing the forward again, dropout masks included."""
-        return _backward(self._forward_with_graph(call, ""), grad)
+        return _backward(self._forward_with_graph(call, "", adding), grad)
 
     def meets(self, call_id: int) -> bool:
-        """Whether the backward of a kept call can meet others'."""
+        """Whether the backward of a kept call can meet others."""
         graph = self._kept.get(call_id)
         return graph is not None and graph.meets
 
@@ -98,7 +105,7 @@ class Trainer:
             greediest = sizes.most_common(1)[0][0]
             del self._kept[next(i for i, graph in self._kept.items() if graph.owner == greediest)]
 
-    def _forward_with_graph(self, call: Call, owner: str) -> _Graph:
+    def _forward_with_graph(self, call: TrainingCall, owner: str, adding: Adding | None) -> _Graph:
         leaves = {"hidden_states": call.inputs.hidden.detach().requires_grad_()}
         for block, (key, value) in call.prefix.items():
             leaves[f"prefix.{block}.key"] = key.detach().requires_grad_()
@@ -108,10 +115,10 @@ class Trainer:
                 leaves[f"adapter.{name}"] = call.bundle.tensors[name].detach().requires_grad_()
         counter = _SavedBytes(self._span)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor):
-            result = self._run(call, leaves)
-        return _Graph(leaves, result, counter.total, owner, self.products.are_met)
+            result = self._run(call, leaves, adding)
+        return _Graph(leaves, result, counter.total, owner, call.meets)
 
-    def _run(self, call: Call, leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _run(self, call: TrainingCall, leaves: Mapping[str, torch.Tensor], adding: Adding | None) -> torch.Tensor:
         hidden = leaves.get("hidden_states", call.inputs.hidden)
         inputs = Inputs(hidden, call.inputs.mask, call.inputs.positions)
         cache = None
@@ -125,10 +132,8 @@ class Trainer:
         if call.bundle:
             own = call.bundle.tensors
             tensors = {name: leaves.get(f"adapter.{name}", tensor) for name, tensor in own.items()}
-            if may_meet():  # a tree holds one client's tensors at a time
-                lora = find_lora(self._span, call.bundle.manifest, tensors)
-                assert lora is not None, "others do not join"
-                with adding(lora.deltas):
+            if adding is not None:
+                with adding(call.bundle, tensors):
                     return self._span.run(inputs, call.mode)
             adapted = self._adapters.adapt(call.bundle, tensors)
         return self._span.run(inputs, call.mode, cache, adapted)

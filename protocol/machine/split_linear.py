@@ -2,8 +2,8 @@
 
 A product of a few rows takes the time in which its weight is read. In float32 MKL has one thread read it. As a batch of
 products, each with a part of the weight's rows, several threads do. Every number is the same sum of the same products
-as before, if only the kernels take them in the same order: whether they do is tried, for each number of rows, when a
-model is loaded, and so is whether it pays.
+as before, provided that the kernels take them in the same order: whether they do is tried, for each number of rows,
+when a model is loaded, and so is whether it pays.
 """
 
 import itertools
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from protocol.machine.forwards import become
 from protocol.machine.timing import fastest
 
 logger = logging.getLogger(__name__)
@@ -28,17 +29,18 @@ _BUDGET = 0.2
 _PAYS = 1.1
 """How many times as fast a product of one row must be."""
 _ATTEMPTS = 3
-"""At finding it so fast: a machine that does something else at the same time makes it look slower than it is."""
+"""Measurements of whether it pays: on a machine that does something else, split products look slower than they are."""
 
 
 class SplitLinear(nn.Linear):
-    """As `nn.Linear`; see above. Made of one by `split_linears`."""
+    """An `nn.Linear` that splits small products over threads. Made of one by `split_linears`."""
 
     parts: int
+    """How many parts the weight is split into."""
     splits: frozenset[int]
-    """The numbers of rows at which it does."""
+    """The numbers of rows at which products are split."""
     tried: torch.Size
-    """Of the weight. Resizing tied embeddings gives a head another one."""
+    """The shape of the weight that was tried. Resizing tied embeddings gives a head another one."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., out) of (..., in)."""
@@ -57,8 +59,9 @@ class SplitLinear(nn.Linear):
 
 @torch.no_grad()
 def split_linears(model: nn.Module) -> None:
-    """Have the linear layers of `model` split small products over the threads that there are now, where that is right
-    and pays. Only plain ones in float32 on a CPU are looked at: of other dtypes kernels use all threads already.
+    """Have the linear layers of `model` split small products over the present number of threads, if right and quicker.
+
+    Only plain layers in float32 on a CPU are tried: for other dtypes kernels use all threads already.
     """
     alike = defaultdict[tuple[torch.Size, bool], list[nn.Linear]](list)
     for module in model.modules():
@@ -69,8 +72,7 @@ def split_linears(model: nn.Module) -> None:
         if parts > 1 and _pays(modules, parts) and 1 in (splits := _right_rows(modules[0], parts)):
             logger.info("%d linear layers of %s: %s rows in %d parts", len(modules), shape, sorted(splits), parts)
             for module in modules:
-                module.__class__ = SplitLinear
-                module.parts, module.splits, module.tried = parts, splits, shape  # type: ignore[assignment]
+                become(module, SplitLinear, parts=parts, splits=splits, tried=shape)
 
 
 def _is_plain(weight: torch.Tensor) -> bool:
@@ -86,12 +88,12 @@ def _split_product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 
 
 def _parts(rows: int) -> int:
-    """The largest number of parts for which there are threads."""
+    """The largest number of parts into which a weight of so many rows can be split, at most one a thread."""
     return max(parts for parts in range(1, torch.get_num_threads() + 1) if rows % (parts * _ALIGNED) == 0 or parts == 1)
 
 
 def _right_rows(module: nn.Linear, parts: int) -> frozenset[int]:
-    """The numbers of rows of which split products are the same to the last bit, as far as there was time to try."""
+    """The numbers of rows at which split products are the same to the last bit, as far as there was time to try."""
     until = time.monotonic() + _BUDGET
     in_time = itertools.takewhile(lambda rows: rows == 1 or time.monotonic() < until, range(1, _MOST + 1))
     return frozenset(rows for rows in in_time if _is_right(module, rows, parts))
@@ -103,7 +105,7 @@ def _is_right(module: nn.Linear, rows: int, parts: int) -> bool:
 
 
 def _pays(modules: list[nn.Linear], parts: int) -> bool:
-    """Whether a product of one row is so much faster. By one layer after another, lest the weight stays in a cache."""
+    """Whether a product of one row is quick enough when split. Layers take turns: a cache may hold one weight."""
     input, layers = _random(modules[0], 1), itertools.cycle(modules)
 
     def split() -> None:

@@ -3,17 +3,17 @@
 import time
 from collections.abc import Callable
 
-_RUNS, _BUDGET = 8, 0.2
-"""Runs of a measurement at most, and the seconds after which no further run is begun."""
 
+def fastest(work: Callable[[], object], runs: int = 8, budget: float = 0.2) -> float:
+    """Seconds of the fastest of some runs of `work`: the others were disturbed.
 
-def fastest(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of up to 8 runs of `work`: other processes only ever slow a run down."""
+    None is begun more than `budget` seconds after the first.
+    """
     best, begin = float("inf"), time.perf_counter()
-    for _ in range(_RUNS):
+    for _ in range(runs):
         start = time.perf_counter()
         work()
         best = min(best, time.perf_counter() - start)
-        if time.perf_counter() - begin > _BUDGET:
+        if time.perf_counter() - begin > budget:
             break
     return best

@@ -1,7 +1,8 @@
 """Where a Transformers model keeps its blocks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -41,6 +42,23 @@ class BlockList:
     def of(self, model: nn.Module) -> nn.ModuleList:
         """The block list of `model`."""
         return model.get_submodule(self.path)  # type: ignore[return-value]
+
+
+def find_form(block: Any, run: Callable[[], Any], is_right: Callable[[Any], bool]) -> bool:
+    """Whether a trunk runs over blocks that only pass hidden states on; sets what these must return.
+
+    `run` returns the trunk's last hidden states with `block` in the place of its blocks. `block.returns_tuple` becomes
+    the form (hidden states, or a tuple that begins with them) in which the trunk expects them: no architecture says so.
+    """
+    for returns_tuple in (False, True):
+        block.returns_tuple = returns_tuple
+        try:
+            output = run()
+        except Exception:  # any failure at all: this form is not it
+            continue
+        if is_right(output):
+            return True
+    return False
 
 
 def find_blocks(model: "PreTrainedModel") -> BlockList:

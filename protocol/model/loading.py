@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from protocol.errors import UnsupportedModel, first_line
+from protocol.machine.forwards import become
 
 
 def class_for(config: PreTrainedConfig, mapping: Any) -> type[PreTrainedModel] | None:
@@ -62,5 +63,5 @@ def load_part(
             f"{name} has shape {list(found)} and the configuration says {list(expected)}; "
             "config.json and weights are of different models."
         )
-    model.__class__ = cls
+    become(model, cls)
     return model, sorted(info["missing_keys"])

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from peer.generation.joined import compiled
 from peer.span.loading import load_span
 from peer.span.span import Span
+from peer.start import compile_trial
 from peer.start.compile_trial import compile_steps
 from protocol.model.checkpoint import open_checkpoint
 from tests.peer.test_packing import Desk, play
@@ -29,12 +30,12 @@ def load(
     caplog.set_level(logging.WARNING, "torch.__trace")  # thousands of records
     torch.compiler.reset()
     counters.clear()
-    monkeypatch.setattr(compiled, "_PAYS", 0.0)
+    monkeypatch.setattr(compile_trial, "_PAYS", 0.0)
     return lambda family: load_span(open_checkpoint(str(models(family))), START, END)
 
 
 def test_compiled_as_plain(load: Callable[[str], Span]) -> None:
-    """All blocks of a kind share their graphs: of one token, and of any number."""
+    """All blocks of a type share their graphs: of one token, and of any number."""
     span = load("llama")
     packer = compile_steps(span, _BACKEND)
     assert packer
@@ -50,9 +51,9 @@ def test_no_such_compiler(load: Callable[[str], Span]) -> None:
 
 def test_different_numbers(load: Callable[[str], Span], monkeypatch: pytest.MonkeyPatch) -> None:
     """Code that does not compute the same is not used, however fast it is; nor what is no faster."""
-    run = compiled._Block.__call__
-    monkeypatch.setattr(compiled._Block, "__call__", lambda *args, **options: 1.001 * run(*args, **options))
+    run = compiled.CompiledBlock.__call__
+    monkeypatch.setattr(compiled.CompiledBlock, "__call__", lambda *args, **options: 1.001 * run(*args, **options))
     assert compile_steps(load("llama"), _BACKEND) is None
     monkeypatch.undo()
-    monkeypatch.setattr(compiled, "_PAYS", 1e9)
+    monkeypatch.setattr(compile_trial, "_PAYS", 1e9)
     assert compile_steps(load("llama"), _BACKEND) is None

@@ -15,14 +15,10 @@ from peer.adapters.store import AdapterStore, Bundle
 from peer.service.quotas import Quota
 from peer.span.span import Inputs, Mode, Span
 from peer.training.joined.products import Products
-from peer.training.joined.side_by_side import (
-    Place,
-    may_meet,
-    meet,
-    run_together,
-)
-from peer.training.runner import CallRunner, Task
-from peer.training.trainer import Call, Trainer
+from peer.training.joined.side_by_side import Place, meet, run_together
+from peer.training.joined.together import Together
+from peer.training.runner import Task, TrainingRunner
+from peer.training.trainer import Trainer, TrainingCall
 from protocol.errors import BadRequest, UnknownCall
 from tests.tools.lora import put_lora
 from tests.tools.spans import (
@@ -47,19 +43,19 @@ class Desk:
         self.span = span
         self.store = AdapterStore(span, 10**8, Quota())
         self.trainer = Trainer(span, self.store, max_kept)
-        self.runner = CallRunner(self.trainer, joined_tokens=32)
+        self.runner = TrainingRunner(self.trainer, Together(span, 32))
 
     def put(self, targets: Sequence[str], rank: int, seed: int, **options: Any) -> Bundle:
         """Of every second seed the first tensor is frozen."""
         return put_lora(self.store, self.span, targets, rank, seed, frozen=seed % 2, **options)
 
-    def call(self, rows: int, tokens: int, seed: int, bundle: Bundle | None = None, **mode: Any) -> Call:
+    def call(self, rows: int, tokens: int, seed: int, bundle: Bundle | None = None, **mode: Any) -> TrainingCall:
         mask = torch.ones(rows, tokens, dtype=torch.long)
         mask[0, : tokens // 3] = 0
         options = {"training": True} | mode
-        return Call(Inputs(states(rows, tokens, seed), mask), Mode(self.span.blocks, **options), bundle, {})
+        return TrainingCall(Inputs(states(rows, tokens, seed), mask), Mode(self.span.blocks, **options), bundle, {})
 
-    def calls(self, *bundles: Bundle | None) -> list[Call]:
+    def calls(self, *bundles: Bundle | None) -> list[TrainingCall]:
         sizes = ((1, 11), (2, 7), (1, 2), (1, 17))
         return [self.call(*size, i, bundle) for i, (size, bundle) in enumerate(zip(sizes, bundles, strict=True))]
 
@@ -69,7 +65,7 @@ class Desk:
         assert len({task.group for task in tasks}) == 1
         return self.runner.run(tasks)
 
-    def forward(self, calls: Sequence[Call]) -> list[Any]:
+    def forward(self, calls: Sequence[TrainingCall]) -> list[Any]:
         return self.run([self.runner.forward(call, CLIENTS[i], keep=True) for i, call in enumerate(calls)])
 
     def backward(self, answers: Sequence[Any], who: Sequence[int] = range(4)) -> list[Any]:
@@ -77,7 +73,7 @@ class Desk:
         given = [(i, hidden, call_id) for i, (hidden, call_id) in zip(who, answers, strict=False)]
         return self.run([self.runner.backward_kept(name, CLIENTS[i], grad_of(hidden, i)) for i, hidden, name in given])
 
-    def alone(self, calls: Sequence[Call]) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+    def alone(self, calls: Sequence[TrainingCall]) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
         """Results and gradients one by one, in ways that never meet."""
         results, gradients = [], []
         for i, call in enumerate(calls):
@@ -196,7 +192,7 @@ def test_what_is_wrong_with_one_call_is_not_with_others(desk: Desk) -> None:
     assert_same([hidden for hidden, _ in answers[1:]], results[1:])
     assert_same(desk.backward(answers)[1:], gradients[1:])
 
-    bad = Call(Inputs(calls[2].inputs.hidden, torch.ones(1, 1, 1, 99)), calls[2].mode, bundles[2], {})
+    bad = TrainingCall(Inputs(calls[2].inputs.hidden, torch.ones(1, 1, 1, 99)), calls[2].mode, bundles[2], {})
     first, second, failed, last = desk.forward([*calls[:2], bad, calls[3]])
     assert isinstance(failed, Exception)
     good = [first, second, last]
@@ -211,21 +207,21 @@ def test_what_is_wrong_with_one_call_is_not_with_others(desk: Desk) -> None:
     assert [type(one) for one in found[1:3]] == [BadRequest, UnknownCall]
 
 
-@pytest.mark.parametrize("where", ["one call", "the joint product"])
+@pytest.mark.parametrize("where", ["one call", "the joined product"])
 def test_memory_for_all_is_not_to_be_had(desk: Desk, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """It may be for one by one."""
     calls = desk.calls(*loras(desk))
     results, gradients = desk.alone(calls)
-    of, cat, failed = Delta.of, torch.cat, list[int]()
+    of, cat, failed, compute_thread = Delta.of, torch.cat, list[int](), threading.get_ident()
 
     def fail(delta: Delta, inputs: torch.Tensor) -> torch.Tensor:
-        if may_meet() and inputs.shape[:2] == (2, 7):
+        if threading.get_ident() != compute_thread and inputs.shape[:2] == (2, 7):
             failed.append(1)
             raise torch.OutOfMemoryError("for so many")
         return of(delta, inputs)
 
     def fail_for_all(tensors: Any, *rest: Any, **options: Any) -> torch.Tensor:
-        if not may_meet():  # on the compute thread
+        if threading.get_ident() == compute_thread:
             failed.append(len(tensors))
             raise torch.OutOfMemoryError("for all of them")
         return cat(tensors, *rest, **options)
@@ -247,7 +243,7 @@ def test_who_runs_alone(desk: Desk, spans: Callable[..., Span]) -> None:
     q = [TARGETS["llama"][0]]
     lora, dora, drops = desk.put(q, 4, 1), desk.put(q, 4, 2, use_dora=True), desk.put(q, 4, 3, lora_dropout=0.1)
 
-    def group(call: Call) -> Any:
+    def group(call: TrainingCall) -> Any:
         return desk.runner.forward(call, "me", keep=True).group
 
     assert group(desk.call(1, 4, 0)) == group(desk.call(2, 9, 0, lora)) is not None
@@ -257,7 +253,9 @@ def test_who_runs_alone(desk: Desk, spans: Callable[..., Span]) -> None:
         assert group(desk.call(1, 4, 0, bundle, **mode)) is None
     assert group(desk.call(1, 33, 0)) is None
     inputs = desk.call(1, 4, 0).inputs
-    assert group(Call(inputs, Mode(desk.span.blocks), None, {START: (states(1, 4, 0), states(1, 4, 0))})) is None
+    assert (
+        group(TrainingCall(inputs, Mode(desk.span.blocks), None, {START: (states(1, 4, 0), states(1, 4, 0))})) is None
+    )
     _, call_id = desk.trainer.forward(desk.call(1, 4, 0), "me", keep=True)
     assert desk.runner.backward_kept(call_id, "me", states(1, 4, 0)).group is None  # its graph has no meeting places
     rough = Desk(spans("llama", quantization="int8"))
@@ -272,7 +270,7 @@ def test_functions_that_take_other_ways() -> None:
         met.append((number, len(items)))
         return items
 
-    places = [Place((0, number), functools.partial(note, number)) for number in range(5)]
+    places = [Place.forward(number, functools.partial(note, number)) for number in range(5)]
 
     def visit(*numbers: int) -> int:
         return sum(meet(places[number], number) for number in numbers)
@@ -292,7 +290,7 @@ def test_what_failed_holds_no_memory() -> None:
     def visit() -> None:
         activations = torch.zeros(3)
         held.append(weakref.ref(activations))
-        meet(Place((0, 0), refuse), activations)
+        meet(Place.forward(0, refuse), activations)
 
     gc.disable()
     try:
@@ -328,4 +326,4 @@ def test_products_leave_no_trace(desk: Desk) -> None:
     """What runs after calls that met is the model's own code again."""
     desk.forward(desk.calls(*[None] * 4))
     assert not any("forward" in vars(module) for module in desk.span.model.modules())
-    assert not Products(desk.span).are_met
+    assert Products(desk.span).have(TARGETS["llama"])

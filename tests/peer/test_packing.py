@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peer.adapters.store import AdapterStore, Bundle
-from peer.generation.joined.call import Joiner
+from peer.generation.joined.batched_pass import Joiner
 from peer.generation.joined.lockstep import Lockstep
 from peer.generation.joined.packing import Packer
 from peer.generation.steps import Step, StepRunner
@@ -23,7 +23,7 @@ from peer.span.span import (
     find_module,
 )
 from peer.start.arena_trial import arena_for
-from peer.start.block_kinds import blocks_of_each_kind
+from peer.start.block_types import blocks_of_each_type
 from peer.start.joining_trial import find_joiner
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message
@@ -355,9 +355,9 @@ def test_a_joined_call_of_one(llama: Span, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_one_block_of_each_kind_whatever_ran_last(spans: Callable[..., Span]) -> None:
     span = spans("gpt_oss")
-    expected = blocks_of_each_kind(span)
+    expected = blocks_of_each_type(span)
     span.run(Inputs(states(1, 1, 0)), Mode(span.blocks[-1:]))
-    assert blocks_of_each_kind(span) == expected
+    assert blocks_of_each_type(span) == expected
     assert len(expected) == 2
 
 

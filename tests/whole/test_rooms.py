@@ -12,7 +12,7 @@ ROOMS = ("protocol", "bootstrap", "peer", "client")
 MAY_IMPORT: dict[str, str] = {
     "protocol/machine": "",
     "protocol": "",
-    "protocol/model": "protocol",
+    "protocol/model": "protocol protocol/machine",
     "protocol/transport": "protocol",
     "bootstrap": "protocol/*",
     "peer/compute": "",
@@ -54,6 +54,12 @@ Downwards only: no folder may be reached again from what it uses.
 """
 EXCEPTIONS: dict[str, str] = {}
 """File -> one more that it uses for a reason; this list may only shrink."""
+BENDING = "protocol/machine/forwards.py"
+"""The only file that replaces a forward, a class or an attention function of a module, or adds hooks to one."""
+BENDS_ITS_OWN = {"client/model/build.py", "client/model/saving.py", "client/certify/certify.py"}
+"""Files that hook models which no peer serves, by PyTorch's and Transformers' own calls: that of a client's user, to
+catch what its blocks are called with, and one that is certified. This list may only shrink."""
+BENT = {"forward", "__class__", "_attn_implementation"}
 COMMANDS = "peer/commands/"
 """What people type: only these reach from `peer` into `client`, and only from inside a function."""
 MOST_FILES = {"bootstrap": 15, "protocol": 14}
@@ -137,6 +143,55 @@ def test_no_file_is_in_a_circle() -> None:
             if not is_lazy and (ROOT / target).exists():
                 order.add(path, target)
     list(order.static_order())
+
+
+def bends(tree: ast.AST) -> list[str]:
+    """The statements that replace how a module runs, or hook into it."""
+    return [ast.unparse(node) for node in ast.walk(tree) if _bends(node)]
+
+
+def _bends(node: ast.AST) -> bool:
+    if isinstance(node, ast.Attribute) and node.attr in BENT:
+        return not isinstance(node.ctx, ast.Load)
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and node.slice.value in BENT:
+        return not isinstance(node.ctx, ast.Load)  # of a module's __dict__
+    if not isinstance(node, ast.Call):
+        return False
+    called, _, name = ast.unparse(node.func).rpartition(".")
+    is_hook = name.startswith("register_") and name.endswith("_hook") and ("forward" in name or "backward" in name)
+    is_attention = name == "register" and "attention" in called.lower()
+    sets = name in ("setattr", "__setattr__") and any(
+        isinstance(a, ast.Constant) and a.value in BENT for a in node.args
+    )
+    return is_hook or is_attention or sets or name == "functional_call"
+
+
+def test_one_file_bends_a_model() -> None:
+    found = {path for path in sources(*ROOMS) if bends(ast.parse((ROOT / path).read_text()))}
+    assert found == {BENDING} | BENDS_ITS_OWN
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "module.forward = other",
+        "del module.forward",
+        "module.__dict__['forward'] = other",
+        "vars(module)['forward'] = other",
+        "a, module.__class__ = 1, Other",
+        "config._attn_implementation = 'other'",
+        "object.__setattr__(module, 'forward', other)",
+        "setattr(module, 'forward', other)",
+        "module.register_forward_pre_hook(hook)",
+        "torch.nn.modules.module.register_module_full_backward_hook(hook)",
+        "AttentionInterface.register('other', attend)",
+        "ALL_MASK_ATTENTION_FUNCTIONS.register('other', attend)",
+        "torch.func.functional_call(module, tensors)",
+    ],
+)
+def test_the_check_sees_every_way_to_bend(code: str) -> None:
+    assert bends(ast.parse(code))
+    assert not bends(ast.parse("print(module.forward, type(module).__class__, vars(module)['forward'])"))
 
 
 def test_every_folder_says_what_it_is() -> None:

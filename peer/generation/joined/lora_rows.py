@@ -1,4 +1,8 @@
-"""TODO."""
+"""Different clients' LoRA in one batched pass: the base runs once, each client's tokens get a delta of their own.
+
+Where all have one rank and as many tokens each, their deltas are two grouped products (as in Punica, Chen et al. 2023,
+and S-LoRA, Sheng et al. 2023), else two small products per client.
+"""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -10,15 +14,17 @@ import torch
 from torch import nn
 
 from peer.adapters.lora import Delta, Lora
-from peer.generation.joined.lockstep import Forward, place_apart, replaced_forwards
+from peer.generation.joined.lockstep import place_apart
 from peer.span.span import Span
+from protocol.machine.forwards import Forward, replaced
 
 _KEPT_SETS = 4
+"""Sets of adapters whose stacked copies are kept."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The tokens [start, end) of a packed row, which run with one bundle."""
+    """The tokens [start, end) of a pass's row, which run with one adapter."""
 
     start: int
     end: int
@@ -43,12 +49,12 @@ class _Stack:
 
 
 class LoraApplier:
-    """Adds segments' deltas to a span's own linear layers while it runs."""
+    """Adds segments' deltas to a span's own linear layers during a pass."""
 
     def __init__(self, span: Span):
         self._span = span
         self._stacks = OrderedDict[tuple[Lora, ...], dict[str, _Stack | None]]()
-        """Of the sets of bundles that were run last."""
+        """Set of adapters -> module -> its stacked deltas; of the sets that were run last."""
 
     @contextmanager
     def applied(self, segments: Sequence[Segment]) -> Iterator[None]:
@@ -62,7 +68,7 @@ class LoraApplier:
                 stacked = stacks.get(name) if is_even and len(own) == len(segments) else None
                 add = partial(_add_stack, stacked) if stacked else partial(_add_each, name)
                 make = partial(_adding, own, add, partial(_add_each, name))
-                stack.enter_context(replaced_forwards([blocks.get_submodule(name)], make))
+                stack.enter_context(replaced([blocks.get_submodule(name)], make))
             yield
 
     def _stacks_of(self, loras: tuple[Lora, ...]) -> dict[str, _Stack | None]:

@@ -1,4 +1,4 @@
-"""Several sessions' tokens in one trunk call.
+"""A batched pass by packing: one row of all sessions' tokens.
 
 The tokens are laid end to end as one row, so that everything that works on tokens one by one (linear layers, norms,
 experts) runs once over all of them. Only attention is done session by session: on the session's own cache, with the
@@ -13,47 +13,45 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from peer.generation.joined.call import JointCall, Part
-from peer.span.span import (
-    Adapted,
-    Inputs,
-    Mode,
-    Span,
-)
+from peer.generation.joined.batched_pass import BatchedPass, BatchMember
+from peer.span.span import Adapted, Inputs, Mode, Span
 from peer.span.transfer import to_host
+from protocol.machine.forwards import attention, register_attention
 
 _NAME = "hivetune_packed"
 
 
 @dataclass
 class _Packed:
-    """A packed call under way."""
+    """A batched pass under way."""
 
-    call: JointCall
+    batch: BatchedPass
     implementation: str
-    """The model's own attention."""
+    """The name of the model's own attention function."""
     layer: int = 0
-    """For which the trunk makes a mask at present."""
+    """The layer for which the trunk is making a mask."""
 
     def make_masks(self, arguments: dict[str, Any]) -> "Masks":
-        """What the model's own mask function makes for each part alone; `arguments`: the trunk's, for the whole row."""
+        """What the model's own mask function makes for each member alone.
+
+        `arguments`: what the trunk gives a mask function, for the whole row.
+        """
         make = ALL_MASK_ATTENTION_FUNCTIONS[self.implementation]
-        masks = [part.attempt(lambda: make(**self._of_part(part, arguments))) for part in self.call.parts]  # noqa: B023
+        masks = [each.attempt(lambda: make(**self._of_member(each, arguments))) for each in self.batch.members]  # noqa: B023
         return Masks(self, masks)
 
-    def _of_part(self, part: Part, arguments: dict[str, Any]) -> dict[str, Any]:
-        kv_length, kv_offset = part.cache.get_mask_sizes(part.tokens, self.layer)
-        mask = part.inputs.mask
+    def _of_member(self, member: BatchMember, arguments: dict[str, Any]) -> dict[str, Any]:
+        kv_length, kv_offset = member.cache.get_mask_sizes(member.tokens, self.layer)
+        mask = member.inputs.mask
         return arguments | {
-            "batch_size": part.rows,
-            "q_length": part.tokens,
+            "batch_size": member.rows,
+            "q_length": member.tokens,
             "kv_length": kv_length,
-            "q_offset": part.cache.get_query_offset(self.layer),
+            "q_offset": member.cache.get_query_offset(self.layer),
             "kv_offset": kv_offset,
             "attention_mask": None if mask is None else mask.to(arguments["device"], torch.bool),
         }
@@ -64,36 +62,36 @@ class _Packed:
         """(1, all tokens, heads, head size) from queries, keys and values (1, heads, all tokens, head size)."""
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, _eager_attention(module))
         layer: Any = module.layer_idx
-        self.call.has_begun = True
-        parts = self.call.parts
-        sizes = [part.size for part in parts]
+        self.batch.has_begun = True
+        members = self.batch.members
+        sizes = [member.size for member in members]
 
-        def attend(part: Part, mask: torch.Tensor | None, packed: Sequence[torch.Tensor]) -> torch.Tensor:
-            query, key, value = (_unpack(part, states) for states in packed)
-            key, value = part.cache.update(key, value, layer)
+        def attend(member: BatchMember, mask: torch.Tensor | None, packed: Sequence[torch.Tensor]) -> torch.Tensor:
+            query, key, value = (_unpack(member, states) for states in packed)
+            key, value = member.cache.update(key, value, layer)
             output: torch.Tensor = function(module, query, key, value, mask, **options)[0]
             return output.reshape(1, -1, *output.shape[2:])
 
         outputs = []
-        for part, mask, *packed in zip(parts, masks, *(states.split(sizes, 2) for states in qkv), strict=True):
-            output = part.attempt(lambda: attend(part, mask, packed))  # noqa: B023
+        for member, mask, *packed in zip(members, masks, *(states.split(sizes, 2) for states in qkv), strict=True):
+            output = member.attempt(lambda: attend(member, mask, packed))  # noqa: B023
             if output is None:  # its tokens mean nothing any more, but keep their place
                 query, _, value = packed
-                output = query.new_zeros(1, part.size, query.shape[1], value.shape[3])
+                output = query.new_zeros(1, member.size, query.shape[1], value.shape[3])
             outputs.append(output)
         return torch.cat(outputs, 1)
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Goes through the trunk in the place of a mask."""
+    """Every member's mask. Goes through the trunk in the place of a mask."""
 
     packed: _Packed
     masks: Sequence[torch.Tensor | None]
 
 
 class _PackedCache(Cache):
-    """Goes through the trunk in the place of a cache: keys and values pass, to be cached in the attention function."""
+    """Goes through the trunk in the place of a cache: it lets keys and values pass, and attention caches them."""
 
     def __init__(self, packed: _Packed, kinds: Cache):
         super().__init__(layers=kinds.layers)
@@ -115,14 +113,14 @@ class _PackedCache(Cache):
         return query_length, 0
 
 
-_current: ContextVar[_Packed] = ContextVar("packed call")
+_current: ContextVar[_Packed] = ContextVar("packed pass")
 
 
 class Packer:
-    """Runs packed calls on a span."""
+    """Runs batched passes on a span by packing."""
 
     implementation = _NAME
-    """The attention that a model is made to call meanwhile."""
+    """The name of the attention function that the model calls during a pass."""
 
     def __init__(self, span: Span):
         self._span = span
@@ -130,37 +128,33 @@ class Packer:
         configs = {id(module.config): module.config for module in span.model.modules() if hasattr(module, "config")}
         self._configs: list[Any] = list(configs.values())
         self._kinds = DynamicCache(config=span.model.config)
-        """Always empty: it is asked of which kind the layers are."""
+        """Always empty: it only tells of which kind each layer is."""
 
-    def run(self, call: JointCall, mode: Mode, adapted: Adapted | None = None) -> list[torch.Tensor]:
+    def run(self, batch: BatchedPass, mode: Mode, adapted: Adapted | None = None) -> list[torch.Tensor]:
         """See `Joiner.run`."""
-        packed = _Packed(call, self._span.model.config._attn_implementation)
-        positions = torch.cat([_positions(part) for part in call.parts], 1)
-        inputs, cache = Inputs(call.row(), None, positions), _PackedCache(packed, self._kinds)
+        packed = _Packed(batch, self._span.model.config._attn_implementation)
+        positions = torch.cat([_positions(member) for member in batch.members], 1)
+        inputs, cache = Inputs(batch.row(), None, positions), _PackedCache(packed, self._kinds)
         token = _current.set(packed)
-        before = [config._attn_implementation for config in self._configs]
         try:
-            for config in self._configs:
-                config._attn_implementation = self.implementation
-            return call.split(to_host(self._span.run(inputs, mode, cache, adapted)))
+            with attention(self._configs, self.implementation):
+                return batch.split(to_host(self._span.run(inputs, mode, cache, adapted)))
         finally:
-            for config, name in zip(self._configs, before, strict=True):
-                config._attn_implementation = name
             _current.reset(token)
 
 
-def _positions(part: Part) -> torch.Tensor:
+def _positions(member: BatchMember) -> torch.Tensor:
     """(1, rows x tokens): as the user gave them, else counted on from the cache, as a trunk does."""
-    given = part.inputs.positions
+    given = member.inputs.positions
     if given is None:
-        past = part.cache.get_seq_length()
-        given = torch.arange(past, past + part.tokens)[None]
-    return given.expand(part.rows, -1).reshape(1, -1)
+        past = member.cache.get_seq_length()
+        given = torch.arange(past, past + member.tokens)[None]
+    return given.expand(member.rows, -1).reshape(1, -1)
 
 
-def _unpack(part: Part, states: torch.Tensor) -> torch.Tensor:
-    """(rows, heads, tokens, head size) of a part's place (1, heads, size, head size) in packed states."""
-    return states if part.rows == 1 else states[0].unflatten(1, (part.rows, part.tokens)).transpose(0, 1)
+def _unpack(member: BatchMember, states: torch.Tensor) -> torch.Tensor:
+    """(rows, heads, tokens, head size) of a member's place (1, heads, size, head size) in packed states."""
+    return states if member.rows == 1 else states[0].unflatten(1, (member.rows, member.tokens)).transpose(0, 1)
 
 
 def _eager_attention(module: nn.Module) -> Any:
@@ -176,14 +170,13 @@ def _packed_attention_forward(
     attention_mask: Masks,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What a model calls as its attention function during a packed call."""
+    """What a model calls as its attention function during a packed pass."""
     return attention_mask.packed.attend(attention_mask.masks, module, (query, key, value), options), None
 
 
 def packed_mask(**arguments: Any) -> Masks:
-    """What a trunk calls to make a mask during a packed call."""
+    """What a trunk calls to make a mask during a packed pass."""
     return _current.get().make_masks(arguments)
 
 
-AttentionInterface.register(_NAME, _packed_attention_forward)
-AttentionMaskInterface.register(_NAME, packed_mask)  # type: ignore[arg-type]
+register_attention(_NAME, _packed_attention_forward, packed_mask)

@@ -6,10 +6,11 @@ masks, a client's adapter) each call does for itself, in the trunk's own code, s
 
 Each call has an autograd graph of its own, though the products were joined: `_Product` saves nothing, and its backward
 is a product with the same weight, for which calls may meet again: with the same companions, others, or none. The
-alternatives cost more. With one graph for all (`peer.generation.joined.packing` would give it), a call whose companions stay away pays
-for their part of the backward pass, and the memory of all is held until the last has come. Keeping inputs only and
-computing forward again costs three readings of the weights for a training step instead of two, which two joined calls
-do not win back unless both of their passes are joined, and a call whose companions stay away never.
+alternatives cost more. With one graph for all (which a packed pass, `peer.generation.joined.packing`, would give), a
+call whose companions stay away pays for their part of the backward pass, and the memory of all is held until the last
+has come. Keeping inputs only and computing forward again costs three readings of the weights for a training step
+instead of two, which two joined calls do not win back unless both of their passes are joined, and a call whose
+companions stay away never.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from peer.adapters.lora import Delta
 from peer.span.span import Span
 from peer.training.joined.side_by_side import Place, meet
+from protocol.machine.forwards import is_replaced, replaced
 from protocol.machine.split_linear import SplitLinear
 
 Deltas = Mapping[str, Sequence[Delta]]
@@ -35,15 +37,15 @@ _deltas: ContextVar[Deltas] = ContextVar("deltas", default={})  # noqa: B039
 
 
 def _dequantized(module: Any) -> torch.Tensor:
-    """(out, in) of a layer in nf4, as bitsandbytes' own backward pass makes it."""
+    """The weight (out, in) of a layer in nf4, as bitsandbytes' own backward pass makes it."""
     from bitsandbytes.functional import dequantize_4bit  # slow to import, and loaded where there is such a layer
 
     return dequantize_4bit(module.weight.data.view(-1, 1), module.weight.quant_state)  # type: ignore[no-any-return]
 
 
 def _matrix(module: Any) -> Callable[[], torch.Tensor] | None:
-    """Makes the weight, (out, in), of a linear layer. `None` for others, and for what does not work row by row:
-    bitsandbytes' int8 looks for outliers in all tokens of a product."""
+    """What makes the weight (out, in) of a linear layer. `None` for other modules, and for layers that do not work row
+    by row: bitsandbytes' int8 looks for outliers in all tokens of a product."""
     if type(module) in (nn.Linear, SplitLinear) or type(module).__name__ == "FalconLinear":
         return lambda: module.weight
     if type(module) is Conv1D:
@@ -66,14 +68,14 @@ class _Product(torch.autograd.Function):
 
 
 class _Layer:
-    """A linear layer, in the place of its module's `forward`."""
+    """A linear layer's forward while calls can meet at it."""
 
     def __init__(self, module: nn.Module, matrix: Callable[[], torch.Tensor], name: str, number: int):
         self.module, self._matrix, self._name = module, matrix, name
-        self.ahead, self.back = Place((0, number), self._forward), Place((1, -number), self._backward)
+        self.ahead, self.back = Place.forward(number, self._forward), Place.backward(number, self._backward)
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """As PEFT has it: the layer, and what adapters add, cast to the layer's dtype."""
+        """What PEFT gives: the layer's product, and what adapters add to it, cast to the layer's dtype."""
         product: torch.Tensor = _Product.apply(inputs.flatten(0, -2), self)  # type: ignore[no-untyped-call]
         output: torch.Tensor = product.unflatten(0, inputs.shape[:-1])  # type: ignore[no-untyped-call]
         dtype = output.dtype
@@ -92,7 +94,7 @@ class _Layer:
 
 
 def _in_one_go(product: Callable[[torch.Tensor], torch.Tensor], items: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Copies, so that each call's activations are counted, and freed, by themselves."""
+    """The product of each of `items`. Copies, so that each call's activations are counted, and freed, by themselves."""
     if len(items) == 1:
         return [product(items[0])]
     sizes = [len(item) for item in items]
@@ -103,30 +105,21 @@ class Products:
     """The linear layers of a span at which calls can meet."""
 
     def __init__(self, span: Span):
-        self.are_met = False
-        """Whether calls that run now meet at them."""
         self._layers = dict[str, _Layer]()
         for name, module in span.where.of(span.model).named_modules():
-            if (matrix := _matrix(module)) and "forward" not in vars(module):
+            if (matrix := _matrix(module)) and not is_replaced(module):
                 self._layers[name] = _Layer(module, matrix, name, len(self._layers))
+        self._forwards = {layer.module: layer for layer in self._layers.values()}
 
     def have(self, names: Iterable[str]) -> bool:
-        """Whether there are any, and all of `names` (`BLOCK.PATH`) are among them."""
+        """Whether there are such layers at all, and all of `names` (`BLOCK.PATH`) are among them."""
         return bool(self._layers) and all(name in self._layers for name in names)
 
     @contextmanager
     def meeting(self) -> Iterator[None]:
         """Within the block calls meet at them; graphs that are made in it meet in their backward passes, too."""
-        modules: list[Any] = [layer.module for layer in self._layers.values()]
-        for module, layer in zip(modules, self._layers.values(), strict=True):
-            module.forward = layer
-        self.are_met = True
-        try:
+        with replaced(self._forwards, lambda module, _: self._forwards[module]):
             yield
-        finally:
-            self.are_met = False
-            for module in modules:
-                del module.forward
 
 
 @contextmanager

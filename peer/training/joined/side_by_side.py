@@ -1,9 +1,10 @@
-"""Functions that run side by side, but one at a time, and do once for all what they have in common.
+"""Functions that run side by side, one at a time, and do once for all what they have in common.
 
 Each runs on a thread of its own until it comes to a place where it may meet others. When all wait at some place, or
-have ended, the caller's thread does what those at one place have come for, and they go on. Those who are farthest
-behind are served first; so who has gone another way than the others meets them again where the ways do. Threads and
-not greenlets (`peer.generation.joined.lockstep`), because autograd's backward pass cannot be left in the middle by other means.
+have ended, the caller's thread does the common work of those at one place, and they go on. The place that lies farthest
+behind is served first; so a function that has gone another way than the others meets them again where the ways do.
+Threads and not greenlets (`peer.generation.joined.lockstep`), because autograd's backward pass cannot be left in the
+middle by other means.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,10 +12,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any
+from typing import Any, Self
 
 MOST = 8
 """Functions at once: each further one saves less of the common work than the one before."""
+Work = Callable[[Sequence[Any]], Sequence[Any]]
+"""Takes the items of those who meet, and returns a result for each. Runs on the thread of `run_together`."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,17 @@ class Place:
 
     order: tuple[int, int]
     """The lower, the earlier functions come to it."""
-    work: Callable[[Sequence[Any]], Sequence[Any]]
-    """What is done with the items of those who meet: a result for each. Runs on the thread of `run_together`."""
+    work: Work
+
+    @classmethod
+    def forward(cls, number: int, work: Work) -> Self:
+        """The place before all of higher numbers, and before all places of backward passes."""
+        return cls((0, number), work)
+
+    @classmethod
+    def backward(cls, number: int, work: Work) -> Self:
+        """The place after all of higher numbers: a backward pass comes to them in the reverse order."""
+        return cls((1, -number), work)
 
 
 @dataclass(frozen=True)
@@ -77,13 +89,11 @@ class _Member:
 _member: ContextVar[_Member | None] = ContextVar("member", default=None)
 
 
-def may_meet() -> bool:
-    """Whether the running function may meet others."""
-    return _member.get() is not None
-
-
 def meet(place: Place, item: Any) -> Any:
-    """The result of `place.work` for `item`, which runs once for all who are there; raises what it raises."""
+    """The result of `place.work` for `item`, which runs once for all who are there; raises what it raises.
+
+    A function that runs by itself does the work for its own item.
+    """
     member = _member.get()
     return member.meet(place, item) if member else place.work([item])[0]
 
@@ -91,7 +101,7 @@ def meet(place: Place, item: Any) -> Any:
 def run_together(functions: Sequence[Callable[[], Any]]) -> list[Any]:
     """What each of `functions` returned or raised, which meet on their way."""
     members = [_Member(function) for function in functions]
-    threads = [Thread(target=member.run, name="rendezvous", daemon=True) for member in members]
+    threads = [Thread(target=member.run, name="side by side", daemon=True) for member in members]
     try:
         for thread in threads:
             thread.start()
@@ -129,7 +139,7 @@ def _lead(members: Sequence[_Member]) -> dict[_Member, Any]:
 
 
 def _answers(place: Place, items: Sequence[Any]) -> Sequence[Any]:
-    """What failed for all is tried for each, so that nobody fails for another's sake."""
+    """The results of a place's work. Work that failed for all is tried for each: nobody fails for another's sake."""
     try:
         return place.work(items)
     except Exception as error:

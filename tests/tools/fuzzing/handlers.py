@@ -19,7 +19,8 @@ from peer.service.quotas import Accounts, Quota
 from peer.service.reception import Reception, Served
 from peer.service.service import Service
 from peer.span.loading import load_span
-from peer.training.runner import CallRunner
+from peer.training.joined.together import Together
+from peer.training.runner import TrainingRunner
 from peer.training.trainer import Trainer
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
@@ -125,7 +126,7 @@ class Handlers:
             memory = CacheMemory(_CACHE_TOKENS, _MAX_LENGTH, idle_timeout=0.0)
             self._services.append(
                 Service(Reception(served, self._span, Accounts(_QUOTA, memory), _LIMITS, Handshake("peer", keyring)),
-                        self._span, memory, self._adapters, CallRunner(self._trainers[-1], joined_tokens=8),
+                        self._span, memory, self._adapters, TrainingRunner(self._trainers[-1], Together(self._span, 8)),
                         StepRunner(self._span, self._adapters, Packer(self._span)), self._scheduler,
                         Mailbox(_LIMITS.max_payload, patience=0.01), _Nowhere())
             )  # fmt: skip

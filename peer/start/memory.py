@@ -1,0 +1,25 @@
+"""The memory that a peer finds on its machine, and what it is used for."""
+
+import contextlib
+import ctypes
+
+import psutil
+import torch
+
+WEIGHTS_SHARE = 0.6
+"""Of the memory that is free at first, for weights, when nobody says how many blocks to serve."""
+CACHE_SHARE = 0.25
+"""Of the memory that is free after loading, for KV caches; the same again for kept activations and for adapters."""
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free for what a device computes with."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def return_freed_memory() -> None:
+    """Have the C library give back what it holds: quantizing leaves a multiple of each block's size behind."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
