@@ -1,13 +1,11 @@
-"""TODO."""
+"""The ghosts of all blocks, in the place of a model's own list of blocks."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
-from client.ghosts.questions import (
-    WeightReader,
-)
+from client.ghosts.questions import WeightReader
 from client.ghosts.tensor import GhostTensor, Source
 
 
@@ -28,6 +26,11 @@ class GhostBlocks(nn.ModuleList):
 
     def __len__(self) -> int:
         return len(self._modules)
+
+
+def matrix_names(blocks: nn.ModuleList) -> frozenset[str]:
+    """The weights that peers may be asked about: parameters of two dimensions, `BLOCK.PATH`."""
+    return frozenset(name for name, parameter in blocks.named_parameters() if parameter.ndim == 2)
 
 
 def make_ghosts(blocks: nn.ModuleList, reader: WeightReader) -> GhostBlocks:

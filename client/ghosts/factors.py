@@ -76,9 +76,12 @@ class _Known:
 
 
 class FactorCache:
-    """Reads factors, and keeps those that are still to be subtracted from their weight."""
+    """Reads factors of the weights called `names` from peers.
 
-    def __init__(self, swarm: Swarm, names: set[str]):
+    It keeps those of a weight until they are subtracted from it.
+    """
+
+    def __init__(self, swarm: Swarm, names: frozenset[str]):
         self._swarm, self._names = swarm, names
         self._known: dict[Weight, _Known] = {}
 
@@ -169,17 +172,18 @@ class FactorCache:
     async def _ask(
         self, request: pb.Factorize, tensors: Mapping[str, torch.Tensor], shift: Shift | None
     ) -> dict[str, torch.Tensor]:
-        """The factors that `request` asks for, of whichever peer gives them."""
+        """The factors that `request` asks for, from the first peer of its block that gives them."""
         block, retries = int(request.name.partition(".")[0]), Retries(self._swarm)
         given = {**tensors, "shift.b": shift.b, "shift.a": shift.a} if shift else dict(tensors)
-        while True:
-            hop = (await retries.find_route(block, block + 1, "forward"))[0]
-            try:
-                async with self._swarm.connections.channel(hop.peer.peer_id) as channel:
-                    answer = await channel.call(Message(request, given))
-                return _checked(answer, request, hop)
-            except SwarmError as error:
-                retries.failed(hop.peer, error)
+        found = dict[str, torch.Tensor]()
+
+        async def ask(hop: Hop) -> None:
+            async with self._swarm.connections.channel(hop.peer.peer_id) as channel:
+                answer = await channel.call(Message(request, given))
+            found.update(_checked(answer, request, hop))
+
+        await retries.hop_by_hop(await retries.find_route(block, block + 1, "forward"), "forward", ask)
+        return found
 
 
 def _request(weight: Weight, factorization: int, rank: int, iterations: int = 0) -> pb.Factorize:

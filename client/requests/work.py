@@ -11,7 +11,6 @@ from client.swarm.routes import Hop
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message
 from protocol.codecs import NAMES
-from protocol.connections import Connections
 from protocol.errors import PeerFailed
 from protocol.tensors import wire_dtype
 
@@ -95,13 +94,3 @@ def answered_hidden(answer: Message, like: torch.Tensor, remote: str) -> torch.T
     if hidden is None or hidden.shape != like.shape or not hidden.is_floating_point():
         raise PeerFailed(f"Peer {remote} answered with something else than hidden states of {list(like.shape)}.")
     return hidden.to(like.device, like.dtype)
-
-
-async def read_norms(
-    connections: Connections, hop: Hop, names: list[str], transposed: bool, dims: tuple[int, ...], dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """The norms of base weights that a hop's peer holds."""
-    request = pb.ReadWeight(names=names, transposed=transposed, norm_dims=dims, dtype=wire_dtype(dtype))
-    async with connections.channel(hop.peer.peer_id) as channel:
-        answer = await channel.call(Message(request))
-    return {name: answer.tensor(f"value.{i}") for i, name in enumerate(names)}
