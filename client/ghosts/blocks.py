@@ -10,7 +10,7 @@ from client.ghosts.tensor import GhostTensor, Source
 
 
 class GhostBlocks(nn.ModuleList):
-    """The block list: named modules show every block, iteration shows one pseudo-layer that calls the swarm."""
+    """The model's list of blocks. As a module it shows every block; iterated, one layer that runs all on the swarm."""
 
     def attach(self, layer: Callable[..., Any]) -> None:
         """Make `layer` what a forward through this list runs."""
@@ -34,7 +34,7 @@ def matrix_names(blocks: nn.ModuleList) -> frozenset[str]:
 
 
 def make_ghosts(blocks: nn.ModuleList, reader: WeightReader) -> GhostBlocks:
-    """Ghosts of `blocks`, which are on the meta device and are changed in place."""
+    """Put ghosts in the place of all parameters and buffers of `blocks`, which are on the meta device."""
     for index, block in blocks._modules.items():
         assert block is not None
         for path, module in block.named_modules():

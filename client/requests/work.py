@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from client.adapters.bundle import Bundle, Snapshot
+from client.adapters.bundle import AdapterBundle, Snapshot
 from client.swarm.config import SwarmConfig
 from client.swarm.routes import Hop
 from protocol import swarm_pb2 as pb
@@ -57,7 +57,7 @@ class Work:
     """Block -> (key, value)."""
     codecs: Codecs = Codecs()
 
-    def bundle(self, hop: Hop) -> Bundle | None:
+    def bundle(self, hop: Hop) -> AdapterBundle | None:
         """The adapters on a hop's blocks."""
         return self.adapters.bundle(range(hop.start, hop.end)) if self.adapters else None
 
