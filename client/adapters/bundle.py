@@ -1,26 +1,17 @@
-"""TODO."""
+"""All active adapters at one moment, and from them what the blocks of one span need, as it goes to a peer."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 
-from protocol.adapters import (
-    PATTERNS,
-    AdapterSpec,
-    Manifest,
-    bundle_hash,
-)
-
-if TYPE_CHECKING:  # it takes seconds to import
-    pass
+from protocol.adapters import PATTERNS, AdapterSpec, Manifest, bundle_hash
 
 
 @dataclass(frozen=True)
-class Bundle:
-    """What one span needs of the adapters."""
+class AdapterBundle:
+    """The adapters on one span's blocks, as they are sent."""
 
     manifest: str
     tensors: Mapping[str, torch.Tensor]
@@ -32,45 +23,68 @@ class Bundle:
 
 
 @dataclass(frozen=True)
+class _Layout:
+    """What of a bundle stays the same while only values change."""
+
+    manifest: str
+    tensors: tuple[torch.Tensor, ...]
+    """In the order of their numbers."""
+    is_trained: bool
+
+    def bundle(self) -> AdapterBundle:
+        """The bundle with the tensors' values of now."""
+        values = [tensor.detach() for tensor in self.tensors]
+        named = {str(number): value for number, value in enumerate(values)}
+        return AdapterBundle(self.manifest, named, bundle_hash(self.manifest, values), self.is_trained)
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """The active adapters on all blocks, at one moment."""
 
     specs: tuple[AdapterSpec, ...]
     scaling: Mapping[str, Mapping[str, float]]
+    """`BLOCK.PATH` of a module -> adapter -> factor."""
     tensors: Mapping[str, torch.Tensor]
     """`BLOCK.PATH` -> parameter or buffer; the parameters themselves, for autograd."""
     has_dropout: bool
     """Whether any of it is live."""
-    _bundles: dict[range, Bundle | None] = field(default_factory=dict)
+    _layouts: dict[range, _Layout | None] = field(default_factory=dict)
+    _bundles: dict[range, AdapterBundle | None] = field(default_factory=dict)
 
     @cached_property
     def trainable(self) -> tuple[str, ...]:
         """The names of the tensors that are being trained."""
         return tuple(name for name, tensor in self.tensors.items() if tensor.requires_grad)
 
-    def bundle(self, blocks: range) -> Bundle | None:
+    def with_new_values(self) -> "Snapshot":
+        """The same adapters, whose tensors may hold other values by now."""
+        return replace(self, _bundles={})
+
+    def bundle(self, blocks: range) -> AdapterBundle | None:
         """The bundle for a span; `None` when no adapter is on its blocks."""
         if blocks not in self._bundles:
-            self._bundles[blocks] = self._make_bundle(blocks)
+            if blocks not in self._layouts:
+                self._layouts[blocks] = self._lay_out(blocks)
+            layout = self._layouts[blocks]
+            self._bundles[blocks] = layout.bundle() if layout else None
         return self._bundles[blocks]
 
-    def _make_bundle(self, blocks: range) -> Bundle | None:
+    def _lay_out(self, blocks: range) -> _Layout | None:
         specs = tuple(spec for spec in (_restrict(spec, blocks) for spec in self.specs) if spec)
         if not specs:
             return None
         mine = {name: tensor for name, tensor in self.tensors.items() if _block(name) in blocks}
         unique = {id(tensor): tensor for tensor in mine.values()}
         numbers = {key: number for number, key in enumerate(unique)}
+        trainable = tuple(name for name in self.trainable if name in mine)
         manifest = Manifest(
             adapters=specs,
             scaling={name: dict(factors) for name, factors in self.scaling.items() if _block(name) in blocks},
             tensors={name: numbers[id(tensor)] for name, tensor in mine.items()},
-            trainable=tuple(name for name in self.trainable if name in mine),
-        ).to_json()
-        values = [tensor.detach() for tensor in unique.values()]
-        named = {str(number): value for number, value in enumerate(values)}
-        is_trained = any(name in mine for name in self.trainable)
-        return Bundle(manifest, named, bundle_hash(manifest, values), is_trained)
+            trainable=trainable,
+        )
+        return _Layout(manifest.to_json(), tuple(unique.values()), bool(trainable))
 
 
 def _block(name: str) -> int:
@@ -78,6 +92,7 @@ def _block(name: str) -> int:
 
 
 def _restrict(spec: AdapterSpec, blocks: range) -> AdapterSpec | None:
+    """An adapter on some blocks only; `None` where it is on none of them."""
     targets = tuple(target for target in spec.targets if _block(target) in blocks)
     parameters = tuple(target for target in spec.parameters if _block(target) in blocks)
     if not (targets or parameters):

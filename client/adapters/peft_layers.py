@@ -1,4 +1,4 @@
-"""TODO."""
+"""What PEFT's layers say of themselves: which adapters they hold, in which order they apply, with which tensors."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,36 +16,36 @@ if TYPE_CHECKING:  # it takes seconds to import
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 
-def _is_adapter(module: nn.Module) -> "TypeGuard[BaseTunerLayer]":
-    """Whether it is a layer of PEFT's; where nobody has imported PEFT there is none."""
+def is_adapter_layer(module: nn.Module) -> "TypeGuard[BaseTunerLayer]":
+    """Whether a module is a layer of PEFT's. There is none while nobody has imported PEFT."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
 
 
-def _is_on_parameter(layer: "BaseTunerLayer") -> bool:
+def is_on_parameter(layer: "BaseTunerLayer") -> bool:
     """Whether a layer of PEFT's is on a parameter rather than on a module."""
     from peft.tuners.lora import ParamWrapper
 
     return isinstance(layer, ParamWrapper)
 
 
-def _state(layer: "BaseTunerLayer") -> tuple[list[str], bool, dict[str, float]]:
-    return list(layer.active_adapters), layer.disable_adapters, dict(getattr(layer, "scaling", {}))
+def target_of(path: str, layer: "BaseTunerLayer") -> str:
+    """The path of the module or parameter that the layer at `path` is on.
 
-
-def _target(path: str, layer: "BaseTunerLayer") -> str:
-    """The module or parameter that a layer of PEFT's is on. Layers on parameters of one module are nested in it."""
-    if not _is_on_parameter(layer):
+    PEFT nests layers on several parameters of one module in each other.
+    """
+    if not is_on_parameter(layer):
         return path
     while path.endswith(".base_layer"):
         path = path.removesuffix(".base_layer")
     return f"{path}.{layer.parameter_name}"
 
 
-def _active(layers: "Mapping[str, BaseTunerLayer]") -> "dict[str, dict[str, BaseTunerLayer]]":
-    """Adapter -> the layers that it applies to, by path; in the order in which adapters apply.
+def active_adapters(layers: "Mapping[str, BaseTunerLayer]") -> "dict[str, dict[str, BaseTunerLayer]]":
+    """Adapter -> the layers on which it is active, by path; in the order in which adapters apply.
 
-    Each layer has a say: PEFT switches all of them at once, but users do so with some of them.
+    PEFT switches all layers at once, but users may switch some of them, so each layer is asked. Raises `BadAdapter`
+    when layers contradict each other about the order.
     """
     found: dict[str, dict[str, BaseTunerLayer]] = {}
     order = TopologicalSorter[str]()
@@ -66,7 +66,8 @@ def _adapters_of(layer: "BaseTunerLayer") -> set[str]:
     return {name for attribute in layer.adapter_layer_names for name in getattr(layer, attribute, {})}
 
 
-def _tensors(path: str, layer: "BaseTunerLayer", adapter: str, alias: str) -> Iterator[tuple[str, torch.Tensor]]:
+def adapter_tensors(path: str, layer: "BaseTunerLayer", adapter: str, alias: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters and buffers of one adapter in the layer at `path`, named as on the wire: `alias` for `adapter`."""
     for name, tensor in (*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)):
         kind, *rest = name.split(".")
         if rest[:1] == [adapter] and not isinstance(tensor.data, GhostTensor):

@@ -1,22 +1,19 @@
-"""TODO."""
+"""One of PEFT's adapters, described for the wire; what a swarm cannot do is refused here."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from client.adapters.dropout import adapter_dropout
-from client.adapters.peft_layers import _is_on_parameter, _target
-from protocol.adapters import (
-    METHODS,
-    PATTERNS,
-    AdapterSpec,
-)
+from client.adapters.peft_layers import is_on_parameter, target_of
+from protocol.adapters import METHODS, PATTERNS, AdapterSpec
 from protocol.errors import BadAdapter
 
 if TYPE_CHECKING:  # it takes seconds to import
     from peft import PeftConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-
+_ALPHA = {"LORA": "lora_alpha", "ADALORA": "lora_alpha"}
+"""Method -> the attribute of its layers that holds alpha, where it is not `alpha`."""
 _REFUSED: dict[str, Any] = {
     "bias": "none", "layer_replication": None, "use_qalora": False,
     "alora_invocation_tokens": None, "velora_config": None, "monteclora_config": None, "arrow_config": None,
@@ -25,17 +22,20 @@ _REFUSED: dict[str, Any] = {
 """Options that change a model in ways that do not travel, and the values at which they do not."""
 
 
-def _spec(
+def spec_of(
     name: str, alias: str, config: "PeftConfig", layers: "Mapping[str, BaseTunerLayer]", training: bool
 ) -> AdapterSpec:
-    targets = {_target(path, layer): layer for path, layer in layers.items()}
+    """The adapter `name`, which is active on `layers` (by path), called `alias` on the wire.
+
+    `training`: leave out dropout that is not live. Raises `BadAdapter` for a method, an option or dropout that does not
+    work through a swarm.
+    """
+    targets = {target_of(path, layer): layer for path, layer in layers.items()}
     method = config.peft_type.value if hasattr(config.peft_type, "value") else str(config.peft_type)
     if method not in METHODS:
         raise BadAdapter(f"PEFT method {method} does not work through a swarm; expected one of {', '.join(METHODS)}.")
     values = config.to_dict()
-    for option, harmless in _REFUSED.items():
-        if values.get(option) and values[option] != harmless:
-            raise BadAdapter(f"{option}={values[option]!r} of {method} does not work through a swarm; leave it out.")
+    _refuse_options(method, values)
     options = {key: _plain(values[key]) for key in METHODS[method] if key in values}
     options |= _dropout(name, targets, training)
     attributes = ("r", _ALPHA.get(method, "alpha"), "fourierft_n_frequency")
@@ -44,13 +44,19 @@ def _spec(
             options[pattern] = _resolve(name, targets, attribute)
     if "feedforward_modules" in options:
         options["feedforward_modules"] = sorted(t for t, layer in targets.items() if layer.is_feedforward)
-    parameters = tuple(target for target, layer in targets.items() if _is_on_parameter(layer))
+    parameters = tuple(target for target, layer in targets.items() if is_on_parameter(layer))
     modules = tuple(target for target in targets if target not in parameters)
     return AdapterSpec(name=alias, method=method, options=options, targets=modules, parameters=parameters)
 
 
+def _refuse_options(method: str, values: Mapping[str, Any]) -> None:
+    for option, harmless in _REFUSED.items():
+        if values.get(option) and values[option] != harmless:
+            raise BadAdapter(f"{option}={values[option]!r} of {method} does not work through a swarm; leave it out.")
+
+
 def _dropout(adapter: str, targets: "Mapping[str, BaseTunerLayer]", training: bool) -> dict[str, float]:
-    """As the modules have it: they can be switched off, and TRL does so, while the configuration stays."""
+    """Option -> rate, as the modules have it: TRL switches them off while the configuration stays as it was."""
     found = [
         {option: rate if is_live or not training else 0.0 for option, (rate, is_live) in rates.items()}
         for rates in (adapter_dropout(layer, adapter) for layer in targets.values())
@@ -60,11 +66,8 @@ def _dropout(adapter: str, targets: "Mapping[str, BaseTunerLayer]", training: bo
     return found[0]
 
 
-_ALPHA = {"LORA": "lora_alpha", "ADALORA": "lora_alpha"}
-
-
 def _resolve(adapter: str, targets: "Mapping[str, BaseTunerLayer]", attribute: str) -> dict[str, Any]:
-    """A pattern option as it came out, target by target: no pattern of a client's is ever run by a peer."""
+    """What a pattern option came to for each target: a peer never runs a pattern of a client's."""
     found = {target: getattr(layer, attribute, {}) for target, layer in targets.items()}
     return {target: values[adapter] for target, values in found.items() if adapter in values}
 

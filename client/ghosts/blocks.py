@@ -1,18 +1,16 @@
-"""TODO."""
+"""The ghosts of all blocks, in the place of a model's own list of blocks."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
-from client.ghosts.questions import (
-    WeightReader,
-)
+from client.ghosts.questions import WeightReader
 from client.ghosts.tensor import GhostTensor, Source
 
 
 class GhostBlocks(nn.ModuleList):
-    """The block list: named modules show every block, iteration shows one pseudo-layer that calls the swarm."""
+    """The model's list of blocks. As a module it shows every block; iterated, one layer that runs all on the swarm."""
 
     def attach(self, layer: Callable[..., Any]) -> None:
         """Make `layer` what a forward through this list runs."""
@@ -30,8 +28,13 @@ class GhostBlocks(nn.ModuleList):
         return len(self._modules)
 
 
+def matrix_names(blocks: nn.ModuleList) -> frozenset[str]:
+    """The weights that peers may be asked about: parameters of two dimensions, `BLOCK.PATH`."""
+    return frozenset(name for name, parameter in blocks.named_parameters() if parameter.ndim == 2)
+
+
 def make_ghosts(blocks: nn.ModuleList, reader: WeightReader) -> GhostBlocks:
-    """Ghosts of `blocks`, which are on the meta device and are changed in place."""
+    """Put ghosts in the place of all parameters and buffers of `blocks`, which are on the meta device."""
     for index, block in blocks._modules.items():
         assert block is not None
         for path, module in block.named_modules():

@@ -1,17 +1,18 @@
-"""Leading factors of remote weights (PiSSA, OLoRA), computed by the peers that hold them.
+"""Leading factors of remote weights, which peers compute for PiSSA and OLoRA.
 
-A whole factor is as large as the weight, so what `torch.linalg.svd` and `qr` of a ghost return are stand-ins: slicing
-off the leading part tells the rank, and only then a peer is asked for that much.
+A whole factor is as large as the weight. So `torch.linalg.svd` and `qr` of a ghost return stand-ins: slicing off the
+leading part of one tells the rank, and only then is a peer asked for that many factors.
 """
 
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from client.ghosts.questions import RemoteWeightError, Shift, Weight
+from client.ghosts.questions import RemoteWeightError, Subtracted, Weight
 from client.swarm.loop import LOOP
 from client.swarm.retries import Retries
 from client.swarm.routes import Hop
@@ -27,7 +28,7 @@ _ROUNDING = 1e-4
 
 
 class FactorTensor(torch.Tensor):
-    """Stands in for a whole factor of a remote weight; its leading part is fetched when it is sliced off."""
+    """Stands in for a whole factor of a remote weight, float32; its leading part is fetched when it is sliced off."""
 
     read: Callable[[int], torch.Tensor]
     axis: int
@@ -64,21 +65,25 @@ class FactorTensor(torch.Tensor):
 
 @dataclass(frozen=True)
 class _Known:
-    """What a peer has answered."""
+    """Factors of a weight that a peer has computed."""
 
     factorization: int
     rank: int
     tensors: Mapping[str, torch.Tensor]
 
     def narrowed(self, rank: int) -> "_Known":
+        """The `rank` leading ones of them."""
         cut = {name: tensor[:, :rank] if name in ("u", "q") else tensor[:rank] for name, tensor in self.tensors.items()}
         return _Known(self.factorization, rank, cut)
 
 
 class FactorCache:
-    """Reads factors, and keeps those that are still to be subtracted from their weight."""
+    """Reads factors of the weights called `names` from peers.
 
-    def __init__(self, swarm: Swarm, names: set[str]):
+    It keeps those of a weight until they are subtracted from it.
+    """
+
+    def __init__(self, swarm: Swarm, names: frozenset[str]):
         self._swarm, self._names = swarm, names
         self._known: dict[Weight, _Known] = {}
 
@@ -86,32 +91,32 @@ class FactorCache:
         """See `FactorReader`."""
         rows, columns = shape
         k = min(shape)
-        read = self._reader(weight, pb.SVD)
+        read = partial(self._read, weight, pb.SVD)
         return (
-            FactorTensor((rows, k), 1, read("u")),
-            FactorTensor((k,), 0, read("s")),
-            FactorTensor((k, columns), 0, read("vh")),
+            FactorTensor((rows, k), 1, partial(read, "u")),
+            FactorTensor((k,), 0, partial(read, "s")),
+            FactorTensor((k, columns), 0, partial(read, "vh")),
         )
 
     def qr(self, weight: Weight, shape: torch.Size) -> tuple[torch.Tensor, ...]:
         """See `FactorReader`."""
         rows, columns = shape
         k = min(shape)
-        read = self._reader(weight, pb.QR)
-        return FactorTensor((rows, k), 1, read("q")), FactorTensor((k, columns), 0, read("r"))
+        read = partial(self._read, weight, pb.QR)
+        return FactorTensor((rows, k), 1, partial(read, "q")), FactorTensor((k, columns), 0, partial(read, "r"))
 
     def svd_lowrank(self, weight: Weight, shape: torch.Size, rank: int, iterations: int) -> tuple[torch.Tensor, ...]:
-        """See `FactorReader`. The start is drawn here, so that one seed gives what it gives without a swarm."""
+        """See `FactorReader`. The start is drawn on this machine: a seed then gives what it gives without a swarm."""
         is_wide = shape[0] < shape[1]
         tall = replace(weight, transposed=weight.transposed != is_wide)
         request = _request(tall, pb.LOW_RANK_SVD, rank, iterations)
-        found = LOOP.run(self._ask(request, {"start": torch.randn(min(shape), rank)}, tall.shift))
+        found = LOOP.run(self._ask(request, {"start": torch.randn(min(shape), rank)}, tall.subtracted))
         u, s, v = found["u"], found["s"], found["vh"].mT
         u, v = (v, u) if is_wide else (u, v)
         self._known[weight] = _Known(pb.LOW_RANK_SVD, rank, {"u": u})
         return u.clone(), s, v.clone()
 
-    def subtract(self, weight: Weight, part: torch.Tensor) -> Shift:
+    def subtract(self, weight: Weight, part: torch.Tensor) -> Subtracted:
         """See `FactorReader`."""
         known = self._known.pop(weight, None)
         if known is None:
@@ -125,32 +130,30 @@ class FactorCache:
         if not part.square().sum() - right.square().sum() <= _ROUNDING * part.square().sum():
             raise RemoteWeightError(f"What was subtracted from {weight.name} is no product of its leading factors.")
         b, a = (right.mT, left.mT) if weight.transposed else (left, right)
-        if weight.shift is not None:
-            b, a = torch.cat((weight.shift.b, b), 1), torch.cat((weight.shift.a, a))
-        return Shift(b.contiguous(), a.contiguous())
+        if weight.subtracted is not None:
+            b, a = torch.cat((weight.subtracted.b, b), 1), torch.cat((weight.subtracted.a, a))
+        return Subtracted(b.contiguous(), a.contiguous())
 
-    def _reader(self, weight: Weight, factorization: int) -> Callable[[str], Callable[[int], torch.Tensor]]:
-        return lambda name: lambda rank: self._leading(weight, factorization, rank)[name].clone()
-
-    def _leading(self, weight: Weight, factorization: int, rank: int) -> Mapping[str, torch.Tensor]:
+    def _read(self, weight: Weight, factorization: int, name: str, rank: int) -> torch.Tensor:
+        """The leading part of the factor called `name`."""
         known = self._known.get(weight)
         if known is None or known.factorization != factorization or known.rank < rank:
             LOOP.run(self._fetch(weight, factorization, rank))
         self._known[weight] = self._known[weight].narrowed(rank)
-        return self._known[weight].tensors
+        return self._known[weight].tensors[name].clone()
 
     async def _fetch(self, weight: Weight, factorization: int, rank: int) -> None:
-        """This weight's factors, and at the same time those of the same weight in one block of each later peer.
+        """Fetch this weight's factors, and at the same time those of its like in one block of each later peer.
 
-        PEFT asks for one weight after the other, and a decomposition takes long: so all peers are at work.
+        PEFT asks for one weight after the other, and a decomposition takes long; this keeps all peers at work.
         """
         block = int(weight.name.partition(".")[0])
         route = await Retries(self._swarm).find_route(block, self._swarm.model_id.num_blocks, "forward")
-        ahead = [self._next(weight, hop) for hop in route[1:]] if weight.shift is None else []
+        ahead = [self._next(weight, hop) for hop in route[1:]] if weight.subtracted is None else []
         wanted = [weight, *(later for later in ahead if later)]
         requests = [_request(each, factorization, rank) for each in wanted]
         results = await asyncio.gather(
-            *(self._ask(request, {}, each.shift) for request, each in zip(requests, wanted, strict=True)),
+            *(self._ask(request, {}, each.subtracted) for request, each in zip(requests, wanted, strict=True)),
             return_exceptions=True,
         )
         for each, found in zip(wanted, results, strict=True):
@@ -161,25 +164,26 @@ class FactorCache:
                 self._known[each] = _Known(factorization, rank, found)
 
     def _next(self, weight: Weight, hop: Hop) -> Weight | None:
-        """The same weight in the first block of a hop where it is not known yet."""
+        """The same weight in the first block of a hop for which its factors are not known yet."""
         path = weight.name.partition(".")[2]
         candidates = (replace(weight, name=f"{block}.{path}") for block in range(hop.start, hop.end))
         return next((each for each in candidates if each.name in self._names and each not in self._known), None)
 
     async def _ask(
-        self, request: pb.Factorize, tensors: Mapping[str, torch.Tensor], shift: Shift | None
+        self, request: pb.Factorize, tensors: Mapping[str, torch.Tensor], subtracted: Subtracted | None
     ) -> dict[str, torch.Tensor]:
-        """The factors that `request` asks for, of whichever peer gives them."""
+        """The factors that `request` asks for, from the first peer of its block that gives them."""
         block, retries = int(request.name.partition(".")[0]), Retries(self._swarm)
-        given = {**tensors, "shift.b": shift.b, "shift.a": shift.a} if shift else dict(tensors)
-        while True:
-            hop = (await retries.find_route(block, block + 1, "forward"))[0]
-            try:
-                async with self._swarm.connections.channel(hop.peer.peer_id) as channel:
-                    answer = await channel.call(Message(request, given))
-                return _checked(answer, request, hop)
-            except SwarmError as error:
-                retries.failed(hop.peer, error)
+        given = {**tensors, "shift.b": subtracted.b, "shift.a": subtracted.a} if subtracted else dict(tensors)
+        found = dict[str, torch.Tensor]()
+
+        async def ask(hop: Hop) -> None:
+            async with self._swarm.connections.channel(hop.peer.peer_id) as channel:
+                answer = await channel.call(Message(request, given))
+            found.update(_factors_in(answer, request, hop))
+
+        await retries.hop_by_hop(await retries.find_route(block, block + 1, "forward"), "forward", ask)
+        return found
 
 
 def _request(weight: Weight, factorization: int, rank: int, iterations: int = 0) -> pb.Factorize:
@@ -192,7 +196,8 @@ def _request(weight: Weight, factorization: int, rank: int, iterations: int = 0)
     )
 
 
-def _checked(answer: Message, request: pb.Factorize, hop: Hop) -> dict[str, torch.Tensor]:
+def _factors_in(answer: Message, request: pb.Factorize, hop: Hop) -> dict[str, torch.Tensor]:
+    """The factors in an answer, by name. Raises `PeerFailed` when they are not those that were asked for."""
     names = ("q", "r") if request.factorization == pb.QR else ("u", "s", "vh")
     ranks = {name: tensor.shape[1 if name in ("u", "q") else 0 :][:1] for name, tensor in answer.tensors.items()}
     if set(ranks) != set(names) or any(tuple(rank) != (request.rank,) for rank in ranks.values()):

@@ -1,4 +1,4 @@
-"""What this machine knows of weights on remote peers, and may ask about them."""
+"""What may be asked about weights on remote peers, and in which terms."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +10,15 @@ from protocol.errors import SwarmError
 
 
 class RemoteWeightError(SwarmError, RuntimeError):
-    """Somebody computed with a weight that is not on this machine."""
+    """Something was computed with a weight that is not on this machine."""
 
 
 @dataclass(frozen=True, eq=False)
-class Shift:
-    """What was subtracted from a weight: it is now what the peers hold less `b @ a`. Never changed in place."""
+class Subtracted:
+    """The product that PiSSA or OLoRA subtracted from a weight: here the weight is `W - b @ a`, while peers hold W.
+
+    Never changed in place.
+    """
 
     b: torch.Tensor
     """(rows, rank), float32."""
@@ -25,17 +28,17 @@ class Shift:
 
 @dataclass(frozen=True)
 class Weight:
-    """A matrix on remote peers, as it is here."""
+    """A matrix on remote peers, as this machine's ghost of it is: transposed or not, less what was subtracted."""
 
     name: str
     """`BLOCK.PATH.weight`."""
     transposed: bool
-    shift: Shift | None
-    """Of the matrix as the peers hold it, not transposed."""
+    subtracted: Subtracted | None
+    """From the matrix as the peers hold it, not transposed."""
 
 
 NormReader = Callable[[str, bool, tuple[int, ...], torch.dtype], torch.Tensor]
-"""(`BLOCK.PATH.weight`, transposed, dimensions, dtype) -> norms."""
+"""(`BLOCK.PATH.weight`, transposed, dimensions, dtype) -> 2-norms over these dimensions."""
 
 
 class FactorReader(Protocol):
@@ -50,10 +53,10 @@ class FactorReader(Protocol):
     def svd_lowrank(self, weight: Weight, shape: torch.Size, rank: int, iterations: int) -> tuple[torch.Tensor, ...]:
         """U (rows, rank), S (rank,) and V (columns, rank), as `torch.svd_lowrank` finds them."""
 
-    def subtract(self, weight: Weight, part: torch.Tensor) -> Shift:
-        """The shift of `weight` less `part`, which is a product of the factors of it that were read last.
+    def subtract(self, weight: Weight, part: torch.Tensor) -> Subtracted:
+        """What is subtracted from `weight` once `part` is, too.
 
-        Raises `RemoteWeightError` for any other `part`.
+        `part` is a product of the factors of `weight` that were read last; raises `RemoteWeightError` for any other.
         """
 
 

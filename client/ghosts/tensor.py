@@ -1,8 +1,9 @@
-"""Ghosts: blocks with the right names, shapes and dtypes whose weights live on remote peers.
+"""A ghost: a tensor with the shape and dtype of a weight on remote peers, and without its values.
 
-PEFT, Trainer and generate see an ordinary model. Arithmetic on a ghost raises, except for what adapters begin with:
-DoRA needs a weight's row norms; PiSSA and OLoRA take its leading factors and subtract their product. Peers compute
-norms and factors; what was subtracted is remembered here, and the weight on the peers stays as it is.
+PEFT, Trainer and `generate` see an ordinary weight. Arithmetic on a ghost raises `RemoteWeightError`, except for what
+PEFT does when it makes an adapter: DoRA needs a weight's row norms; PiSSA and OLoRA take its leading factors and
+subtract their product. Peers compute norms and factors. What was subtracted is kept with the ghost; the weight on the
+peers stays as it is.
 """
 
 from collections.abc import Callable
@@ -12,13 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from client.ghosts.questions import (
-    FactorReader,
-    RemoteWeightError,
-    Shift,
-    Weight,
-    WeightReader,
-)
+from client.ghosts.questions import FactorReader, RemoteWeightError, Subtracted, Weight, WeightReader
 
 aten = torch.ops.aten
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
@@ -34,11 +29,11 @@ class Source:
 
 
 class GhostTensor(torch.Tensor):
-    """Shape, dtype and device of a weight on remote peers."""
+    """A weight on remote peers. Its device is the CPU; `source` is `None` for what nothing may be asked about."""
 
     source: Source | None
     transposed: bool
-    shift: Shift | None
+    subtracted: Subtracted | None
 
     @staticmethod
     def __new__(
@@ -49,7 +44,7 @@ class GhostTensor(torch.Tensor):
         ghost: Any = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=dtype or like.dtype, device=torch.device("cpu")
         )
-        ghost.source, ghost.transposed, ghost.shift = source, transposed, getattr(like, "shift", None)
+        ghost.source, ghost.transposed, ghost.subtracted = source, transposed, getattr(like, "subtracted", None)
         return ghost  # type: ignore[no-any-return]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -74,7 +69,7 @@ class GhostTensor(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
         if func == _SET_DATA and isinstance(args[0], cls) and isinstance(args[1], cls):
-            args[0].shift = args[1].shift  # torch copies what it knows of a tensor, not its Python attributes
+            args[0].subtracted = args[1].subtracted  # torch copies the tensor, not its Python attributes
         return result
 
     @classmethod
@@ -85,7 +80,7 @@ class GhostTensor(torch.Tensor):
                 return cls(ghost, ghost.source, ghost.transposed, (kwargs or {}).get("dtype"))
             if func in (aten.t.default, aten.transpose.int, aten.permute.default) and ghost.ndim == 2:
                 return cls(ghost, ghost.source, not ghost.transposed)
-            if func in _FOR_DORA and ghost.shift is None:
+            if func in _FOR_DORA and ghost.subtracted is None:
                 return _FOR_DORA[func](ghost, func, *rest)
             if func in _FOR_FACTORS and _is_factorable(ghost) and not kwargs:
                 return _FOR_FACTORS[func](ghost, func, *rest)
@@ -127,7 +122,7 @@ def _sub(ghost: GhostTensor, func: Any, other: Any) -> GhostTensor:
 def _sub_in_place(ghost: GhostTensor, func: Any, other: Any) -> GhostTensor:
     if isinstance(other, GhostTensor) or torch.as_tensor(other).shape != ghost.shape:
         raise _refusal(func, ghost)
-    ghost.shift = _factors(ghost).subtract(_weight(ghost), other)
+    ghost.subtracted = _factors(ghost).subtract(_weight(ghost), other)
     return ghost
 
 
@@ -152,11 +147,11 @@ def _factors(ghost: GhostTensor) -> FactorReader:
 
 def _weight(ghost: GhostTensor) -> Weight:
     assert ghost.source
-    return Weight(ghost.source.name, ghost.transposed, ghost.shift)
+    return Weight(ghost.source.name, ghost.transposed, ghost.subtracted)
 
 
 def _refusal(func: Any, ghost: Any) -> RemoteWeightError:
-    if func in _FOR_DORA and getattr(ghost, "shift", None) is not None:
+    if func in _FOR_DORA and getattr(ghost, "subtracted", None) is not None:
         return RemoteWeightError(
             f"{func} needs a weight that PiSSA or OLoRA has changed and that lives on remote peers; neither DoRA nor "
             "merging works together with them on this machine."

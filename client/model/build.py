@@ -9,8 +9,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from client.adapters.source import AdapterSource
 from client.generation.dynamic_rope import ReachDependence
-from client.ghosts.blocks import GhostBlocks, make_ghosts
+from client.ghosts.blocks import GhostBlocks, make_ghosts, matrix_names
+from client.ghosts.factors import FactorCache
 from client.ghosts.norms import NormCache
+from client.ghosts.questions import WeightReader
 from client.model.pseudo_layer import PseudoLayer
 from client.model.remote_blocks import RemoteBlocks
 from client.model.saving import freeze, hide_ghosts
@@ -43,8 +45,9 @@ def build_model(
     outside = checkpoint.state_dict(lambda name: block_of(name, where.attribute) is None)
     model, missing = load_part(cls, config, outside, cut, dtype=dtype)
     _check_missing(model, missing, where, checkpoint)
-    norms = NormCache(swarm, donor, where)
-    ghosts = make_ghosts(where.of(donor), norms.read)
+    names = matrix_names(where.of(donor))
+    reader = WeightReader(NormCache(swarm, names).norm, FactorCache(swarm, names))
+    ghosts = make_ghosts(where.of(donor), reader)
     setattr(where.trunk_of(model), where.attribute, ghosts)
     hide_ghosts(ghosts)
     _attach(model, where, ghosts, swarm)

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections import OrderedDict
 
-from client.adapters.bundle import Bundle
+from client.adapters.bundle import AdapterBundle
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message, OnWorking
 from protocol.errors import PeerFailed, UnknownAdapter
@@ -23,7 +23,7 @@ class Puts:
         latest = self._latest.get((peer_id, key))
         return latest if latest is not None and latest.done() else None
 
-    async def put(self, channel: Channel, bundle: Bundle, seen: "asyncio.Future[None] | None") -> None:
+    async def put(self, channel: Channel, bundle: AdapterBundle, seen: "asyncio.Future[None] | None") -> None:
         """Give the peer an adapter that it missed after the put `seen`: by waiting, if there was another since."""
         slot = (channel.remote, bundle.key)
         latest = self._latest.get(slot)
@@ -41,7 +41,7 @@ class Puts:
 
 
 async def call_with_adapter(
-    puts: Puts, channel: Channel, message: Message, bundle: Bundle | None, on_working: OnWorking | None = None
+    puts: Puts, channel: Channel, message: Message, bundle: AdapterBundle | None, on_working: OnWorking | None = None
 ) -> tuple[Message, float]:
     """Call; when the peer does not hold the adapter, put it and call again. Returns the seconds of the call alone, too.
 

@@ -5,13 +5,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from client.adapters.bundle import Bundle, Snapshot
+from client.adapters.bundle import AdapterBundle, Snapshot
 from client.swarm.config import SwarmConfig
 from client.swarm.routes import Hop
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message
 from protocol.codecs import NAMES
-from protocol.connections import Connections
 from protocol.errors import PeerFailed
 from protocol.tensors import wire_dtype
 
@@ -58,7 +57,7 @@ class Work:
     """Block -> (key, value)."""
     codecs: Codecs = Codecs()
 
-    def bundle(self, hop: Hop) -> Bundle | None:
+    def bundle(self, hop: Hop) -> AdapterBundle | None:
         """The adapters on a hop's blocks."""
         return self.adapters.bundle(range(hop.start, hop.end)) if self.adapters else None
 
@@ -95,13 +94,3 @@ def answered_hidden(answer: Message, like: torch.Tensor, remote: str) -> torch.T
     if hidden is None or hidden.shape != like.shape or not hidden.is_floating_point():
         raise PeerFailed(f"Peer {remote} answered with something else than hidden states of {list(like.shape)}.")
     return hidden.to(like.device, like.dtype)
-
-
-async def read_norms(
-    connections: Connections, hop: Hop, names: list[str], transposed: bool, dims: tuple[int, ...], dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """The norms of base weights that a hop's peer holds."""
-    request = pb.ReadWeight(names=names, transposed=transposed, norm_dims=dims, dtype=wire_dtype(dtype))
-    async with connections.channel(hop.peer.peer_id) as channel:
-        answer = await channel.call(Message(request))
-    return {name: answer.tensor(f"value.{i}") for i, name in enumerate(names)}

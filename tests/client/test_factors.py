@@ -1,4 +1,4 @@
-"""PiSSA and OLoRA beyond the matrix of methods: peers' weights stay as they are, the client's are shifted."""
+"""PiSSA and OLoRA beyond the matrix of methods: peers keep their weights, the client works with residuals."""
 
 import copy
 from collections.abc import Callable
@@ -78,7 +78,7 @@ def test_factors_are_what_they_are_locally(init: str, remote: Make, local: Make)
 
 
 @pytest.mark.parametrize("init", INITS[:2])
-def test_the_shift_is_the_weights_and_not_an_adapters(init: str, remote: Make, local: Make) -> None:
+def test_what_was_subtracted_is_the_weights_and_not_an_adapters(init: str, remote: Make, local: Make) -> None:
     models = [tuned(make(), lora(init), lora(True)) for make in (remote, local)]
     plain = logits(local())
     for active in ("1", "0"):
@@ -107,7 +107,7 @@ def test_a_second_decomposition_is_of_what_the_first_left(remote: Make, local: M
         same(logits(mine), logits(reference))
 
 
-def test_a_copy_is_shifted_too_and_alone(remote: Make, local: Make) -> None:
+def test_a_copy_has_residuals_too_and_alone(remote: Make, local: Make) -> None:
     reference, first = tuned(local(), lora("pissa")), tuned(remote(), lora("pissa"))
     second = copy.deepcopy(first)
     same(logits(second), logits(reference))
@@ -226,10 +226,10 @@ def test_refused(attempt: Callable[[Any], Any], error: type[Exception], said: st
 
 def test_nothing_dense_is_kept(remote: Make) -> None:
     model = peft.get_peft_model(remote(), lora("pissa"))
-    shifted = [p for p in model.parameters() if isinstance(p, GhostTensor) and p.shift is not None]
-    assert len(shifted) == 10
-    for ghost in shifted:
-        assert ghost.shift.b.shape == (ghost.shape[0], 4)
-        assert ghost.shift.a.shape == (4, ghost.shape[1])
-    reader = shifted[0].source.reader.factors
+    residuals = [p for p in model.parameters() if isinstance(p, GhostTensor) and p.subtracted is not None]
+    assert len(residuals) == 10
+    for ghost in residuals:
+        assert ghost.subtracted.b.shape == (ghost.shape[0], 4)
+        assert ghost.subtracted.a.shape == (4, ghost.shape[1])
+    reader = residuals[0].source.reader.factors
     assert not reader._known

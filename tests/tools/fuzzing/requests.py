@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from client.adapters.bundle import Bundle
+from client.adapters.bundle import AdapterBundle
 from client.adapters.source import AdapterSource
 from client.ghosts.tensor import GhostTensor
 from protocol import swarm_pb2 as pb
@@ -45,7 +45,7 @@ class Memory:
     """What a client has been told, to be used in its next requests."""
 
     hello: pb.Hello
-    bundles: Sequence[Bundle] = ()
+    bundles: Sequence[AdapterBundle] = ()
     number: int = 0
     """Of its next step."""
     rows: int = 1
@@ -54,7 +54,7 @@ class Memory:
     adapters: list[bytes] = field(default_factory=list)
 
 
-def build_bundles(model: Path) -> list[Bundle]:
+def build_bundles(model: Path) -> list[AdapterBundle]:
     """A bundle of every method that may travel, as a client makes it, on two modules of each block."""
     bundles = []
     for method in METHODS:
