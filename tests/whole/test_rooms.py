@@ -26,9 +26,9 @@ MAY_IMPORT: dict[str, str] = {
     "peer/training": "peer/training/joined peer/adapters peer/span peer/kv_cache peer/compute protocol/*",
     "peer/service": "peer/generation peer/training peer/adapters peer/base_weights peer/span peer/kv_cache "
     "peer/compute bootstrap protocol/*",
-    "peer/start": "peer/service peer/generation peer/generation/joined peer/training peer/adapters peer/span "
-    "peer/kv_cache peer/compute bootstrap protocol/*",
-    "peer": "peer/start peer/service peer/compute bootstrap protocol/*",
+    "peer/start": "peer/service peer/generation peer/generation/joined peer/training peer/training/joined "
+    "peer/adapters peer/span peer/kv_cache peer/compute bootstrap protocol/*",
+    "peer": "peer/commands/app peer/start peer/service peer/compute bootstrap protocol/*",
     "peer/commands": "peer peer/start peer/service bootstrap protocol/*",
     "client/swarm": "bootstrap protocol/*",
     "client/ghosts": "client/swarm protocol/*",

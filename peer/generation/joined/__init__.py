@@ -7,8 +7,9 @@
     compiled        packing with compiled blocks: `peer serve --compile`
 
 `compiled` can be taken out whole. Delete `compiled.py` here, `peer/start/compile_trial.py`,
-`tests/peer/test_compiled.py` and `ServeOptions.compile`; in `peer.start.assembly` have `_step_runner` return
-`StepRunner(span, adapters, find_joiner(span))`; in `peer.generation.steps` drop `StepRunner`'s argument `compiled` and
-the two places that ask it. (`SplitLinear` asks whether it is being compiled for the sake of clients, too: theirs may
-be compiled by their users.)
+`tests/peer/test_compiled.py` and `ServeOptions.compile` (with `--compile` of `benchmarks.core`); in
+`peer.start.assembly` have `_step_runner` return `StepRunner(span, adapters, find_joiner(span))`; in
+`peer.generation.steps` drop `StepRunner`'s argument `compiled` and the two places that ask it, and in
+`tests/peer/test_packing.py` what gives it. (`SplitLinear` asks whether it is being compiled for clients, too: their
+users may compile their models.)
 """
