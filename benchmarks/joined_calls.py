@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from peer.adapters.store import AdapterStore
-from peer.service.quotas import Quota
 from peer.span.loading import load_span
 from peer.span.span import Inputs, Mode, Span
 from peer.training.joined.together import Together
@@ -38,7 +37,7 @@ class Bench:
     """Clients of one span."""
 
     def __init__(self, span: Span, clients: int):
-        store = AdapterStore(span, 10**9, Quota())
+        store = AdapterStore(span, 10**9, 64, 10**9)
         self._span, self._runner = span, TrainingRunner(Trainer(span, store, 10**10), Together(span, 10**6))
         targets = [f"{block}.self_attn.{name}_proj" for block in span.blocks for name in "qv"]
         self._bundles = [put_lora(store, span, targets, 8, seed, f"client {seed}") for seed in range(clients)]

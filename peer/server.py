@@ -76,19 +76,19 @@ class Server:
             speed=self._speed,
             free_cache_tokens=self.service.memory.free_tokens,
             max_length=self.service.memory.max_length,
-            sessions=self.service.load.sessions,
+            sessions=self.service.memory.sessions,
             version=own_version(),
         )
 
     def describe(self) -> Iterator[str]:
         """What this peer serves now, a line each: for people."""
-        record, load, memory = self.record(), self.service.load, self.service.memory
+        record, service, memory = self.record(), self.service, self.service.memory
         yield f"{record.state}: blocks {record.start}:{record.end} of {record.model.name}, version {record.version}"
-        yield f"{load.sessions} sessions, {load.calls} requests being answered"
+        yield f"{memory.sessions} sessions, {service.requests} requests being answered"
         yield f"{memory.free_tokens} of {memory.total_tokens} cache tokens free"
         yield from self._scheduler.describe()
-        for what, counts in (("steps", self.service.tally), ("training calls", self.service.call_tally)):
-            yield f"{counts.steps} {what} in {counts.calls} passes since the start"
+        for what, counts in (("steps", service.step_counts), ("training calls", service.training_counts)):
+            yield f"{counts.items} {what} in {counts.passes} passes since the start"
         yield from self.member.describe()
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -106,14 +106,14 @@ class Server:
 
     async def leave(self) -> None:
         """Take no new work, let clients take their sessions elsewhere, withdraw the record, close everything."""
-        self.service.draining = True
+        self.service.drain()
         self._state = PeerState.DRAINING
         self._announcer.refresh()
         await self._drain()
-        tally = self.service.tally
-        logger.info("ran %d steps of generations in %d calls", tally.steps, tally.calls)
-        tally = self.service.call_tally
-        logger.info("ran %d training calls in %d goes", tally.steps, tally.calls)
+        counts = self.service.step_counts
+        logger.info("ran %d steps of generations in %d calls", counts.items, counts.passes)
+        counts = self.service.training_counts
+        logger.info("ran %d training calls in %d goes", counts.items, counts.passes)
         await self._announcer.stop()
         self._scheduler.close()
         await self.member.shutdown()

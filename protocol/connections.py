@@ -3,9 +3,8 @@
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
 from protocol import swarm_pb2 as pb
@@ -13,19 +12,11 @@ from protocol.channel import VERSION, Channel, Message
 from protocol.codecs import SUPPORTED
 from protocol.errors import BadRequest, NoConnection, PeerUnreachable, WrongModel
 from protocol.handshake import Handshake
-from protocol.records import same_weights
+from protocol.records import ModelVersion, same_weights
 from protocol.stream import Carrier, Stream
 from protocol.tensors import Limits
 
 _MAX_IDLE = 8
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """The model that the caller works on: its configuration's hash, and digests of the weight files that it has."""
-
-    config_hash: str
-    digests: Mapping[str, str]
 
 
 class Dialer(Protocol):
@@ -48,7 +39,7 @@ class End(Protocol):
 
 
 class Connections:
-    """A pool of channels per peer, all greeted for one model.
+    """A pool of channels per peer, all greeted for the model `wanted`.
 
     `end` returns the caller as it is now: it may have joined anew. `patience` (seconds): see `Channel`. `met` is called
     with the peer's ID and the seconds of the greeting's round trip, for each new connection.
@@ -57,7 +48,7 @@ class Connections:
     def __init__(
         self,
         end: Callable[[], End],
-        wanted: Wanted,
+        wanted: ModelVersion,
         patience: float,
         met: Callable[[str, float], None],
         carrier: Carrier = "auto",
@@ -125,7 +116,7 @@ class Connections:
             raise NoConnection(f"Peer {peer_id} cannot be reached within {self._patience:g} s.") from error
 
     async def _greet(self, channel: Channel) -> None:
-        hello = pb.Hello(version=VERSION, config_hash=self._wanted.config_hash, weights=self._wanted.digests)
+        hello = pb.Hello(version=VERSION, config_hash=self._wanted.model_id.config_hash, weights=self._wanted.digests)
         begin = time.perf_counter()
         answer = await channel.call(Message(hello))
         self._met(channel.remote, time.perf_counter() - begin)

@@ -4,6 +4,7 @@ import ipaddress
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Self
 
@@ -71,6 +72,15 @@ class ModelId(_Record):
     config_hash: ConfigHash
     """Hash of the configuration: equal for equal architecture and sizes. Weights are compared by digests."""
     num_blocks: int = Field(gt=0, le=MAX_BLOCKS)
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A model with one revision's weights: what both ends of a connection must hold."""
+
+    model_id: ModelId
+    digests: Mapping[str, str]
+    """Weight file -> its digest; see `Checkpoint.digests`."""
 
 
 def same_weights(ours: Mapping[str, str], theirs: Mapping[str, str]) -> bool:

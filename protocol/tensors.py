@@ -29,6 +29,8 @@ _TORCH = {
 _WIRE = {dtype: number for number, dtype in _TORCH.items()}
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The name that users give -> the dtype that a model can be run in."""
+KvPrefix = dict[int, tuple[torch.Tensor, torch.Tensor]]
+"""Trainable keys and values before the tokens: block -> (key, value), each (batch, heads, tokens, head size)."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import torch
 
 from protocol import swarm_pb2 as pb
+from protocol.cache_edits import read_edit
 
 _COMPACT_AFTER = 64
 
@@ -34,7 +35,8 @@ class History:
             if isinstance(event, torch.Tensor):
                 pending.append(event)
                 continue
-            result = _edited(_joined(result, pending), event)
+            past = _joined(result, pending)
+            result = None if past is None else read_edit(event).tensor(past)
             pending = []
         result = _joined(result, pending)
         self._events = [] if result is None else [result]
@@ -55,15 +57,3 @@ class History:
 def _joined(first: torch.Tensor | None, rest: list[torch.Tensor]) -> torch.Tensor | None:
     parts = rest if first is None else [first, *rest]
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0] if parts else None
-
-
-def _edited(tensor: torch.Tensor | None, edit: pb.CacheEdit) -> torch.Tensor | None:
-    if tensor is None:
-        return None
-    kind = edit.WhichOneof("edit")
-    if kind == "crop":
-        return tensor[:, : tensor.shape[1] - edit.crop]
-    if kind == "repeat_interleave":
-        return tensor.repeat_interleave(edit.repeat_interleave, 0)
-    rows = edit.reorder.index if kind == "reorder" else edit.select.index
-    return tensor[list(rows)]

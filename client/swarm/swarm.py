@@ -15,7 +15,7 @@ from client.swarm.health import Health
 from client.swarm.loop import LOOP
 from client.swarm.membership import Membership, Memberships
 from client.swarm.routes import Hop, find_route, spare_blocks
-from protocol.connections import Connections, Wanted
+from protocol.connections import Connections
 from protocol.errors import (
     BadUsage,
     NoRoute,
@@ -27,6 +27,7 @@ from protocol.records import (
     MAX_ACCUSED,
     Accusation,
     Complaint,
+    ModelVersion,
     PeerRecord,
     holes,
 )
@@ -54,7 +55,7 @@ class Swarm:
     def __init__(self, config: SwarmConfig, checkpoint: Checkpoint, membership: Membership):
         self.config, self.model_id = config, checkpoint.model_id
         self.health = Health()
-        wanted = Wanted(self.model_id.config_hash, checkpoint.digests)
+        wanted = ModelVersion(self.model_id, checkpoint.digests)
         self.connections = Connections(
             lambda: membership.member, wanted, config.silence_timeout, self.health.measured, config.carrier
         )

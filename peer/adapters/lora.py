@@ -34,13 +34,13 @@ class Delta:
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """A bundle that is nothing but LoRA on linear layers: `BLOCK.PATH` of a module -> its deltas, in order."""
+    """A stored adapter that is nothing but LoRA on linear layers: `BLOCK.PATH` of a module -> its deltas, in order."""
 
     deltas: Mapping[str, Sequence[Delta]]
 
 
 def find_lora(span: Span, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> Lora | None:
-    """The checked bundle as deltas; `None` when it is anything else (DoRA, biases, experts, other methods)."""
+    """The checked adapter as deltas; `None` when it is anything else (DoRA, biases, experts, other methods)."""
     factors: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         if not (match := _FACTOR.match(name)):

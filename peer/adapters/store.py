@@ -1,4 +1,4 @@
-"""Clients' adapters: one PEFT module tree per configuration, tensors put in per call, kept by content hash."""
+"""Clients' adapters: one PEFT module tree per configuration, tensors put in for each pass, kept by content hash."""
 
 import logging
 import re
@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedModel
 
 from peer.adapters.lora import Lora, find_lora
-from peer.service.quotas import Quota
 from peer.span.span import Adapted, Span, find_module
 from peer.span.transfer import to_device
 from protocol.adapters import Manifest, bundle_hash
@@ -25,8 +24,8 @@ _SHARED = re.compile(r"\.(vera|randlora)_[AB]\.")
 
 
 @dataclass(frozen=True)
-class Bundle:
-    """A client's adapters for some of the blocks, as it put them."""
+class StoredAdapter:
+    """A client's adapters for some of the blocks, as they are kept here: all that one `PutAdapter` brought."""
 
     manifest: Manifest
     tensors: Mapping[str, torch.Tensor]
@@ -40,23 +39,23 @@ class Bundle:
 
 
 class AdapterStore:
-    """The bundles that clients put, the least recently used dropped first. A client holds them all itself.
+    """The adapters that clients put, the least recently used dropped first. A client holds them all itself.
 
-    Each client may keep so many and so many bytes (`Quota`): its own oldest give way to its new ones. When all clients
-    together have too much, those of the one that has most give way.
+    Each client may keep `client_count` of them and `client_bytes` bytes: its own oldest give way to its new ones. When
+    all clients together keep more than `max_bytes`, those of the one that has most give way.
     """
 
-    def __init__(self, span: Span, max_bytes: int, quota: Quota):
-        self._span = span
-        self._max_bytes, self._quota = max_bytes, quota
-        self._bundles = dict[bytes, Bundle]()
+    def __init__(self, span: Span, max_bytes: int, client_count: int, client_bytes: int):
+        self._span, self._max_bytes = span, max_bytes
+        self._client_count, self._client_bytes = client_count, min(client_bytes, max_bytes)
+        self._adapters = dict[bytes, StoredAdapter]()
         self._owned = defaultdict[str, OrderedDict[bytes, int]](OrderedDict)
         """Client -> the hashes that it put, the least recently used first, and their sizes in bytes."""
         self._trees = OrderedDict[str, tuple[PreTrainedModel, int]]()
-        """Of bundles that are here: module tree and its bytes, by `Bundle.tree_key`, the least recently used first."""
+        """`StoredAdapter.tree_key` -> module tree and its bytes, the least recently used first."""
 
     def put(self, manifest_json: str, tensors: Mapping[str, torch.Tensor], client: str) -> bytes:
-        """Keep a bundle; returns its hash. Runs PEFT's construction, so it belongs on the compute thread.
+        """Keep an adapter; returns its hash. Runs PEFT's construction, so it belongs on the compute thread.
 
         Raises `BadAdapter` when method, options, names or shapes are not acceptable.
         """
@@ -65,8 +64,8 @@ class AdapterStore:
         numbered = _numbered(tensors)
         key = bundle_hash(manifest_json, numbered)
         size = nbytes(tensors) + len(manifest_json)
-        if size > (limit := min(self._max_bytes, self._quota.adapter_bytes or self._max_bytes)):
-            raise BadAdapter(f"An adapter of {size} bytes is over this peer's limit of {limit}.")
+        if size > self._client_bytes:
+            raise BadAdapter(f"An adapter of {size} bytes is over this peer's limit of {self._client_bytes}.")
         if any(not 0 <= number < len(numbered) for number in manifest.tensors.values()):
             raise BadAdapter("The adapter's manifest refers to a tensor that was not sent.")
         device = [to_device(tensor, self._span.device) for tensor in numbered]
@@ -76,20 +75,20 @@ class AdapterStore:
         except BadAdapter:
             self._trees.pop(tree_key, None)  # nobody can use it, and nobody paid for it in tensors
             raise
-        self._bundles[key] = Bundle(manifest, named, tree_key, size, find_lora(self._span, manifest, named))
+        self._adapters[key] = StoredAdapter(manifest, named, tree_key, size, find_lora(self._span, manifest, named))
         self._owned[client][key] = size
         self._owned[client].move_to_end(key)
         self._make_room(client)
         return key
 
-    def get(self, key: bytes, client: str) -> Bundle:
-        """The bundle of this hash, whoever put it. Raises `UnknownAdapter`."""
-        if key not in self._bundles:
-            raise UnknownAdapter(f"No adapter {key.hex()} here; put it and repeat the call.")
+    def get(self, key: bytes, client: str) -> StoredAdapter:
+        """The adapter of this hash, whoever put it. Raises `UnknownAdapter`."""
+        if key not in self._adapters:
+            raise UnknownAdapter(f"No adapter {key.hex()} here; put it and repeat the request.")
         own = self._owned.get(client)
         if own and key in own:
             own.move_to_end(key)
-        return self._bundles[key]
+        return self._adapters[key]
 
     def forget(self, client: str) -> None:
         """Drop what a client put, as far as nobody else has put it too: it has gone."""
@@ -97,10 +96,10 @@ class AdapterStore:
             self._drop_oldest(client)
 
     def _make_room(self, client: str) -> None:
-        own, quota = self._owned[client], self._quota
-        while len(own) > quota.adapters or sum(own.values()) > (quota.adapter_bytes or self._max_bytes):
+        own = self._owned[client]
+        while len(own) > self._client_count or sum(own.values()) > self._client_bytes:
             self._drop_oldest(client)
-        while sum(bundle.size for bundle in self._bundles.values()) > self._max_bytes:
+        while sum(adapter.size for adapter in self._adapters.values()) > self._max_bytes:
             self._drop_oldest(max(self._owned, key=lambda owner: sum(self._owned[owner].values())))
 
     def _drop_oldest(self, client: str) -> None:
@@ -108,14 +107,14 @@ class AdapterStore:
         if not self._owned[client]:
             del self._owned[client]
         if not any(key in owned for owned in self._owned.values()):
-            tree_key = self._bundles.pop(key).tree_key
-            if all(bundle.tree_key != tree_key for bundle in self._bundles.values()):
+            tree_key = self._adapters.pop(key).tree_key
+            if all(adapter.tree_key != tree_key for adapter in self._adapters.values()):
                 self._trees.pop(tree_key, None)
 
-    def adapt(self, bundle: Bundle, tensors: Mapping[str, torch.Tensor]) -> Adapted:
-        """The tree to run for `bundle`, with `tensors` (its own, or leaves made from them) in place."""
-        tree = self._tree(bundle.manifest, bundle.tree_key)
-        for name, factors in bundle.manifest.scaling.items():
+    def adapt(self, adapter: StoredAdapter, tensors: Mapping[str, torch.Tensor]) -> Adapted:
+        """The tree to run for `adapter`, with `tensors` (its own, or leaves made from them) in place."""
+        tree = self._tree(adapter.manifest, adapter.tree_key)
+        for name, factors in adapter.manifest.scaling.items():
             layer: Any = tree.get_submodule(f"{self._span.where.path}.{name}")
             layer.scaling.update(factors)
         return Adapted(tree, tensors)
@@ -149,10 +148,8 @@ class AdapterStore:
 
     def _tree(self, manifest: Manifest, key: str) -> PreTrainedModel:
         if key not in self._trees:
-            from peer.adapters.peft_trees import (  # and with it PEFT: seconds, in which a peer can serve already
-                build_tree,
-                own_bytes,
-            )
+            # Here, as it imports PEFT: that takes seconds, in which a peer can serve already.
+            from peer.adapters.peft_trees import build_tree, own_bytes
 
             tree = build_tree(self._span, manifest.adapters, self._max_bytes)
             self._trees[key] = tree, own_bytes(tree, self._span.model)

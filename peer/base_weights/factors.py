@@ -28,7 +28,7 @@ class Job:
 
 
 def check_factorize(span: Span, request: pb.Factorize, tensors: Mapping[str, torch.Tensor]) -> Job:
-    """What `factorize` is to do. Raises `BadRequest` for a wrong name, kind, rank or tensor."""
+    """A job for `factorize`. Raises `BadRequest` for a wrong name, kind, rank or tensor."""
     module = find_matrix(span, request.name)
     if request.factorization not in _FACTORIZATIONS:
         raise BadRequest(f"{request.factorization} is no known factorization; expected SVD, LOW_RANK_SVD or QR.")
@@ -52,10 +52,10 @@ def factorize(job: Job) -> Factors:
 
     Raises `BadRequest` when there are none (a shift that is not finite).
     """
-    torch.get_num_threads()  # LAPACK heeds the number only on threads that have asked: this may be the first work here
-    from peer.base_weights.dequantized import dense_weight
+    torch.get_num_threads()  # LAPACK heeds the number only on threads that have asked, and this may be the first work
+    from peer.base_weights.dequantized import dequantized_weight
 
-    weight = dense_weight(job.module).to(torch.float32)
+    weight = dequantized_weight(job.module).to(torch.float32)
     given = {name: tensor.to(weight.device, torch.float32) for name, tensor in job.tensors.items()}
     if "shift.b" in given:
         weight = weight - given["shift.b"] @ given["shift.a"]
@@ -68,8 +68,8 @@ def factorize(job: Job) -> Factors:
     return {name: factor.cpu().contiguous() for name, factor in factors.items()}
 
 
-# Whole decompositions, of which the leading part is given: shorter ways choose other signs, or round otherwise, than
-# PEFT does with weights of its own.
+# The whole weight is decomposed, and the leading part of the result given. Shorter ways would choose other signs than
+# PEFT does with weights of its own, or round differently.
 
 
 def _svd(weight: torch.Tensor, request: pb.Factorize, _given: Factors) -> Factors:
@@ -100,7 +100,7 @@ _FACTORIZATIONS: dict[int, Callable[[torch.Tensor, pb.Factorize, Factors], Facto
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    """Quantized weights are packed, so their own shape says nothing."""
+    """Rows and columns. A quantized weight is packed: its own shape says nothing."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     rows, columns = module.weight.shape  # type: ignore[union-attr, misc]

@@ -1,4 +1,4 @@
-"""What a client may ask of a base weight: row norms (DoRA's initialisation needs them); for factors see `factors`."""
+"""Row norms of a base weight, which DoRA begins with; and finding the weight that a request names."""
 
 import torch
 from torch import nn
@@ -29,8 +29,8 @@ def read_norm(span: Span, name: str, transposed: bool, dims: tuple[int, ...], dt
     module = find_matrix(span, name)
     if not dims or not set(dims) <= {0, 1, -1, -2} or len({dim % 2 for dim in dims}) < len(dims):
         raise BadRequest(f"Norms of a matrix are over dimensions 0 or 1, not {dims}.")
-    from peer.base_weights.dequantized import dense_weight
+    from peer.base_weights.dequantized import dequantized_weight
 
-    dense = dense_weight(module).to(dtype)
-    norm: torch.Tensor = torch.linalg.vector_norm(dense.T if transposed else dense, dim=dims)
+    weight = dequantized_weight(module).to(dtype)
+    norm: torch.Tensor = torch.linalg.vector_norm(weight.T if transposed else weight, dim=dims)
     return norm

@@ -1,45 +1,47 @@
-"""Whether work is worth waiting for that comes a moment after other work, with which it could have been done in one go.
+"""Whether the next pass had better wait a moment for more work, so that both go through together.
 
-Clients whose steps went through one call send their next ones at about the same time. If the first of these were run at
-once, the others would find the device busy, and each round would take two calls. So it is noted how much work came just
-too late for a call; while that is a good part of what was in it, the next call waits that long (in the spirit of
-anticipatory scheduling, Iyer and Druschel 2001). A single stream never waits: nothing comes while it is answered.
+Late is the work that comes within a moment of when a pass could have begun; in time is what was there by then. Passes
+wait while
 
-Where work has queued behind a call, more calls go round between the peers of a swarm than there are peers to run them.
-There the next is worth waiting for even if it takes most of a call: the two are one from then on, round after round.
+    late / in time, averaged over the passes so far  >  0.3
+
+and a moment is 0.15 of the last pass's time, at most 20 ms.
+
+Why: clients whose steps went through together send their next ones at about the same time. If the first of these were
+run at once, the others would find the device busy, and each round would take two passes (in the spirit of anticipatory
+scheduling, Iyer and Druschel 2001). A single stream never waits: nothing comes while its step is being answered.
 """
 
 from dataclasses import dataclass
 
-_MEMORY = 0.7
-"""How much of what was learnt is kept from call to call."""
+_KEPT = 0.7
+"""How much of the average stays from pass to pass."""
 _WORTH_IT = 0.3
-"""Late work per work in time for which waiting pays."""
+_SHARE, _MOST = 0.15, 0.02
 
 
 @dataclass
-class Gathering:
-    """What has been learnt from the calls so far. Times are `time.monotonic`, in seconds."""
+class BatchingWindow:
+    """What has been learnt from the passes so far. Times are `time.monotonic`, in seconds."""
 
-    share: float
-    """How long a moment is: this share of a call's time,"""
-    most: float
-    """and at most so many seconds."""
     moment: float = 0.0
-    """So long a call may wait."""
+    """How long the next pass may wait."""
     expected: int = 0
-    """Pieces of work that the last call had, and that came a moment too late for it."""
+    """Work that the last pass had, and that came a moment too late for it: when all is there, nobody need wait."""
+    _late_share: float = 0.0
+    """Late / in time, averaged."""
     _late: int = 0
-    """Pieces of work that came within a moment of when the last call could have begun."""
+    """Pieces of work that came late for the last pass."""
     _in_time: int = 0
+    """Pieces of work that were there in time for the last pass."""
     _ready: float = -1.0
+    """When the last pass could have begun."""
     _began: float = -1.0
-    _worth: float = 0.0
 
     @property
     def pays(self) -> bool:
-        """Whether the next call had better wait a moment."""
-        return self._worth > _WORTH_IT
+        """Whether the next pass had better wait a moment."""
+        return self._late_share > _WORTH_IT
 
     def arrived(self, now: float) -> None:
         """A piece of work has come."""
@@ -47,15 +49,17 @@ class Gathering:
             self._late += 1
             self.expected += 1
 
-    def begins(self, ready: float, now: float, count: int, waited_for: int) -> None:
-        """A call begins that could have begun at `ready`, with `count` pieces of work, `waited_for` of which came
-        since."""
+    def started(self, ready: float, now: float, count: int, waited_for: int) -> None:
+        """A pass of `count` pieces of work begins.
+
+        It could have begun at `ready`; `waited_for` of the pieces came since then, and so did not in time.
+        """
         if self._in_time:
             found = min(1.0, self._late / self._in_time)
-            self._worth = _MEMORY * self._worth + (1 - _MEMORY) * found
-        self._ready, self._began, self._in_time, self.expected = ready, now, count - waited_for, count
-        self._late = waited_for
+            self._late_share = _KEPT * self._late_share + (1 - _KEPT) * found
+        self._ready, self._began = ready, now
+        self._in_time, self._late, self.expected = count - waited_for, waited_for, count
 
     def ended(self, now: float) -> None:
-        """The call has ended."""
-        self.moment = min(self.most, self.share * (now - self._began))
+        """The pass has ended."""
+        self.moment = min(_MOST, _SHARE * (now - self._began))

@@ -1,9 +1,9 @@
 """The memory of a peer's KV caches: one tensor for the keys and one for the values of each block, allocated once.
 
-A session's caches are views of it: a step writes its keys and values in place, where Transformers' own layers copy the
-whole context at every step. Within a session's run of slots a block's keys lie as (rows, heads, capacity, head size),
-so that a view of the first tokens is as good as contiguous to every attention kernel. (Measured: with the heads of one
-token side by side, attention of one new token takes two to three times as long in bfloat16.)
+A session's caches are views of it. A step writes its keys and values in place; Transformers' own layers would copy the
+whole context at every step. Within a session's run of slots a block's keys lie as (rows, heads, capacity, head size):
+attention kernels take a view of the first tokens as if it were contiguous. With the heads of one token side by side,
+attention of one new token takes two to three times as long in bfloat16 (measured).
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from peer.kv_cache.slots import Move, Run
 
 _CHUNK = 4096
-"""Slots copied at a time when runs slide together: bounds the memory that it takes."""
+"""Slots copied at a time when runs are slid together: bounds the memory that copying takes."""
 _WORTH_RETURNING = 2**16
-"""Bytes of a tensor from which on freed slots are given back to the operating system."""
+"""Bytes of a tensor: where freed slots take fewer, they are not given back to the operating system."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Shape:
 
     @classmethod
     def of(cls, cached: torch.Tensor) -> "Shape":
-        """That of keys or values (rows, heads, tokens, head size)."""
+        """The shape of keys or values (rows, heads, tokens, head size)."""
         return cls(cached.shape[1], cached.shape[3], cached.dtype)
 
     @property
@@ -62,7 +62,7 @@ class _Store:
         return self._flat.as_strided(shape, (row, capacity * size, size, 1), start * self._width)
 
     def move(self, move: Move) -> None:
-        """Copy slots to a place that may overlap theirs."""
+        """Copy slots to a place that may overlap their own."""
         begins = range(0, move.size, _CHUNK)
         for begin in begins if move.target < move.source else reversed(begins):
             count = min(_CHUNK, move.size - begin)
@@ -81,10 +81,10 @@ class _Store:
 
 
 def _reserve(size: int) -> mmap.mmap:
-    """Zeroed memory that takes room only where it is written to, a page at a time."""
+    """Zeroed memory that takes room only once it is written to, page by page."""
     pages = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
     with contextlib.suppress(AttributeError, OSError):  # not Linux, or a kernel without huge pages
-        pages.madvise(mmap.MADV_NOHUGEPAGE)  # 2 MB at a time, of every block, would be taken for a first token
+        pages.madvise(mmap.MADV_NOHUGEPAGE)  # or a first token would take 2 MB of every block
     return pages
 
 
@@ -114,7 +114,10 @@ class Arena:
                 store.give_back(start, end)
 
     def layer(self, block: int, plain: Any, run: Run) -> Any:
-        """A layer that keeps its tokens in `run`, for Transformers' empty layer `plain`; `plain` if it has to stay."""
+        """A layer that keeps its tokens in `run`, in place of Transformers' layer `plain`; `plain` where it must stay.
+
+        It must stay when it is not empty, or of a kind, or a block, that the arena has nothing for.
+        """
         if block not in self._stores or plain.is_initialized:
             return plain
         if type(plain) is DynamicLayer:
@@ -128,7 +131,7 @@ class ArenaLayer(DynamicLayer):
     """Transformers' `DynamicLayer`, its keys and values in a run of an arena. All layers of a session share the run."""
 
     def __init__(self, key_store: _Store, value_store: _Store, run: Run):
-        # Not the base class's: `keys` and `values` are computed here.
+        # The base class's would set `keys` and `values`, which are computed here.
         self.is_initialized = True
         self.run, self.rows, self.length = run, 0, 0
         self._stores = (key_store, value_store)
@@ -150,7 +153,7 @@ class ArenaLayer(DynamicLayer):
         return self._stores[1].view(self.run.start, self.rows, self.capacity, self.length)
 
     def takes(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
-        """Whether these can be kept here and come back exactly as from Transformers' own layer."""
+        """Whether these can be kept here, and read again exactly as from Transformers' own layer."""
         mine, theirs = self._shapes
         if keys.dtype == mine.dtype and values.dtype == theirs.dtype:
             return self.length > 0 or [Shape.of(keys), Shape.of(values)] == [mine, theirs]

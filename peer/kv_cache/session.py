@@ -1,67 +1,39 @@
-"""TODO."""
+"""One generation's state on a peer: its cache, the memory that it holds, and the last step."""
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
-from typing import Protocol
 
 import torch
 
-from peer.kv_cache.arena import Arena
+from peer.kv_cache.edits import apply_edit
+from peer.kv_cache.memory import CacheMemory
 from peer.kv_cache.slots import Run
-from peer.kv_cache.span_cache import SpanCache
-from protocol.errors import (
-    SessionLost,
-    TooLong,
-)
+from peer.kv_cache.span_cache import SpanCache, fill, prefix_tokens
+from protocol.cache_edits import Edit
+from protocol.errors import BadRequest, SessionLost, TooLong
+from protocol.tensors import KvPrefix
 
 _PAGE = 16
 """Tokens of a row that are taken at a time."""
-
-
 _ROOM = 1.25
 """Room that a session is given when it grows, as a multiple of the tokens that it needs."""
-
-
 _WASTE = 1.3
 """Above this multiple of its tokens, and a page per row, a session gives memory back."""
-
-
-class Memory(Protocol):
-    """What a session takes its tokens from: all of a peer's, or a client's share."""
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that one session may hold."""
-
-    @property
-    def arena(self) -> Arena:
-        """Where they lie."""
-
-    @property
-    def lock(self) -> threading.RLock:
-        """Held while a session ends or begins a step."""
-
-    def resize(self, run: Run, sizes: Sequence[int]) -> int:
-        """Give `run` the first of `sizes` slots that can be had; returns where its contents are. Raises `PeerFull`."""
-
-    def give_back(self, start: int, end: int) -> None:
-        """Slots [start, end) belong to no run any more."""
-
-    def release(self, run: Run) -> None:
-        """`run` has ended."""
 
 
 @dataclass(eq=False)
 class Session:
     """One generation's state on this peer."""
 
-    memory: Memory
+    memory: CacheMemory
     cache: SpanCache
-    batch_size: int = 0
+    owner: str = ""
+    """Its client; `CacheMemory.limit` counts what the sessions of one owner hold."""
+    rows: int = 0
+    """Of the cache; 0 before the first step."""
     number: int = 0
     """Of the last step run."""
     answer: torch.Tensor | None = None
@@ -112,25 +84,47 @@ class Session:
             self.close()
             raise
 
-    def reserve(self, batch_size: int, length: int) -> None:
-        """Make sure that the cache may grow to `length` tokens per row. Raises `TooLong`, `PeerFull`."""
+    def prepare(self, edits: Sequence[Edit], rows: int, tokens: int, prefix: KvPrefix, keep_past: bool = False) -> None:
+        """Edit the cache for a step of `rows` rows, and make room for its `tokens` new tokens.
+
+        `prefix` comes before the tokens of a first step. `keep_past`: layers with sliding windows stay croppable.
+
+        Raises `BadRequest` when edits or rows do not fit the cache, `TooLong`, `OverQuota` and `PeerFull` when the
+        tokens cannot be had: the cache is as it was then. Whatever else is raised leaves the session lost.
+        """
+        own_rows, length = self.rows, self.cache.seen
+        for edit in edits:
+            own_rows, length = edit.rows(own_rows), edit.tokens(length)
+            self.reserve(own_rows, length)
+        if self.number and rows != own_rows:
+            raise BadRequest(f"The step has {rows} rows, its session {own_rows}.")
+        length += tokens + (prefix_tokens(prefix) if prefix else 0)
+        self.reserve(rows, length)
+        with self.changing():
+            for edit in edits:
+                apply_edit(self.cache, edit)
+            self.rows = rows
+            if self._run.size > rows * (length * _WASTE + _PAGE):
+                self._resize(rows, length)
+            if prefix:
+                fill(self.cache, prefix)
+            if keep_past:
+                self.cache.activate_past_recording()
+
+    def reserve(self, rows: int, length: int) -> None:
+        """Make sure that the cache may grow to `length` tokens per row. Raises `TooLong`, `OverQuota`, `PeerFull`."""
         if length > self.memory.max_length:
             raise TooLong(
                 f"A session of {length} tokens is longer than this peer allows ({self.memory.max_length}); "
                 "shorten the prompt or use another peer."
             )
-        if batch_size * length > self._run.size:
-            self._resize(batch_size, length)
+        if rows * length > self._run.size:
+            self._resize(rows, length)
 
-    def trim(self, batch_size: int, length: int) -> None:
-        """Give back what `length` tokens per row do not need. The cache holds no more than these."""
-        if self._run.size > batch_size * (length * _WASTE + _PAGE):
-            self._resize(batch_size, length)
-
-    def _resize(self, batch_size: int, length: int) -> None:
+    def _resize(self, rows: int, length: int) -> None:
         roomy, paged = (_pages(tokens, self.memory.max_length) for tokens in (int(length * _ROOM), length))
         start, end, size = self._run.start, self._run.end, self._run.size
-        source = self.memory.resize(self._run, [batch_size * tokens for tokens in (roomy, paged, length)])
+        source = self.memory.resize(self._run, [rows * tokens for tokens in (roomy, paged, length)], self.owner)
         for layer in self.cache.arena_layers():
             layer.resettle(source, size)
         if self._run.start >= end or self._run.end <= start:
@@ -140,14 +134,14 @@ class Session:
 
     def twin(self) -> "Session":
         """An empty session that may become a copy of this one."""
-        return Session(self.memory, SpanCache(self.cache.config, self.cache.blocks))
+        return Session(self.memory, SpanCache(self.cache.config, self.cache.blocks), self.owner)
 
     def copy_to(self, twin: "Session") -> None:
-        """Make `twin` a copy that goes its own way. Raises `PeerFull`, `SessionLost`."""
+        """Make `twin` a copy that goes its own way. Raises `OverQuota`, `PeerFull`, `SessionLost`."""
         with self.in_use(), self.running(), twin.running():
-            twin.reserve(self.batch_size, self.cache.seen)
+            twin.reserve(self.rows, self.cache.seen)
             twin.cache = self.cache.copied_to(twin._run)
-            twin.batch_size, twin.number, twin.answer = self.batch_size, self.number, self.answer
+            twin.rows, twin.number, twin.answer = self.rows, self.number, self.answer
         twin.idle_since = self.idle_since
 
     def close(self) -> None:
@@ -159,7 +153,7 @@ class Session:
                     self._free()
 
     def _free(self) -> None:
-        self.memory.release(self._run)
+        self.memory.release(self._run, self.owner)
         self.answer = None
         self.cache.layers.clear()
 

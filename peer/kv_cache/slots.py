@@ -1,7 +1,8 @@
 """Which slots of a KV arena belong to whom: runs of consecutive slots.
 
-Best fit, the lowest address among equals; the holes are what lies between the runs, so they coalesce by themselves.
-What is free can always be had: when no hole is large enough, the runs of the cheapest window are slid together.
+A run gets the smallest hole that is large enough, the lowest address among equals. A hole is all that lies between two
+runs. What is free can always be had: when no hole is large enough, runs are slid together, where that moves the fewest
+slots.
 """
 
 from bisect import insort
@@ -96,24 +97,21 @@ class Slots:
     def _cheapest_window(self, run: Run, size: int) -> tuple[int, int, list[Run]]:
         """Bounds and runs of the window with the fewest slots to move that has room for `size` slots."""
         holes = list(_holes(self._runs, self.total, empty_ones=True))
-        best: tuple[int, int, int] | None = None
-        first = room = cost = 0
-        for last, (start, end) in enumerate(holes):
-            room += end - start
-            if last:
-                cost += self._runs[last - 1].size
-                room += self._runs[last - 1].size if self._runs[last - 1] is run else 0
-            while first < last:
-                dropped = self._runs[first]
-                less = holes[first][1] - holes[first][0] + (dropped.size if dropped is run else 0)
-                if room - less < size:
-                    break
-                room, cost, first = room - less, cost - dropped.size, first + 1
-            if room >= size and (best is None or cost < best[0]):
-                best = cost, first, last
-        assert best is not None  # the whole of it has room
-        _, first, last = best
+        windows = self._windows_with_room(holes, run, size)
+        first, last = min(windows, key=lambda window: sum(other.size for other in self._runs[window[0] : window[1]]))
         return holes[first][0], holes[last][1], self._runs[first:last]
+
+    def _windows_with_room(self, holes: Sequence[tuple[int, int]], run: Run, size: int) -> Iterator[tuple[int, int]]:
+        """From each hole to the nearest one with which there is room, counting what `run` has now: pairs of numbers."""
+        for first in range(len(holes)):
+            room = 0
+            for last in range(first, len(holes)):
+                room += holes[last][1] - holes[last][0]
+                if room >= size:
+                    yield first, last
+                    break
+                if last < len(self._runs) and self._runs[last] is run:
+                    room += run.size
 
 
 def _holes(runs: Sequence[Run], total: int, empty_ones: bool = False) -> Iterator[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Sessions' KV caches: bounded memory, edits, and Transformers' cache seen from the middle of a model."""
+"""Transformers' KV cache seen from the middle of a model: of its layers only those of a span are used."""
 
 import copy
 from typing import Any
@@ -9,16 +9,14 @@ from transformers.cache_utils import DynamicCache
 
 from peer.kv_cache.arena import Arena, ArenaLayer
 from peer.kv_cache.slots import Run
-
-Prefix = dict[int, tuple[torch.Tensor, torch.Tensor]]
-"""Block -> (key, value), each (batch, heads, tokens, head size)."""
+from protocol.tensors import KvPrefix
 
 
 class SpanCache(DynamicCache):
     """A full-length cache of which only the blocks in `blocks` are used.
 
-    The trunk asks it for lengths by way of block 0 or the first block of a kind; such questions about foreign blocks
-    are answered by a block of our own of the same kind.
+    The trunk asks block 0, or the first block of a kind, how long the cache is. When that block is not of this span,
+    one of the span's blocks of the same kind answers.
     """
 
     def __init__(self, config: PreTrainedConfig, blocks: range):
@@ -103,16 +101,19 @@ class SpanCache(DynamicCache):
         return super().has_previous_state(linear[-1], state_idx) if linear else False
 
 
-def prefix_cache(
-    config: PreTrainedConfig, blocks: range, prefix: dict[int, tuple[torch.Tensor, torch.Tensor]]
-) -> SpanCache:
-    """A cache that begins with a trainable prefix: block -> (key, value), each (batch, heads, tokens, head size)."""
+def prefix_cache(config: PreTrainedConfig, blocks: range, prefix: KvPrefix) -> SpanCache:
+    """A new cache that begins with a trainable prefix."""
     return fill(SpanCache(config, blocks), prefix)
 
 
-def fill(cache: SpanCache, prefix: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> SpanCache:
-    """Put a prefix into an empty cache: block -> (key, value), as for `prefix_cache`. Returns the cache."""
+def fill(cache: SpanCache, prefix: KvPrefix) -> SpanCache:
+    """Put a prefix into an empty cache. Returns the cache."""
     for block, (key, value) in prefix.items():
         cache.update(key, value, block)
-    cache.seen = next(iter(prefix.values()))[0].shape[2] if prefix else 0
+    cache.seen = prefix_tokens(prefix)
     return cache
+
+
+def prefix_tokens(prefix: KvPrefix) -> int:
+    """Tokens of a prefix; 0 when it is empty."""
+    return next(iter(prefix.values()))[0].shape[2] if prefix else 0

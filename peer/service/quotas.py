@@ -1,25 +1,19 @@
 """What one client may have of a peer at a time, so that no single one can take it all.
 
-Clients are told apart by their peer ID, as the carrier authenticated it. Identities cost nothing, so quotas keep greedy
-clients from crowding out others; against a crowd of forged ones there is the swarm key.
+Clients are told apart by their peer ID, which the carrier has authenticated. An identity costs nothing: quotas stop one
+greedy client, and a swarm key keeps out those who make many identities.
 """
 
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from protocol.errors import OverQuota
-
-if TYPE_CHECKING:  # the command line reads the defaults below without importing Transformers
-    from peer.kv_cache.arena import Arena
-    from peer.kv_cache.memory import CacheMemory
-    from peer.kv_cache.slots import Run
 
 _BURST = 2.0
 """Seconds' worth of bytes that a client may send at once."""
@@ -62,14 +56,13 @@ class Quota:
 
 @dataclass
 class Account:
-    """What one client has now. To its sessions it is the KV memory, within the quota."""
+    """What one client has now. Its tokens in KV caches are counted by `CacheMemory`."""
 
     quota: Quota
-    memory: "CacheMemory"
     streams: int = 0
     sessions: int = 0
-    _calls: int = 0
-    _tokens: int = 0
+    _requests: int = 0
+    """Being answered."""
     _bucket: "_Bucket | None" = None
 
     def open_session(self) -> None:
@@ -82,75 +75,29 @@ class Account:
         self.sessions -= 1
 
     @contextmanager
-    def call(self, size: int) -> Iterator[None]:
-        """A request of `size` bytes is being answered. Raises `OverQuota`."""
-        _check(self._calls, self.quota.calls, "calls in flight")
+    def request(self, size: int) -> Iterator[None]:
+        """A request of `size` bytes is answered within the block. Raises `OverQuota`."""
+        _check(self._requests, self.quota.calls, "calls in flight")
         if self.quota.bytes_per_second < inf:
             self._bucket = self._bucket or _Bucket(self.quota.bytes_per_second)
             self._bucket.spend(size)
-        self._calls += 1
+        self._requests += 1
         try:
             yield
         finally:
-            self._calls -= 1
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that one session may hold."""
-        return self.memory.max_length
-
-    @property
-    def arena(self) -> "Arena":
-        """Where cached tokens lie."""
-        return self.memory.arena
-
-    @property
-    def lock(self) -> threading.RLock:
-        """That of the KV memory."""
-        return self.memory.lock
-
-    def resize(self, run: "Run", sizes: Sequence[int]) -> int:
-        """As `CacheMemory.resize`. Raises `OverQuota`, `PeerFull`."""
-        before, limit = run.size, self.quota.cache_tokens
-        if limit is not None:
-            others = self._tokens - before
-            if others + sizes[-1] > limit:
-                raise OverQuota(
-                    f"One client may hold {limit} tokens in this peer's KV caches, and this one would hold "
-                    f"{others + sizes[-1]}; end other generations first, or use another peer."
-                )
-            sizes = [size for size in sizes if others + size <= limit]
-        source = self.memory.resize(run, sizes)
-        with self.lock:
-            self._tokens += run.size - before
-        return source
-
-    def give_back(self, start: int, end: int) -> None:
-        """As `CacheMemory.give_back`."""
-        self.memory.give_back(start, end)
-
-    def release(self, run: "Run") -> None:
-        """As `CacheMemory.release`."""
-        with self.lock:
-            self._tokens -= run.size
-            self.memory.release(run)
+            self._requests -= 1
 
 
 class Accounts:
     """The accounts of the clients that are connected."""
 
-    def __init__(self, quota: Quota, memory: "CacheMemory"):
-        self.quota, self._memory = quota, memory
+    def __init__(self, quota: Quota):
+        self.quota = quota
         self._open: dict[str, Account] = {}
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that one session may hold."""
-        return self._memory.max_length
 
     def enter(self, client: str) -> Account:
         """A client opened a stream. Raises `OverQuota`."""
-        account = self._open.setdefault(client, Account(self.quota, self._memory))
+        account = self._open.setdefault(client, Account(self.quota))
         _check(account.streams, self.quota.streams, "streams")
         account.streams += 1
         return account
@@ -171,7 +118,7 @@ class Accounts:
 
 @dataclass
 class _Bucket:
-    """A token bucket (Turner 1986) that may be overdrawn by one request: its size is known only when it has come."""
+    """A token bucket (Turner 1986). One request may overdraw it, as its size is known only when it has come."""
 
     rate: float
     _level: float = field(init=False)

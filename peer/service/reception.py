@@ -1,40 +1,35 @@
-"""Who is let in: a stream's beginning, from the first frame to the Welcome."""
-
-from dataclasses import dataclass
+"""Who is let in: the beginning of a stream, from its first frame to the Welcome."""
 
 from peer.service.quotas import Account, Accounts
 from peer.span.span import Span
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
 from protocol.codecs import SUPPORTED
-from protocol.errors import (
-    BadRequest,
-    OverQuota,
-    SwarmError,
-    WrongModel,
-)
+from protocol.errors import BadRequest, OverQuota, SwarmError, WrongModel
 from protocol.handshake import Handshake
-from protocol.records import ModelId, same_weights
+from protocol.records import ModelVersion, same_weights
 from protocol.stream import Stream
 from protocol.tensors import Limits, wire_dtype
 
 _PATIENCE = 60.0
 
 
-@dataclass(frozen=True)
-class Served:
-    """The model that a peer serves blocks of."""
-
-    model_id: ModelId
-    digests: dict[str, str]
-
-
 class Reception:
     """Lets in callers that hold the swarm's key, want this model, and have not too many streams yet."""
 
-    def __init__(self, served: Served, span: Span, accounts: Accounts, limits: Limits, handshake: Handshake):
+    def __init__(
+        self,
+        served: ModelVersion,
+        span: Span,
+        max_length: int,
+        accounts: Accounts,
+        limits: Limits,
+        handshake: Handshake,
+    ):
+        """`max_length`: tokens of one session, as callers are told."""
         self.accounts = accounts
-        self._served, self._span, self._limits, self._handshake = served, span, limits, handshake
+        self._served, self._span, self._max_length = served, span, max_length
+        self._limits, self.handshake = limits, handshake
 
     def open(self, stream: Stream) -> Channel:
         """A channel with this peer's limits."""
@@ -43,7 +38,7 @@ class Reception:
     async def admit(self, channel: Channel) -> Account:
         """Greet a caller; its account. Raises what the caller was told, or `PeerUnreachable`."""
         try:
-            hello = (await self._handshake.respond(channel)).body
+            hello = (await self.handshake.respond(channel)).body
             if not isinstance(hello, pb.Hello):
                 raise BadRequest("A stream must begin with a Hello.")
             self._check(hello)
@@ -57,10 +52,6 @@ class Reception:
             await channel.fail(error)
             raise
 
-    def check_current(self, channel: Channel) -> None:
-        """Raises `PeerFailed` when the key of `channel` has been dropped since it was let in."""
-        self._handshake.check_current(channel)
-
     def _welcome(self) -> pb.Welcome:
         return pb.Welcome(
             version=VERSION,
@@ -68,7 +59,7 @@ class Reception:
             start=self._span.start,
             end=self._span.end,
             dtype=wire_dtype(self._span.dtype),
-            max_length=self.accounts.max_length,
+            max_length=self._max_length,
             max_frame=self._limits.max_payload,
             codecs=sorted(SUPPORTED),
         )

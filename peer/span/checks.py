@@ -6,13 +6,11 @@ from collections.abc import Mapping
 import torch
 
 from peer.kv_cache.arena import Shape
-from peer.kv_cache.span_cache import Prefix
 from peer.span.span import Inputs, Mode, Span
-from peer.span.transfer import to_device
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message
 from protocol.errors import BadRequest, TooLong
-from protocol.tensors import torch_dtype
+from protocol.tensors import KvPrefix, torch_dtype
 
 _PREFIX = re.compile(r"^prefix\.(\d{1,4})\.(key|value)$")
 _MAX_BATCH = 4096
@@ -32,7 +30,7 @@ def check_mode(span: Span, context: pb.Context) -> Mode:
 
 
 def check_inputs(span: Span, message: Message, past: int, max_length: int) -> Inputs:
-    """Hidden states, mask and positions of a call on top of `past` cached tokens.
+    """Hidden states, mask and positions of a request on top of `past` cached tokens, as they came.
 
     Raises `BadRequest` for wrong shapes or dtypes, `TooLong` over `max_length` tokens.
     """
@@ -54,17 +52,17 @@ def check_inputs(span: Span, message: Message, past: int, max_length: int) -> In
     positions = _integers(message, "position_ids", {(batch, tokens), (1, tokens)})
     if positions is not None and positions.dtype == torch.bool:
         raise BadRequest("position_ids is torch.bool; expected integers.")
-    return Inputs(to_device(hidden, span.device, span.dtype), mask, positions)
+    return Inputs(hidden, mask, positions)
 
 
-def check_prefix(span: Span, mode: Mode, message: Message, batch: int) -> Prefix:
-    """The KV prefix of every block of the call, or of none. Raises `BadRequest`."""
+def check_prefix(span: Span, mode: Mode, message: Message, batch: int) -> KvPrefix:
+    """The KV prefix of every block of the request, or of none, as it came. Raises `BadRequest`."""
     found: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in message.tensors.items():
         if match := _PREFIX.match(name):
             if tensor.ndim != 4 or tensor.shape[0] != batch or not tensor.is_floating_point():
                 raise BadRequest(f"{name} is {tensor.dtype} {list(tensor.shape)}; expected floats, 4-D, batch {batch}.")
-            found.setdefault(int(match[1]), {})[match[2]] = to_device(tensor, span.device, span.dtype)
+            found.setdefault(int(match[1]), {})[match[2]] = tensor
     if not found:
         return {}
     if set(found) != set(mode.blocks) or any(len(pair) != 2 for pair in found.values()):

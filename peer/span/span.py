@@ -39,11 +39,15 @@ class Inputs:
     """What one trunk pass runs on."""
 
     hidden: torch.Tensor
-    """(batch, tokens, hidden size), on the span's device and of its dtype."""
+    """(batch, tokens, hidden size); to be run, on the span's device and of its dtype."""
     mask: torch.Tensor | None = None
     """(batch, cached + new tokens), as the user gave it."""
     positions: torch.Tensor | None = None
     """(batch or 1, tokens), as the user gave them."""
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> "Inputs":
+        """The same with hidden states on a device, of a dtype."""
+        return Inputs(to_device(self.hidden, device, dtype), self.mask, self.positions)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import torch
 
+from protocol.tensors import KvPrefix
+
 _PINNED = 2**20
 """Bytes of the largest tensor that goes through pinned memory: PyTorch keeps for ever what it has once pinned."""
 
@@ -11,6 +13,14 @@ def to_device(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | N
     if device.type == "cuda" and tensor.device.type == "cpu" and tensor.nbytes <= _PINNED:
         tensor = tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device, dtype or tensor.dtype)
+
+
+def prefix_on(prefix: KvPrefix, device: torch.device, dtype: torch.dtype) -> KvPrefix:
+    """The prefix on a device, of a dtype."""
+    return {
+        block: (to_device(key, device, dtype), to_device(value, device, dtype))
+        for block, (key, value) in prefix.items()
+    }
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

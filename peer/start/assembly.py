@@ -9,10 +9,14 @@ from peer.compute.scheduler import Priority, Scheduler
 from peer.generation.joined.packing import Packer
 from peer.generation.steps import StepRunner
 from peer.kv_cache.memory import CacheMemory
-from peer.service.handover import Mailbox, Outbox
+from peer.service.adapters import Adapters
+from peer.service.base_weights import BaseWeights
+from peer.service.generation import Generation
+from peer.service.handover import HandOver, Mailbox, Outbox
 from peer.service.quotas import Accounts
-from peer.service.reception import Reception, Served
+from peer.service.reception import Reception
 from peer.service.service import Service
+from peer.service.training import Training
 from peer.span.loading import load_span
 from peer.span.span import Span
 from peer.start.arena_trial import arena_for
@@ -26,7 +30,7 @@ from peer.training.runner import TrainingRunner
 from peer.training.trainer import Trainer
 from protocol.machine.split_linear import split_linears
 from protocol.model.checkpoint import Checkpoint
-from protocol.records import Speed
+from protocol.records import ModelVersion, Speed
 from protocol.tensors import Limits
 
 _JOINED, _JOINED_ON_CPU = 512, 64
@@ -82,20 +86,21 @@ def _assemble(
     return_freed_memory()
     share = int(free_memory(span.device) * CACHE_SHARE)
     total = options.cache_tokens if options.cache_tokens is not None else max(options.max_length, share // token_bytes)
-    adapters = AdapterStore(span, max_bytes=share, quota=options.quota)
-    memory = CacheMemory(total, min(options.max_length, total), options.idle_timeout, arena_for(span, total))
-    served = Served(checkpoint.model_id, checkpoint.digests)
+    quota, max_length = options.quota, min(options.max_length, total)
+    memory = CacheMemory(total, max_length, options.idle_timeout, arena_for(span, total), quota.cache_tokens)
+    version = ModelVersion(checkpoint.model_id, checkpoint.digests)
     limits = Limits(max_payload=options.max_message or Limits.max_payload)
+    store = AdapterStore(span, share, quota.adapters, quota.adapter_bytes or share)
+    adapters, hand_over = Adapters(store), HandOver(Mailbox(limits.max_payload), Outbox(member, version))
+    runner = TrainingRunner(Trainer(span, store, max_kept_bytes=share), Together(span, scheduler.joined_size))
     service = Service(
-        Reception(served, span, Accounts(options.quota, memory), limits, member.handshake),
-        span,
-        memory,
-        adapters,
-        TrainingRunner(Trainer(span, adapters, max_kept_bytes=share), Together(span, scheduler.joined_size)),
-        _step_runner(span, adapters, options.compile),
+        Reception(version, span, max_length, Accounts(quota), limits, member.handshake),
         scheduler,
-        Mailbox(limits.max_payload),
-        Outbox(member, served.model_id, served.digests),
+        Generation(span, memory, adapters, _step_runner(span, store, options.compile), hand_over),
+        Training(span, max_length, adapters, runner, hand_over),
+        adapters,
+        BaseWeights(span),
+        hand_over,
     )
     return_freed_memory()  # what was tried out took some, too
     return Assembled(span, speed, service)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from peer.compute.tally import Tally
+from peer.compute.batch_counts import BatchCounts
 from peer.training.joined.together import Together
 from peer.training.trainer import Trainer, TrainingCall
 from protocol.errors import SwarmError
@@ -35,7 +35,7 @@ class TrainingRunner:
 
     def __init__(self, trainer: Trainer, together: Together | None = None):
         self._trainer, self._together = trainer, together
-        self.tally = Tally()
+        self.counts = BatchCounts()
 
     def forward(self, call: TrainingCall, owner: str, keep: bool) -> Task:
         """See `Trainer.forward`."""
@@ -67,13 +67,13 @@ class TrainingRunner:
         return outcomes
 
     def _run_alone(self, task: Task) -> Any:
-        self.tally.count(1)
+        self.counts.count(1)
         return _attempt(task.alone)
 
     def _run_together(self, together: Together, tasks: Sequence[Task]) -> list[Any]:
         if len(tasks) == 1:
             return [self._run_alone(tasks[0])]
-        self.tally.count(len(tasks))
+        self.counts.count(len(tasks))
         outcomes = together.run([task.beside or task.alone for task in tasks])
         for number, task in enumerate(tasks):
             if isinstance(outcomes[number], Exception) and not isinstance(outcomes[number], SwarmError):
@@ -83,7 +83,7 @@ class TrainingRunner:
 
     def _task(self, run: Callable[..., Any], call: TrainingCall, kind: str) -> Task:
         size, mode, together = _tokens(call.inputs.hidden), call.mode, self._together
-        if together is None or size > together.most_tokens or call.prefix or not together.takes(mode, call.bundle):
+        if together is None or size > together.most_tokens or call.prefix or not together.takes(mode, call.adapter):
             return Task(partial(run, call), size)
         call = replace(call, meets=True)
         beside = partial(run, call, adding=together.adding)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from peer.adapters.store import AdapterStore, Bundle
-from peer.kv_cache.span_cache import Prefix, prefix_cache
+from peer.adapters.store import AdapterStore, StoredAdapter
+from peer.kv_cache.span_cache import prefix_cache
 from peer.span.span import Inputs, Mode, Span
 from peer.span.transfer import to_device, to_host
 from protocol.errors import BadRequest, UnknownCall
+from protocol.tensors import KvPrefix
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,14 @@ class TrainingCall:
 
     inputs: Inputs
     mode: Mode
-    bundle: Bundle | None
-    prefix: Prefix
+    adapter: StoredAdapter | None
+    prefix: KvPrefix
     meets: bool = False
     """Whether it runs where it can meet others (`peer.training.joined`), and so will its backward."""
 
 
-Adding = Callable[[Bundle, Mapping[str, torch.Tensor]], AbstractContextManager[None]]
-"""Within the context the span itself runs with a bundle's adapters, of which these are the tensors."""
+Adding = Callable[[StoredAdapter, Mapping[str, torch.Tensor]], AbstractContextManager[None]]
+"""Within the context the span itself runs with an adapter, of which these are the tensors."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,9 @@ class Trainer:
         for block, (key, value) in call.prefix.items():
             leaves[f"prefix.{block}.key"] = key.detach().requires_grad_()
             leaves[f"prefix.{block}.value"] = value.detach().requires_grad_()
-        if call.bundle:
-            for name in call.bundle.manifest.trainable:
-                leaves[f"adapter.{name}"] = call.bundle.tensors[name].detach().requires_grad_()
+        if call.adapter:
+            for name in call.adapter.manifest.trainable:
+                leaves[f"adapter.{name}"] = call.adapter.tensors[name].detach().requires_grad_()
         counter = _SavedBytes(self._span)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor):
             result = self._run(call, leaves, adding)
@@ -129,13 +130,13 @@ class Trainer:
             }
             cache = prefix_cache(self._span.model.config, call.mode.blocks, prefix)
         adapted = None
-        if call.bundle:
-            own = call.bundle.tensors
+        if call.adapter:
+            own = call.adapter.tensors
             tensors = {name: leaves.get(f"adapter.{name}", tensor) for name, tensor in own.items()}
             if adding is not None:
-                with adding(call.bundle, tensors):
+                with adding(call.adapter, tensors):
                     return self._span.run(inputs, call.mode)
-            adapted = self._adapters.adapt(call.bundle, tensors)
+            adapted = self._adapters.adapt(call.adapter, tensors)
         return self._span.run(inputs, call.mode, cache, adapted)
 
 

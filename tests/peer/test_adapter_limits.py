@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from peer.adapters.store import AdapterStore
-from peer.service.quotas import Quota
 from peer.span.span import Span
 from protocol.errors import BadAdapter
 from tests.tools.lora import lora_manifest
@@ -29,7 +28,7 @@ def put_boft(store: AdapterStore, name: str, modules: tuple[str, ...] = ("q_proj
 
 def test_what_peft_computes_is_kept_within_limits(spans: Callable[..., Span]) -> None:
     permutation = 4 * WIDTH**2
-    store = AdapterStore(spans("llama"), max_bytes=3 * permutation, quota=Quota(adapters=6))
+    store = AdapterStore(spans("llama"), 3 * permutation, client_count=6, client_bytes=3 * permutation)
     for number in range(5):
         put_boft(store, f"a{number}")
         sizes = [size for _, size in store._trees.values()]
@@ -39,7 +38,7 @@ def test_what_peft_computes_is_kept_within_limits(spans: Callable[..., Span]) ->
 
 
 def test_what_peft_would_compute_is_limited(spans: Callable[..., Span]) -> None:
-    store = AdapterStore(spans("llama"), max_bytes=7 * WIDTH**2, quota=Quota())
+    store = AdapterStore(spans("llama"), 7 * WIDTH**2, client_count=64, client_bytes=7 * WIDTH**2)
     put_boft(store, "small")
     with pytest.raises(BadAdapter, match="over this peer's limit"):
         put_boft(store, "large", ("q_proj", "o_proj"))

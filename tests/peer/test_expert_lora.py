@@ -14,7 +14,6 @@ import torch
 from peft.helpers import rescale_adapter_scale
 
 from peer.adapters.store import AdapterStore
-from peer.service.quotas import Quota
 from peer.span.loading import load_span
 from protocol.errors import BadAdapter
 from protocol.model.checkpoint import open_checkpoint
@@ -134,4 +133,4 @@ def test_what_a_peer_refuses_before_peft_allocates(
     spec = {"name": "default", "method": "LORA", "options": {"r": rank}, "parameters": [parameter]}
     manifest = json.dumps({"adapters": [spec], "scaling": {}, "tensors": {}, "trainable": []})
     with pytest.raises(BadAdapter, match=said):
-        AdapterStore(span, max_bytes=2**20, quota=Quota()).put(manifest, {}, client="it")
+        AdapterStore(span, 2**20, 64, 2**20).put(manifest, {}, client="it")

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from peer.adapters.lora import Delta
-from peer.adapters.store import AdapterStore, Bundle
-from peer.service.quotas import Quota
+from peer.adapters.store import AdapterStore, StoredAdapter
 from peer.span.span import Inputs, Mode, Span
 from peer.training.joined.products import Products
 from peer.training.joined.side_by_side import Place, meet, run_together
@@ -41,21 +40,21 @@ class Desk:
 
     def __init__(self, span: Span, max_kept: int = 10**9):
         self.span = span
-        self.store = AdapterStore(span, 10**8, Quota())
+        self.store = AdapterStore(span, 10**8, 64, 10**8)
         self.trainer = Trainer(span, self.store, max_kept)
         self.runner = TrainingRunner(self.trainer, Together(span, 32))
 
-    def put(self, targets: Sequence[str], rank: int, seed: int, **options: Any) -> Bundle:
+    def put(self, targets: Sequence[str], rank: int, seed: int, **options: Any) -> StoredAdapter:
         """Of every second seed the first tensor is frozen."""
         return put_lora(self.store, self.span, targets, rank, seed, frozen=seed % 2, **options)
 
-    def call(self, rows: int, tokens: int, seed: int, bundle: Bundle | None = None, **mode: Any) -> TrainingCall:
+    def call(self, rows: int, tokens: int, seed: int, bundle: StoredAdapter | None = None, **mode: Any) -> TrainingCall:
         mask = torch.ones(rows, tokens, dtype=torch.long)
         mask[0, : tokens // 3] = 0
         options = {"training": True} | mode
         return TrainingCall(Inputs(states(rows, tokens, seed), mask), Mode(self.span.blocks, **options), bundle, {})
 
-    def calls(self, *bundles: Bundle | None) -> list[TrainingCall]:
+    def calls(self, *bundles: StoredAdapter | None) -> list[TrainingCall]:
         sizes = ((1, 11), (2, 7), (1, 2), (1, 17))
         return [self.call(*size, i, bundle) for i, (size, bundle) in enumerate(zip(sizes, bundles, strict=True))]
 
@@ -96,7 +95,7 @@ def desk(spans: Callable[..., Span]) -> Desk:
     return Desk(spans("llama"))
 
 
-def loras(desk: Desk, family: str = "llama") -> list[Bundle | None]:
+def loras(desk: Desk, family: str = "llama") -> list[StoredAdapter | None]:
     """Of other targets, ranks and scalings; the last has none."""
     first, second, third = TARGETS[family]
     kinds = (((first, second), 4), ((first, third), 4), ((second,), 2))
@@ -124,7 +123,7 @@ def test_together_as_alone(spans: Callable[..., Span], family: str, quantization
         assert_same([hidden for hidden, _ in answers], results)
         again = [runner.backward(call, grad) for call, grad in zip(calls, grads, strict=True)]
         assert_same(desk.run(again), gradients)
-    assert (runner.tally.steps, runner.tally.calls) == (8, 2)
+    assert (runner.counts.items, runner.counts.passes) == (8, 2)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])

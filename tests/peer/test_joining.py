@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from peer.compute.batching_window import Gathering
+from peer.compute.batching_window import BatchingWindow
 from peer.compute.scheduler import Priority, Scheduler
 from protocol.errors import SwarmError
 from tests.tools.swarm import Swarm
@@ -154,7 +154,7 @@ def test_what_waits_is_joined_small_work_first() -> None:
             return [ValueError(item) if item == "bad" else item for item in items]
 
         def submit(item: str, client: str, size: int = 1, group: str | None = "steps") -> "asyncio.Future[str]":
-            return scheduler.submit_joint(Priority.STEP, run, item, client, group, size)
+            return scheduler.submit_batched(Priority.STEP, run, item, client, group, size)
 
         busy = scheduler.submit(Priority.CALL, lambda: time.sleep(0.05), "other")
         await asyncio.sleep(0.01)
@@ -188,7 +188,7 @@ def run_clients(clients: dict[str, tuple[Priority, int, str]], seconds: float) -
             priority, _, client = clients[kind]
             group = "steps" if priority is Priority.STEP else None
             while time.monotonic() < end:
-                await scheduler.submit_joint(priority, run, kind, client, group)
+                await scheduler.submit_batched(priority, run, kind, client, group)
 
         await asyncio.gather(*(insist(kind) for kind, (_, count, _) in clients.items() for _ in range(count)))
         scheduler.close()
@@ -233,7 +233,7 @@ def test_a_call_waits_a_moment_for_those_who_come_just_after(
         async def talk(number: int) -> None:
             while time.monotonic() < end:
                 for group in groups:
-                    await scheduler.submit_joint(priority, run, number, f"client {number}", group)
+                    await scheduler.submit_batched(priority, run, number, f"client {number}", group)
                     await asyncio.sleep(pauses[number])
 
         await asyncio.gather(*(talk(number) for number in range(len(pauses))))
@@ -243,52 +243,24 @@ def test_a_call_waits_a_moment_for_those_who_come_just_after(
     assert asyncio.run(use()) > least
 
 
-def test_calls_that_queue_behind_each_other_become_one() -> None:
-    """Three that go round between two peers would be three for ever, one of them always waiting."""
-
-    async def use() -> float:
-        peers, riders = [Scheduler(), Scheduler()], list[int]()
-        end = time.monotonic() + 2
-
-        def run(items: list[int]) -> list[int]:
-            if time.monotonic() > end - 1:
-                riders.append(len(items))
-            time.sleep(0.03)
-            return items
-
-        async def talk(number: int) -> None:
-            await asyncio.sleep(0.02 * (number // 2))
-            while time.monotonic() < end:
-                for peer in peers:
-                    await peer.submit_joint(Priority.STEP, run, number, f"client {number}", "steps")
-                await asyncio.sleep(0.01)
-
-        await asyncio.gather(*(talk(number) for number in range(6)))
-        for peer in peers:
-            peer.close()
-        return sum(riders) / len(riders)
-
-    assert asyncio.run(use()) > 2.5
-
-
-def learn(streams: int, think: float) -> Gathering:
+def learn(streams: int, think: float) -> BatchingWindow:
     """What is learnt from streams that all think for so long, their steps taking 40 ms in calls as they come."""
-    gathering, now, back = Gathering(share=0.15, most=0.02), 0.0, [0.0] * streams
+    window, now, back = BatchingWindow(), 0.0, [0.0] * streams
     for _ in range(30):
         now = max(now, min(back))
-        until = now + (gathering.moment if gathering.pays else 0.0)
+        until = now + (window.moment if window.pays else 0.0)
         riders = [number for number, at in enumerate(back) if at <= until]
         late = sum(back[number] > now for number in riders)
-        ready, now = now, until if gathering.pays else now
-        gathering.begins(ready, now, len(riders), late)
+        ready, now = now, until if window.pays else now
+        window.started(ready, now, len(riders), late)
         for number in range(streams):
             if number not in riders:
-                gathering.arrived(back[number])
+                window.arrived(back[number])
         now += 0.04
-        gathering.ended(now)
+        window.ended(now)
         for place, number in enumerate(riders):
             back[number] = now + think + 0.0005 * place
-    return gathering
+    return window
 
 
 def test_who_is_waited_for() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from peer.adapters.store import AdapterStore, Bundle
+from peer.adapters.store import AdapterStore, StoredAdapter
 from peer.generation.joined.batched_pass import Joiner
 from peer.generation.joined.lockstep import Lockstep
 from peer.generation.joined.packing import Packer
@@ -15,7 +15,7 @@ from peer.generation.steps import Step, StepRunner
 from peer.kv_cache.memory import CacheMemory
 from peer.kv_cache.session import Session
 from peer.kv_cache.span_cache import SpanCache
-from peer.service.quotas import Quota
+from peer.service.generation import read_step
 from peer.span.span import (
     Inputs,
     Mode,
@@ -27,7 +27,7 @@ from peer.start.block_types import blocks_of_each_type
 from peer.start.joining_trial import find_joiner
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message
-from protocol.errors import BadRequest, SessionLost, TooLong
+from protocol.errors import BadRequest, PeerFull, SessionLost, TooLong
 from tests.tools.families import EXTRA_FAMILIES, FAMILIES
 from tests.tools.lora import put_lora
 from tests.tools.spans import (
@@ -54,11 +54,11 @@ class Desk:
 
     def __init__(self, span: Span, compiled: Joiner | None = None):
         self.span = span
-        self.store = AdapterStore(span, 10**8, Quota())
+        self.store = AdapterStore(span, 10**8, 64, 10**8)
         self.runner = StepRunner(span, self.store, find_joiner(span), compiled)
         self._memory = CacheMemory(100_000, 256, 30.0, arena_for(span, 100_000))
 
-    def put(self, targets: Sequence[str], rank: int, seed: int, **options: Any) -> Bundle:
+    def put(self, targets: Sequence[str], rank: int, seed: int, **options: Any) -> StoredAdapter:
         return put_lora(self.store, self.span, targets, rank, seed, **options)
 
     def open(self, padding: int = 0) -> Talk:
@@ -70,7 +70,7 @@ class Desk:
         hidden: torch.Tensor,
         *edits: pb.CacheEdit,
         keep_past: bool = False,
-        bundle: Bundle | None = None,
+        bundle: StoredAdapter | None = None,
         **tensors: torch.Tensor,
     ) -> Step:
         rows, tokens = hidden.shape[:2]
@@ -81,7 +81,7 @@ class Desk:
             tensors["attention_mask"] = mask
         body = pb.Step(number=talk.session.number + 1, edits=edits, keep_past=keep_past)
         message = Message(body, {"hidden_states": hidden, **tensors})
-        return Step(talk.session, message, body, Mode(self.span.blocks), bundle)
+        return read_step(self.span, talk.session, message, body, Mode(self.span.blocks), bundle)
 
     def run(self, *steps: Step) -> list[Any]:
         assert len({self.runner.group(step) for step in steps}) == 1
@@ -138,10 +138,10 @@ def play(desk: Desk, run: Callable[..., list[Any]], keep_past: bool) -> Iterator
 def test_together_as_alone(spans: Callable[..., Span], family: str, keep_past: bool) -> None:
     desk = Desk(spans(family))
     alone = list(play(desk, desk.each, keep_past))
-    calls = desk.runner.tally.calls
+    calls = desk.runner.counts.passes
     assert calls == len(alone) == 17
     assert_same(list(play(desk, desk.run, keep_past)), alone)
-    assert desk.runner.tally.calls == calls + 5
+    assert desk.runner.counts.passes == calls + 5
 
 
 @pytest.mark.parametrize("family", FAMILIES + EXTRA_FAMILIES)
@@ -225,7 +225,7 @@ def compare_adapters(span: Span, kinds: list[tuple[Any, int]], tokens: Sequence[
     for ours, theirs in zip(results[:4], results[4:], strict=True):
         assert_same(ours, theirs)
     assert not any(torch.allclose(results[3][0], other[:, :1], atol=1e-3) for other in results[3][1:])
-    assert desk.runner.tally.calls == 4 + 4 * 4
+    assert desk.runner.counts.passes == 4 + 4 * 4
 
 
 @pytest.mark.parametrize("tokens", [(1, 1, 1, 1), (4, 1, 3, 1)])
@@ -249,7 +249,7 @@ def test_other_adapters_join_only_their_own_kind(spans: Callable[..., Span], fam
     desk, q = Desk(spans(family)), renamed(family, Q)
     dora, lora = desk.put(q, 4, 1, use_dora=True), desk.put(q, 4, 2)
 
-    def group(bundle: Bundle | None, **mode: Any) -> Any:
+    def group(bundle: StoredAdapter | None, **mode: Any) -> Any:
         step = desk.step(desk.open(), states(1, 1, 0), bundle=bundle)
         step.mode = Mode(desk.span.blocks, **mode)
         return desk.runner.group(step)
@@ -272,10 +272,15 @@ def test_a_bad_step_among_good_ones(llama: Span) -> None:
     first = [desk.step(talk, states(1, 4, i)) for i, talk in enumerate(talks)]
     desk.run(*first)
     second = [desk.step(talk, states(1, 1, i)) for i, talk in enumerate(talks)]
-    second[1] = desk.step(talks[1], states(1, 1, 1), attention_mask=torch.ones(1, 2, dtype=torch.long))
-    second[2] = desk.step(talks[2], states(1, 300, 1))
+    with pytest.raises(BadRequest, match="attention_mask is"):  # before its turn
+        desk.step(talks[1], states(1, 1, 1), attention_mask=torch.ones(1, 2, dtype=torch.long))
+    with pytest.raises(TooLong):
+        desk.step(talks[2], states(1, 300, 1))
+    second[1] = desk.step(talks[1], states(2, 1, 1))
+    repeat, crop = pb.CacheEdit(repeat_interleave=2000), pb.CacheEdit(crop=3)
+    second[2] = desk.step(talks[2], states(2000, 200, 1), crop, repeat)
     outcomes = desk.run(*second)
-    assert [type(outcome) for outcome in outcomes[1:3]] == [BadRequest, TooLong]
+    assert [type(outcome) for outcome in outcomes[1:3]] == [BadRequest, PeerFull]
     assert not any(talk.session.lost for talk in talks)  # nothing of theirs was changed
     again = [desk.step(talk, states(1, 1, 9)) for talk in talks]
     alone = [desk.open() for _ in talks]

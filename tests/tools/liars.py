@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from peer.generation.steps import StepRunner
-from peer.service import service
+from peer.service import connection
 from peer.service.handover import Outbox
 from peer.training.trainer import Trainer
 
@@ -23,7 +23,7 @@ def begin_to_lie(kind: str) -> None:
     """
     if kind in ("cut off", "loses pushes", "hangs on pushes"):
         hangs = kind == "hangs on pushes"
-        service.HEARTBEAT = _BEAT if hangs else service.HEARTBEAT
+        connection.HEARTBEAT = _BEAT if hangs else connection.HEARTBEAT
         _push_nothing(says=kind == "loses pushes", after=10 * _BEAT if hangs else 0.0)
         return
     if kind == "slow":

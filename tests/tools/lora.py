@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peer.adapters.store import AdapterStore, Bundle
+from peer.adapters.store import AdapterStore, StoredAdapter
 from peer.span.span import Span, find_module
 
 
@@ -29,7 +29,7 @@ def lora_manifest(targets: Sequence[str], rank: int, scaling: float, frozen: int
 
 def put_lora(
     store: AdapterStore, span: Span, targets: Sequence[str], rank: int, seed: int, owner: str = "me", **options: Any
-) -> Bundle:
+) -> StoredAdapter:
     """An adapter that `owner` has put for modules of the span: random numbers, and a scaling, of this seed's own."""
     chance, tensors = torch.Generator().manual_seed(seed), list[torch.Tensor]()
     for target in targets:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from peer.adapters.lora import find_lora
-from peer.adapters.store import Bundle
+from peer.adapters.store import StoredAdapter
 from peer.span.span import Mode, Span
 from peer.training.joined.products import Products, adding
 from peer.training.joined.side_by_side import MOST, run_together
@@ -22,7 +22,7 @@ class Together:
     def __init__(self, span: Span, most_tokens: int):
         self._span, self._products, self.most_tokens = span, Products(span), most_tokens
 
-    def takes(self, mode: Mode, bundle: Bundle | None) -> bool:
+    def takes(self, mode: Mode, adapter: StoredAdapter | None) -> bool:
         """Whether a call with this mode and adapter, and without a KV prefix, gives together what it gives alone.
 
         Dropout is drawn from one generator for all, and module trees of adapters other than LoRA hold one client's
@@ -30,11 +30,11 @@ class Together:
         """
         if mode.dropout_seed is not None or mode.autocast is not None:
             return False
-        if bundle is None:
+        if adapter is None:
             return self._products.have(())
-        if bundle.lora is None or (mode.training and bundle.manifest.has_dropout):
+        if adapter.lora is None or (mode.training and adapter.manifest.has_dropout):
             return False
-        return self._products.have(bundle.lora.deltas)
+        return self._products.have(adapter.lora.deltas)
 
     def meeting(self) -> AbstractContextManager[None]:
         """Within the block calls can meet; graphs that are made in it meet in their backward passes, too."""
@@ -45,12 +45,12 @@ class Together:
         return run_together(works)
 
     @contextmanager
-    def adding(self, bundle: Bundle, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    def adding(self, adapter: StoredAdapter, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """Within the block the span runs with a LoRA that `takes` allowed, its tensors being `tensors`.
 
         On this thread only: no module tree is needed, which holds one client's tensors at a time.
         """
-        lora = find_lora(self._span, bundle.manifest, tensors)
+        lora = find_lora(self._span, adapter.manifest, tensors)
         assert lora is not None, "`takes` refuses others"
         with adding(lora.deltas):
             yield

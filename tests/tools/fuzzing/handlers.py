@@ -14,10 +14,14 @@ from peer.compute.scheduler import Priority, Scheduler
 from peer.generation.joined.packing import Packer
 from peer.generation.steps import StepRunner
 from peer.kv_cache.memory import CacheMemory
-from peer.service.handover import Mailbox, Outbox
+from peer.service.adapters import Adapters
+from peer.service.base_weights import BaseWeights
+from peer.service.generation import Generation
+from peer.service.handover import HandOver, Mailbox, Outbox
 from peer.service.quotas import Accounts, Quota
-from peer.service.reception import Reception, Served
+from peer.service.reception import Reception
 from peer.service.service import Service
+from peer.service.training import Training
 from peer.span.loading import load_span
 from peer.training.joined.together import Together
 from peer.training.runner import TrainingRunner
@@ -27,6 +31,7 @@ from protocol.channel import VERSION, Channel, Message
 from protocol.errors import SwarmError
 from protocol.handshake import Handshake
 from protocol.model.checkpoint import open_checkpoint
+from protocol.records import ModelVersion
 from protocol.swarm_key import SwarmKey
 from protocol.tensors import Limits, check_entries, decode
 from tests.tools.fuzzing.carrier import MemoryStream, connect
@@ -117,25 +122,33 @@ class Handlers:
         self._loop = asyncio.new_event_loop()
         self._span = load_span(checkpoint, START, END)
         self._scheduler = Scheduler()
-        self._adapters = AdapterStore(self._span, max_bytes=4 * MIB, quota=_QUOTA)
+        self._store = AdapterStore(self._span, 4 * MIB, _QUOTA.adapters, _QUOTA.adapter_bytes or 4 * MIB)
         self._hello = pb.Hello(version=VERSION, config_hash=checkpoint.model_id.config_hash, weights=checkpoint.digests)
-        served = Served(checkpoint.model_id, checkpoint.digests)
-        self._trainers, self._services = [], []
-        for keyring in (None, _Keys()):
-            self._trainers.append(Trainer(self._span, self._adapters, max_kept_bytes=4 * MIB))
-            memory = CacheMemory(_CACHE_TOKENS, _MAX_LENGTH, idle_timeout=0.0)
-            self._services.append(
-                Service(Reception(served, self._span, Accounts(_QUOTA, memory), _LIMITS, Handshake("peer", keyring)),
-                        self._span, memory, self._adapters, TrainingRunner(self._trainers[-1], Together(self._span, 8)),
-                        StepRunner(self._span, self._adapters, Packer(self._span)), self._scheduler,
-                        Mailbox(_LIMITS.max_payload, patience=0.01), _Nowhere())
-            )  # fmt: skip
+        self._version = ModelVersion(checkpoint.model_id, checkpoint.digests)
+        self._trainers = [Trainer(self._span, self._store, max_kept_bytes=4 * MIB) for _ in range(2)]
+        self._services = [self._serve(self._trainers[0], None), self._serve(self._trainers[1], _Keys())]
         self._bundles = build_bundles(model)
         self._raised = _Raised()
         logging.getLogger("peer").addHandler(self._raised)
         logging.getLogger("asyncio").addHandler(self._raised)
         self._expected = self._loop.run_until_complete(self._good_forward())
         self.inputs, self.answers = 0, dict[str, int]()
+
+    def _serve(self, trainer: Trainer, keyring: _Keys | None) -> Service:
+        memory = CacheMemory(_CACHE_TOKENS, _MAX_LENGTH, idle_timeout=0.0, limit=_QUOTA.cache_tokens)
+        handshake = Handshake("peer", keyring)
+        adapters = Adapters(self._store)
+        hand_over = HandOver(Mailbox(_LIMITS.max_payload, patience=0.01), _Nowhere())
+        steps = StepRunner(self._span, self._store, Packer(self._span))
+        return Service(
+            Reception(self._version, self._span, _MAX_LENGTH, Accounts(_QUOTA), _LIMITS, handshake),
+            self._scheduler,
+            Generation(self._span, memory, adapters, steps, hand_over),
+            Training(self._span, _MAX_LENGTH, adapters, TrainingRunner(trainer, Together(self._span, 8)), hand_over),
+            adapters,
+            BaseWeights(self._span),
+            hand_over,
+        )
 
     def play(self, data: bytes) -> None:
         """The requests that `data` decides on. Raises for anything that should not have happened."""
@@ -229,9 +242,10 @@ class Handlers:
     def _check_nothing_is_left(self) -> None:
         assert not self._raised.errors, self._raised.errors[0].getMessage()
         for service, trainer in zip(self._services, self._trainers, strict=True):
-            assert (service.load.sessions, service.load.calls) == (0, 0)
+            assert (service.memory.sessions, service.requests) == (0, 0)
             assert service.memory.free_tokens == _CACHE_TOKENS, "KV memory is still taken"
-            left = (service._forks, service._reception.accounts._open, service.memory._sessions, trainer._kept)
+            memory, accounts = service.memory, service._reception.accounts
+            left = (service._generation._forks, accounts._open, memory._sessions, memory._held, trainer._kept)
             assert not any(left), f"left behind: {left}"
 
 
