@@ -1,4 +1,4 @@
-"""The command line options by which any member, a peer or a client, finds its swarm."""
+"""The command line options that members of a swarm share: how to find it, where to listen, who one is."""
 
 from pathlib import Path
 from typing import Annotated

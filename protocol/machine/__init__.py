@@ -1,9 +1,10 @@
-"""This process on its machine: nothing here knows of a swarm, and each file can be read alone.
+"""This process on its machine, and the modules of a model in it. Nothing here knows of a swarm.
 
 imports       importing torch and Transformers quickly
 openmp        how long torch's idle threads spin
 signals       signals that end a process in order
 inspection    SIGUSR1 shows what a process does: threads, tasks, state
 timing        how long a piece of work takes
+forwards      the only file that replaces a module's forward, its class, or a model's attention function
 split_linear  linear layers of few rows, computed by several threads
 """
