@@ -18,7 +18,10 @@ HEAVY = {"torch", "transformers", "hivemind", "peft", "bitsandbytes", "scipy", "
 
 @pytest.mark.parametrize(
     "code",
-    ["from client import AutoDistributedModelForCausalLM, SwarmConfig", "import peer.commands.app, client.commands"],
+    [
+        "from client import AutoDistributedModelForCausalLM, SwarmConfig",
+        "import peer.commands.app, client.commands.app",
+    ],
 )
 def test_names_and_commands_are_there_without_torch(code: str) -> None:
     look = f"{code}; import sys; print(*(name for name in sys.modules if '.' not in name))"
