@@ -20,7 +20,7 @@ Made by `python -m tests.parity_table` from what `tests/test_methods.py` runs; d
 Every cell is one test, `tests/test_methods.py::test_equals_local[FAMILY-TASK-METHOD]`: a small random model of the
 family in float32, on a swarm of two real peers (blocks 0:2 and 2:5), and the same model on one machine in plain PEFT.
 Both get the same adapter, moved away from its initial values, and train three optimizer steps on a batch with padding,
-without dropout. `tests/methods.py` has each method's options.
+without dropout. `tests/tools/methods.py` has each method's options.
 
 - **exact**: every loss, every logit, the gradient of every trainable parameter in every step, and the parameters after
   the last step are equal: a difference of 0.0.
