@@ -30,6 +30,10 @@ COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16
 """What models can be run in, by the names that users give."""
 
 
+KvPrefix = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
+"""Block -> trainable key and value before the tokens, each (batch, heads, length, head size)."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one frame may hold."""

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a trunk runs in the place of its blocks: one layer that takes hidden states through the swarm."""
 
 import inspect
 import threading
@@ -11,7 +11,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from client.ghosts.blocks import GhostBlocks
-from client.model.remote_blocks import RemoteBlocks, _detached
+from client.model.remote_blocks import RemoteBlocks
 from client.model.remote_cache import RemoteLayer, adopt
 from client.requests.work import Work
 from protocol.errors import BadUsage
@@ -21,13 +21,12 @@ _REFUSED = {
     "output_hidden_states": "the hidden states between blocks stay on the peers",
     "output_router_logits": "router logits stay on the peers (TRL asks for none with router_aux_loss_coef=0.0)",
 }
-
-
+"""Options of a forward, and why the swarm cannot do them."""
 _NO_BACKWARD = "A backward through an earlier call's cache is not possible; pass use_cache=False."
 
 
 class _EarlierCache(torch.autograd.Function):
-    """Nobody who decodes with gradients on need switch them off, and nobody gets them without the cache's share."""
+    """Lets a user decode without switching gradients off, and refuses a backward: it would lack the cache's share."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
@@ -100,17 +99,19 @@ class PseudoLayer:
 
     def _train(self, work: Work, blocks: range, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
         """A forward with gradients. Transformers made a cache for it, which is filled only if it comes to be used."""
+        layer.unsent = (work.detached(), hidden.detach(), layer.length)
         layer.length += hidden.shape[1]
-        layer.unsent = (_detached(work), hidden.detach())
         return self._remote.apply(work, blocks, hidden)
 
     def _generate(self, work: Work, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
         if layer.session is None:
             layer.session = self._remote.new_session()
             if layer.unsent is not None:
-                layer.session.step(*layer.unsent, [], layer.keep_past)
+                earlier, states, start = layer.unsent
+                layer.session.step(earlier, states, [], layer.keep_past, start)
                 layer.unsent = None
-        output = layer.session.step(_detached(work), hidden.detach(), layer.take_edits(), layer.keep_past)
+        edits, work = layer.take_edits(), work.detached() if work.prefix else work
+        output = layer.session.step(work, hidden.detach(), edits, layer.keep_past, layer.length)
         layer.length += hidden.shape[1]
         return output
 

@@ -5,12 +5,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from client.generation.session import Session
+from client.generation.session import InferenceSession
 from client.requests.work import Work
 from protocol import swarm_pb2 as pb
 from protocol.errors import BadUsage
-
-Prefix = dict[int, tuple[torch.Tensor, torch.Tensor]]
+from protocol.tensors import KvPrefix
 
 
 class RemoteLayer(CacheLayerMixin):
@@ -23,12 +22,14 @@ class RemoteLayer(CacheLayerMixin):
     def __init__(self, length: int = 0, keep_past: bool = False):
         super().__init__()
         self.is_initialized = True
-        self.length, self.keep_past = length, keep_past
+        self.length = length
+        """Tokens, a KV prefix included."""
+        self.keep_past = keep_past
         self.rows = 0
         self.edits: list[pb.CacheEdit] = []
-        self.session: Session | None = None
-        self.unsent: tuple[Work, torch.Tensor] | None = None
-        """A forward with gradients that filled this cache in name only."""
+        self.session: InferenceSession | None = None
+        self.unsent: tuple[Work, torch.Tensor, int] | None = None
+        """A forward with gradients that filled this cache in name only, and the length before it."""
         self.sources: tuple[torch.Tensor, ...] = ()
         """What the gradients of that forward go to, and so would those of whatever goes on from here."""
 
@@ -107,7 +108,7 @@ class RemoteLayer(CacheLayerMixin):
         )
 
 
-def adopt(cache: Cache) -> tuple[RemoteLayer, Prefix]:
+def adopt(cache: Cache) -> tuple[RemoteLayer, KvPrefix]:
     """Turn a cache that Transformers made into a remote one, in place; also the KV prefix that PEFT had put into it.
 
     Raises `BadUsage` for a kind of cache that cannot be remote.

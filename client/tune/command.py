@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from client import AutoDistributedModelForCausalLM
+from client.model.handle import swarm_of
 from client.swarm.routes import Hop
-from client.swarm.swarm import swarm_of
 from client.tokenizer import load_tokenizer
 from client.tune.description.config import TuneConfig, load_config
 from client.tune.errors import ConfigError

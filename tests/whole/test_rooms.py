@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, str] = {
     "client/tune/data": "client/tune/errors protocol/*",
     "client/tune/description": "client/tune/data client/tune/errors client/swarm protocol/*",
     "client/tune/running": "client/tune/description client/tune/data client/tune/errors protocol/*",
-    "client/tune": "client client/tune/running client/tune/description client/swarm protocol/*",
+    "client/tune": "client client/model client/tune/running client/tune/description client/swarm protocol/*",
     "client/merge": "protocol/*",
     "client/certify": "client/tokenizer client/tune/data protocol/*",
     "client": "client/model client/swarm client/tune client/tune/data client/tune/description client/merge "
