@@ -6,6 +6,6 @@ stage         `Stage`: one hop's session on its peer; asks for a step, has it ve
 pipeline      several requests in flight: a prompt in chunks, peers that hand their results to each other
 replacement   other peers in the place of a stage that failed, is leaving or has become slow; they are told all it saw
 history       what went into a stage, under the edits that the cache went through
-past          positions, KV prefix and reaches of all steps so far: what new peers are told besides
+past          what all stages share: positions, KV prefix, and how far each pass went where that matters
 dynamic_rope  models whose keys depend on how far the trunk pass reached that made them
 """

@@ -15,7 +15,7 @@ _COMPACT_AFTER = 64
 class History:
     """Tensors of shape (batch, tokens, ...) in order, and the edits that the KV cache went through between them.
 
-    Never changed: what happens next makes another one, so whoever holds one holds what was at that moment.
+    It is never changed: what happens next makes another one, and an earlier one stays what it was.
     """
 
     _events: tuple[torch.Tensor | pb.CacheEdit, ...] = ()
@@ -62,7 +62,7 @@ def _edit(tensor: torch.Tensor | None, edit: pb.CacheEdit) -> torch.Tensor | Non
         return None
     kind = edit.WhichOneof("edit")
     if kind == "crop":
-        return tensor[:, : max(0, tensor.shape[1] - edit.crop)]  # a crop may reach into a KV prefix, which is not here
+        return tensor[:, : max(0, tensor.shape[1] - edit.crop)]  # a crop may go on into a KV prefix, which is not here
     if kind == "repeat_interleave":
         return tensor.repeat_interleave(edit.repeat_interleave, 0)
     rows = edit.reorder.index if kind == "reorder" else edit.select.index

@@ -1,4 +1,4 @@
-"""What all stages of a generation have in common: positions, KV prefix, and how far passes reached."""
+"""What all stages of a generation share: positions, KV prefix, and how far each pass went where that matters."""
 
 from dataclasses import replace
 
@@ -13,10 +13,12 @@ from protocol.tensors import KvPrefix
 
 
 class Past:
-    """The steps of a generation so far, as far as new peers have to be told of them beside the hidden states."""
+    """What new peers have to be told of the steps so far, beside the hidden states that went in."""
 
     def __init__(self, rope: DynamicRope):
         self.rope = rope
+        self.is_noted = bool(rope)
+        """Whether what a step was has to be noted when it has been done."""
         self._prefix: KvPrefix = {}
         self._positions: History | None = None
         """Of all tokens, (batch, tokens); None until the user gives some: peers take the same ones when given none."""
@@ -37,10 +39,10 @@ class Past:
             self._ends = self._ends.edited(edits)
         if work.positions is not None and self._positions is None:
             own = torch.arange(self._prefix_length, start)
-            self._positions = History().then(own.expand(len(hidden), -1))
+            self._positions, self.is_noted = History().then(own.expand(len(hidden), -1)), True
         return Step(work, edits, keep_past, start, hidden.shape[1])
 
-    def end(self, step: Step, rows: int) -> None:
+    def note(self, step: Step, rows: int) -> None:
         """A step has been done by all stages."""
         if self._positions is not None:
             self._positions = self._positions.then(step.positions.expand(rows, -1))
@@ -64,6 +66,7 @@ class Past:
     def fork(self) -> "Past":
         """A copy that goes its own way."""
         twin = Past(self.rope)
+        twin.is_noted = self.is_noted
         twin._prefix, twin._positions, twin._ends = self._prefix, self._positions, self._ends
         return twin
 

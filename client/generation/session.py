@@ -61,7 +61,8 @@ class InferenceSession:
             close_stages(self._stages)
             self._stages[:] = [Stage(self._caller, self._past, hop, history=history) for hop, history in before]
             raise
-        self._past.end(step, len(hidden))
+        if self._past.is_noted:
+            self._past.note(step, len(hidden))
         return output
 
     async def _run(self, step: Step, hidden: torch.Tensor) -> torch.Tensor:

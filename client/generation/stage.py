@@ -11,7 +11,7 @@ from client.requests.caller import Caller
 from client.requests.handover import Boundary, link
 from client.requests.recompute import ForwardAgain
 from client.requests.verify import Answer
-from client.requests.work import answered_hidden
+from client.requests.work import answered_hidden, result_of
 from client.swarm.routes import Hop
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
@@ -91,11 +91,15 @@ class Stage:
         tensors = work.tensors(hop, None if before else hidden, with_prefix=number == 1)
         message = Message(body, tensors, work.codecs.of_request)
         on_working = before.on_working if before else None
-        answer, result, seconds = await self._caller.ask(self.channel, hop, message, bundle, on_working)
-        if seconds is not None and not before and hidden.shape[:2] == (1, 1):  # comparable with what peers announce
-            self._caller.swarm.health.took(hop, 1, seconds)
+        peer_id, health = hop.peer.peer_id, self._caller.swarm.health
+        with health.asking(peer_id) as asking:
+            answer = await self._caller.call(self.channel, message, bundle, asking, on_working)
+        health.succeed(peer_id)
+        if (seconds := asking.seconds) is not None and not before and hidden.shape[:2] == (1, 1):
+            health.took(hop, 1, seconds)  # comparable with what peers announce
+        result = result_of(answer)
         self.number, self.leaving = number, result.leaving
-        output = answered_hidden(answer, hidden, hop.peer.peer_id)
+        output = answered_hidden(answer, hidden, peer_id)
         if after:
             await after.passed(output, result.pushed)
         return output

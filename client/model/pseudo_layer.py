@@ -15,6 +15,7 @@ from client.model.remote_blocks import RemoteBlocks
 from client.model.remote_cache import RemoteLayer, adopt
 from client.requests.work import Work
 from protocol.errors import BadUsage
+from protocol.tensors import KvPrefix
 
 _REFUSED = {
     "output_attentions": "attention weights stay on the peers",
@@ -42,6 +43,7 @@ class PseudoLayer:
 
     def __init__(self, remote: RemoteBlocks, ghosts: GhostBlocks):
         self._remote, self._ghosts = remote, ghosts
+        self._blocks = range(len(ghosts))
         self._caught = threading.local()
         """The mask and positions of the forward that runs now, as the user gave them; one per thread."""
         self.returns_tuple = False
@@ -76,13 +78,15 @@ class PseudoLayer:
         return (hidden_states, None) if self.returns_tuple else hidden_states
 
     def _run(self, hidden: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-        layer, prefix = adopt(cache) if cache is not None else (None, {})
+        layer = cache.layers[0] if cache is not None and cache.layers else None
+        prefix: KvPrefix = {}
+        if cache is not None and not isinstance(layer, RemoteLayer):
+            layer, prefix = adopt(cache)
         goes_on = layer is not None and layer.session is not None
         is_decoding = goes_on and hidden.shape[1] == 1  # more at once may be a prompt on a cache from before training
         work = self._remote.describe(self._caught.mask, self._caught.positions, fresh=not is_decoding)
-        blocks = range(len(self._remote))
         if layer is None:
-            return self._remote.apply(work, blocks, hidden)
+            return self._remote.apply(work, self._blocks, hidden)
         layer.rows = len(hidden)
         if prefix:
             work = replace(work, prefix=prefix)
@@ -92,16 +96,16 @@ class PseudoLayer:
             return self._generate(work, hidden, layer)
         if is_first:
             layer.sources = sources
-            return self._train(work, blocks, hidden, layer)
+            return self._train(work, hidden, layer)
         if self._ghosts.training:
             raise BadUsage(_NO_BACKWARD)
         return _EarlierCache.apply(self._generate(work, hidden, layer), *sources)  # type: ignore[no-any-return]
 
-    def _train(self, work: Work, blocks: range, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
+    def _train(self, work: Work, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
         """A forward with gradients. Transformers made a cache for it, which is filled only if it comes to be used."""
         layer.unsent = (work.detached(), hidden.detach(), layer.length)
         layer.length += hidden.shape[1]
-        return self._remote.apply(work, blocks, hidden)
+        return self._remote.apply(work, self._blocks, hidden)
 
     def _generate(self, work: Work, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
         if layer.session is None:
@@ -110,7 +114,8 @@ class PseudoLayer:
                 earlier, states, start = layer.unsent
                 layer.session.step(earlier, states, [], layer.keep_past, start)
                 layer.unsent = None
-        edits, work = layer.take_edits(), work.detached() if work.prefix else work
+        edits, layer.edits = layer.edits, []
+        work = work.detached() if work.prefix else work
         output = layer.session.step(work, hidden.detach(), edits, layer.keep_past, layer.length)
         layer.length += hidden.shape[1]
         return output

@@ -24,6 +24,7 @@ class RemoteBlocks:
         self.training = TrainingCalls(caller)
         self._caller, self._adapters, self._ghosts, self._rope = caller, adapters, ghosts, rope
         self._dropout = BlockDropout(ghosts)
+        self._has_dropout = bool(self._dropout)
         self._codecs = Codecs.of(caller.swarm.config)
 
     def __len__(self) -> int:
@@ -56,21 +57,21 @@ class RemoteBlocks:
         """
         _check_2d("attention_mask", mask)
         _check_2d("position_ids", positions)
-        is_random = self._dropout.is_live()
+        autocast, is_random = _autocast_dtype(), self._has_dropout and self._dropout.is_live()
         adapters = self._adapters.snapshot(fresh, self._ghosts.training or is_random)
         drops = is_random or bool(adapters and adapters.has_dropout)
-        if drops and self._dropout and not is_random:
+        if drops and self._has_dropout and not is_random:
             raise BadUsage(
                 "Peers cannot apply dropout of adapters while the blocks' own is off; switch both on or off."
             )
         # Blocks with dropout of their own that is off are sent as in evaluation, where peers leave it out.
-        training = drops or (self._ghosts.training and not self._dropout)
+        training = drops or (self._ghosts.training and not self._has_dropout)
         return Work(
             mask=None if mask is None else mask.long(),  # PEFT puts floats before it
             positions=positions,
             training=training,
             dropout_seed=int(torch.randint(2**31, ()).item()) if drops else None,
-            autocast=_autocast_dtype(),
+            autocast=autocast,
             adapters=adapters,
             codecs=self._codecs,
         )

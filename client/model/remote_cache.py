@@ -27,6 +27,7 @@ class RemoteLayer(CacheLayerMixin):
         self.keep_past = keep_past
         self.rows = 0
         self.edits: list[pb.CacheEdit] = []
+        """Since the last step."""
         self.session: InferenceSession | None = None
         self.unsent: tuple[Work, torch.Tensor, int] | None = None
         """A forward with gradients that filled this cache in name only, and the length before it."""
@@ -89,11 +90,6 @@ class RemoteLayer(CacheLayerMixin):
             self.session.close()
         self.__init__(keep_past=self.keep_past)  # type: ignore[misc]
 
-    def take_edits(self) -> list[pb.CacheEdit]:
-        """The edits since the last step."""
-        edits, self.edits = self.edits, []
-        return edits
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "RemoteLayer":
         twin = RemoteLayer(self.length, self.keep_past)
         twin.rows = self.rows
@@ -114,8 +110,6 @@ def adopt(cache: Cache) -> tuple[RemoteLayer, KvPrefix]:
     Raises `BadUsage` for a kind of cache that cannot be remote.
     """
     layers = cache.layers
-    if layers and isinstance(layers[0], RemoteLayer):
-        return layers[0], {}
     if not isinstance(cache, DynamicCache):
         raise BadUsage(f"A {type(cache).__name__} cannot hold keys of remote blocks; use the default cache.")
     keep_past = any(getattr(layer, "record_past", False) for layer in layers)

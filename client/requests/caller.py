@@ -1,5 +1,6 @@
 """Asks peers: one request, with the adapters that it needs, and what its answer says of the peer."""
 
+from collections.abc import Awaitable
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from client.adapters.bundle import AdapterBundle
 from client.requests.handover import Boundary, link
 from client.requests.puts import Puts
 from client.requests.verify import Verifier
-from client.requests.work import Codecs, Work, answered_hidden
+from client.requests.work import Codecs, Work, answered_hidden, result_of
 from client.swarm.health import Asking
 from client.swarm.routes import Hop
 from client.swarm.swarm import Swarm
@@ -34,26 +35,21 @@ class Caller:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Caller":
         return self
 
-    async def ask(
+    def call(
         self,
         channel: Channel,
-        hop: Hop,
         message: Message,
         bundle: AdapterBundle | None,
+        asking: Asking,
         on_working: OnWorking | None = None,
-    ) -> tuple[Message, pb.Result, float | None]:
-        """The answer of a hop's peer, its body, and the seconds it took: see `Asking.seconds`. Raises `SwarmError`."""
-        peer_id, health = hop.peer.peer_id, self.swarm.health
-        with health.asking(peer_id) as asking:
-            if bundle is not None:
-                answer = await self._call_with_adapter(channel, message, bundle, asking, on_working)
-            else:
-                try:
-                    answer = await channel.call(message, on_working)
-                except UnknownAdapter:
-                    raise PeerFailed(f"Peer {peer_id} misses an adapter that the request does not name.") from None
-        health.succeed(peer_id)
-        return answer, answer.body if isinstance(answer.body, pb.Result) else pb.Result(), asking.seconds
+    ) -> Awaitable[Message]:
+        """The answer to a request that needs the adapters `bundle`. Raises `SwarmError`.
+
+        `asking` then has the seconds of the request alone, without those of sending adapters.
+        """
+        if bundle is None:
+            return channel.call(message, on_working)
+        return self._call_with_adapter(channel, message, bundle, asking, on_working)
 
     async def _call_with_adapter(
         self, channel: Channel, message: Message, bundle: AdapterBundle, asking: Asking, on_working: OnWorking | None
@@ -151,9 +147,13 @@ class Caller:
     async def _ask(
         self, hop: Hop, message: Message, bundle: AdapterBundle | None, before: Boundary | None
     ) -> tuple[Message, pb.Result, float | None]:
-        """As `ask`, on any channel to the peer."""
-        async with self.swarm.connections.channel(hop.peer.peer_id) as channel:
-            return await self.ask(channel, hop, message, bundle, before.on_working if before else None)
+        """A peer's answer, its body, and the seconds that it took; see `Asking.seconds`."""
+        peer_id, health = hop.peer.peer_id, self.swarm.health
+        async with self.swarm.connections.channel(peer_id) as channel:
+            with health.asking(peer_id) as asking:
+                answer = await self.call(channel, message, bundle, asking, before.on_working if before else None)
+        health.succeed(peer_id)
+        return answer, result_of(answer), asking.seconds
 
 
 def _check_gradients(work: Work, hop: Hop, gradients: Gradients) -> None:

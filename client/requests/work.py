@@ -94,6 +94,11 @@ class Work:
         )
 
 
+def result_of(answer: Message) -> pb.Result:
+    """The body of an answer; an empty one where a peer answered with something else."""
+    return answer.body if isinstance(answer.body, pb.Result) else pb.Result()
+
+
 def answered_hidden(answer: Message, like: torch.Tensor, remote: str) -> torch.Tensor:
     """The hidden states in the answer of the peer `remote`, in the shape, the dtype and on the device of `like`.
 
