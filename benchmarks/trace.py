@@ -38,7 +38,7 @@ _READY = re.compile(r"^ready address=(\S+)", re.M)
 
 
 @dataclass
-class Tally:
+class Counts:
     """What ran since it was asked last."""
 
     calls: Counter[str] = field(default_factory=Counter)
@@ -52,14 +52,14 @@ class Tracer:
     def __init__(self, tree: Path):
         self._inside = {f"{tree / room}{os.sep}": room for room in _ROOMS}
         self._files: dict[str, str] = {}
-        self._tally, self._last = Tally(), ""
+        self._counts, self._last = Counts(), ""
         threading.setprofile(self._note)
         sys.setprofile(self._note)
 
-    def take(self) -> Tally:
+    def take(self) -> Counts:
         """The counts since the last question."""
-        tally, self._tally, self._last = self._tally, Tally(), ""
-        return tally
+        counts, self._counts, self._last = self._counts, Counts(), ""
+        return counts
 
     def _note(self, frame: Any, event: str, _argument: object) -> None:
         if event != "call":
@@ -69,8 +69,8 @@ class Tracer:
         if file is None:
             self._files[path] = file = self._name(path)
         if file:
-            self._tally.calls[file] += 1
-            self._tally.changes += file != self._last
+            self._counts.calls[file] += 1
+            self._counts.changes += file != self._last
             self._last = file
 
     def _name(self, path: str) -> str:
@@ -117,12 +117,12 @@ class Peer:
             time.sleep(0.05)
         raise RuntimeError("A peer ended before it was ready.")
 
-    def take(self) -> Tally:
+    def take(self) -> Counts:
         """See `Tracer.take`."""
         self._questions.send(None)
-        tally = self._questions.recv()
-        assert isinstance(tally, Tally)
-        return tally
+        counts = self._questions.recv()
+        assert isinstance(counts, Counts)
+        return counts
 
     def end(self) -> None:
         """Ends the process."""
@@ -161,8 +161,8 @@ class Trip:
     """What client and first peer did in equal trips."""
 
     name: str
-    client: list[Tally]
-    peer: list[Tally]
+    client: list[Counts]
+    peer: list[Counts]
 
 
 def _measure(names: list[str], run: Callable[[], list[Callable[[], object]]], tracer: Tracer, peer: Peer) -> list[Trip]:
@@ -214,10 +214,10 @@ def _training(model: Any) -> Callable[[], list[Callable[[], object]]]:
     return prepare
 
 
-def _row(trip: Trip, end: str, tallies: list[Tally]) -> str:
-    middle = sorted(tallies, key=lambda tally: tally.calls.total())[len(tallies) // 2]
-    calls = statistics.median(tally.calls.total() for tally in tallies)
-    changes = statistics.median(tally.changes for tally in tallies)
+def _row(trip: Trip, end: str, of_trips: list[Counts]) -> str:
+    middle = sorted(of_trips, key=lambda counts: counts.calls.total())[len(of_trips) // 2]
+    calls = statistics.median(counts.calls.total() for counts in of_trips)
+    changes = statistics.median(counts.changes for counts in of_trips)
     often = ", ".join(f"{file} {count}" for file, count in middle.calls.most_common(5))
     return f"| {trip.name}, {end} | {calls:.0f} | {len(middle.calls)} | {changes:.0f} | {often} |"
 

@@ -78,10 +78,11 @@ class PseudoLayer:
         return (hidden_states, None) if self.returns_tuple else hidden_states
 
     def _run(self, hidden: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-        layer = cache.layers[0] if cache is not None and cache.layers else None
+        layer: RemoteLayer | None = None
         prefix: KvPrefix = {}
-        if cache is not None and not isinstance(layer, RemoteLayer):
-            layer, prefix = adopt(cache)
+        if cache is not None:
+            first = cache.layers[0] if cache.layers else None
+            layer, prefix = (first, prefix) if isinstance(first, RemoteLayer) else adopt(cache)
         goes_on = layer is not None and layer.session is not None
         is_decoding = goes_on and hidden.shape[1] == 1  # more at once may be a prompt on a cache from before training
         work = self._remote.describe(self._caught.mask, self._caught.positions, fresh=not is_decoding)

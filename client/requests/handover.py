@@ -27,10 +27,10 @@ def should_hand_over(swarm: Swarm, hops: Sequence[Hop]) -> bool:
     """Whether the peers of `hops` had better hand their results to each other."""
     if len(hops) < 2 or swarm.config.verify:  # what does not come by here cannot be computed again by others
         return False
-    health = swarm.health
-    return health.is_any_far(hops, swarm.config.hand_over_above) and not any(
+    peers, health = [hop.peer.peer_id for hop in hops], swarm.health
+    return max([health.round_trips.get(peer, 0.0) for peer in peers]) >= swarm.config.hand_over_above and not any(
         health.are_apart(one, other) or health.are_apart(other, one)  # a backward goes the other way
-        for one, other in itertools.pairwise(hop.peer.peer_id for hop in hops)
+        for one, other in itertools.pairwise(peers)
     )
 
 

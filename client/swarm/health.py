@@ -2,7 +2,6 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from client.swarm.routes import Hop
@@ -67,8 +66,9 @@ class Asking:
 class Health:
     """What this client learned of peers by using them."""
 
+    round_trips: dict[str, float] = field(default_factory=dict)
+    """Seconds of the way to a peer and back, by peer ID, where it was measured."""
     _bans: dict[str, _Ban] = field(default_factory=dict)
-    _round_trips: dict[str, float] = field(default_factory=dict)
     _apart: dict[tuple[str, str], float] = field(default_factory=dict)
     """Peers of which the first could not reach the second, and when that was."""
     _paces: dict[tuple[str, bool], _Pace] = field(default_factory=dict)
@@ -100,8 +100,8 @@ class Health:
 
     def measured(self, peer_id: str, round_trip: float) -> None:
         """Take in a measured round trip (seconds). The shortest of late is what the link takes."""
-        known = self._round_trips.get(peer_id)
-        self._round_trips[peer_id] = round_trip if known is None else min(round_trip, 0.8 * known + 0.2 * round_trip)
+        known = self.round_trips.get(peer_id)
+        self.round_trips[peer_id] = round_trip if known is None else min(round_trip, 0.8 * known + 0.2 * round_trip)
 
     def could_not_reach(self, peer_id: str, other_id: str) -> None:
         """Take note that the first peer could not hand something over to the second."""
@@ -110,10 +110,6 @@ class Health:
     def are_apart(self, peer_id: str, other_id: str) -> bool:
         """Whether the first peer could not reach the second of late."""
         return time.monotonic() - self._apart.get((peer_id, other_id), float("-inf")) < _LONGEST_BAN
-
-    def is_any_far(self, hops: Sequence[Hop], seconds: float) -> bool:
-        """Whether the round trip to any of the hops' peers takes `seconds` or more; 0 where it was not measured."""
-        return max([self._round_trips.get(hop.peer.peer_id, 0.0) for hop in hops]) >= seconds
 
     def asking(self, peer_id: str) -> Asking:
         """A peer is asked something for as long as the `with` block of this runs."""
@@ -140,4 +136,4 @@ class Health:
         return pace.seconds if pace and time.monotonic() - pace.since < _REMEMBER else None
 
     def _hop_cost(self, peer: PeerRecord) -> float:
-        return self._round_trips.get(peer.peer_id, _UNMEASURED_RTT) + _SWITCH
+        return self.round_trips.get(peer.peer_id, _UNMEASURED_RTT) + _SWITCH
