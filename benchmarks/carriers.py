@@ -46,22 +46,29 @@ class Copies:
 @contextmanager
 def counting_copies() -> Iterator[Copies]:
     """Counts while the block runs."""
-    copies, take, enlarge = Copies(), SocketStream._take_ahead, socket_stream._enlarged
+    copies, enlarge = Copies(), socket_stream._enlarged
+    take, take_ahead = SocketStream._take, SocketStream._take_ahead
 
-    def counted_take(self: SocketStream) -> None:
+    def counted_take(self: SocketStream, count: int) -> bytearray:
+        copies.total += count
+        return take(self, count)
+
+    def counted_take_ahead(self: SocketStream) -> None:
         before = self._filled
-        take(self)
+        take_ahead(self)
         copies.total += self._filled - before
 
     def counted_enlarge(data: bytearray, size: int) -> bytearray:
         copies.total += len(data)
         return enlarge(data, size)
 
-    SocketStream._take_ahead, socket_stream._enlarged = counted_take, counted_enlarge  # type: ignore[method-assign]
+    SocketStream._take, SocketStream._take_ahead = counted_take, counted_take_ahead  # type: ignore[method-assign]
+    socket_stream._enlarged = counted_enlarge
     try:
         yield copies
     finally:
-        SocketStream._take_ahead, socket_stream._enlarged = take, enlarge  # type: ignore[method-assign]
+        SocketStream._take, SocketStream._take_ahead = take, take_ahead  # type: ignore[method-assign]
+        socket_stream._enlarged = enlarge
 
 
 def record(peer: Member) -> PeerRecord:

@@ -15,6 +15,7 @@ _RUNS: list[list[str]] = [
     ["core", "--model", "llama-bf16", "--peers", "2", "--prompts", "512"],  # longer ones take minutes each
     *(["core", "--model", model, "--peers", "2", "--prompts", "--compile"] for model in ("llama-bf16", "smollm2")),
     ["step_time"],
+    ["trace"],
     *(["training", "--model", model, "--peers", str(peers)] for model, peers in product(_MODELS, (1, 2, 3))),
     *(["many", "--model", model, "--peers", "1"] for model in _MODELS),
     ["many", "--peers", "2", "--peer-threads", "1"],

@@ -33,7 +33,6 @@ from benchmarks.loads import KINDS, VOCABULARY, Talk, train, with_lora
 from client import AutoDistributedModelForCausalLM
 from client.requests.work import Work
 from client.swarm.loop import LOOP
-from client.training.micro_batches import run_forward
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message
 from protocol.errors import SwarmError
@@ -98,7 +97,7 @@ class Guest:
                 model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=40, logits_processor=stop)
             yield "dropped generations"
             hidden = torch.randn(4, 14, model.config.hidden_size)
-            call = run_forward(model.swarm, Work(), range(5), hidden, keep=True)
+            call = model.swarm.blocks.training.forward(Work(), range(5), hidden, keep=True)
             future = asyncio.run_coroutine_threadsafe(call, LOOP._running())
             time.sleep(self.chance.uniform(0, 0.02))
             future.cancel()
@@ -129,7 +128,7 @@ class Guest:
             Message(pb.OpenSession(start=0, end=1, fork_of=b"none")),
         ]
         while True:
-            LOOP.run(_ask_badly(model.swarm, hop.peer.peer_id, self.chance.choice(bad)))
+            LOOP.run(_ask_badly(model.swarm.network, hop.peer.peer_id, self.chance.choice(bad)))
             yield "refused requests"
             time.sleep(0.01)
 

@@ -147,7 +147,7 @@ def main() -> None:
         table = {"client: to its loop and back": microseconds(lambda: LOOP.run(nothing()))}
         table |= asyncio.run(time_wire(hidden, pb.Context(start=blocks.start, end=blocks.stop)))
         table |= time_span(path, blocks, options.context, dtype)
-        table["client: history"] = microseconds(lambda: history.append(hidden))
+        table["client: history"] = microseconds(lambda: history.then(hidden))
     for part, time_taken in table.items():
         print(f"{part:<46}{time_taken:>10.1f}")
 

@@ -15,7 +15,7 @@ from protocol import swarm_pb2 as pb
 from protocol.codecs import SUPPORTED
 from protocol.errors import BadRequest, from_failure, to_failure
 from protocol.stream import Stream
-from protocol.tensors import Limits, check_entries, decode, decoded_size, encode, nbytes
+from protocol.tensors import Encoded, Limits, check_entries, decode, decoded_size, encode_all, nbytes
 
 VERSION = 1
 PUSH_TOKEN_BYTES = 16
@@ -84,14 +84,14 @@ class Channel:
 
     async def send(self, message: Message) -> None:
         """Write one frame. Raises `BadRequest` when it is over the limits, `PeerUnreachable` when the stream broke."""
-        parts = await self._encode(message)
-        frame = pb.Frame(tensors=[entry for entry, _ in parts])
+        coded = await self._encode(message) if message.codecs else encode_all(message.tensors, {})
+        frame = pb.Frame(tensors=coded.entries)
         getattr(frame, _FIELD_OF_TYPE[type(message.body).__name__]).CopyFrom(message.body)
         header = frame.SerializeToString()
-        payload = sum(data.nbytes for _, data in parts)
-        self._check_lengths(len(header), max(payload, nbytes(message.tensors)), self.remote_limit)
-        prefix = _LENGTHS.pack(len(header), payload) + header
-        await self.stream.send(prefix, *(data for _, data in parts), patience=self.patience)
+        if len(header) > self.limits.max_header or max(coded.nbytes, coded.decoded) > self.remote_limit:
+            raise self._too_long(len(header), max(coded.nbytes, coded.decoded), self.remote_limit)
+        prefix = _LENGTHS.pack(len(header), coded.nbytes) + header
+        await self.stream.send(prefix, *coded.data, patience=self.patience)
 
     async def receive_request(self) -> Message:
         """Wait for one frame, without a time limit, and read it. Raises `BadRequest` for a malformed one."""
@@ -126,15 +126,20 @@ class Channel:
 
     async def _receive(self, patience: float | None) -> Message:
         header_length, payload_length = _LENGTHS.unpack(await self.stream.receive(_LENGTHS.size, patience))
-        self._check_lengths(header_length, payload_length, self.limits.max_payload)
-        header = bytes(await self.stream.receive(header_length, self.patience))
+        if header_length > self.limits.max_header or payload_length > self.limits.max_payload:
+            raise self._too_long(header_length, payload_length, self.limits.max_payload)
+        # A payload is read once its header has been checked; a small one that is there already is taken along with it.
+        ready = payload_length if header_length + payload_length <= min(self.stream.available, _INLINE) else 0
+        data = await self.stream.receive(header_length + ready, self.patience)
+        header, payload = bytes(data[:header_length]), data[header_length:]
         is_large = header_length > _INLINE_HEADER
         parsed = await _aside(self._parse, header, payload_length) if is_large else self._parse(header, payload_length)
         frame, size = parsed
-        payload = await self.stream.receive(payload_length, self.patience) if payload_length else bytearray()
+        if payload_length > ready:
+            payload = await self.stream.receive(payload_length, self.patience)
         if is_large:
             tensors = await _aside(decode, frame.tensors, payload)
-        elif decoded_size(frame.tensors) <= _INLINE:
+        elif size <= _INLINE or decoded_size(frame.tensors) <= _INLINE:
             tensors = decode(frame.tensors, payload)
         else:
             tensors = await asyncio.to_thread(decode, frame.tensors, payload)
@@ -155,21 +160,19 @@ class Channel:
             most = min(most, _MAX_TENSORS.get(kind, 0))
         return frame, check_entries(frame.tensors, payload, replace(self.limits, max_tensors=most))
 
-    async def _encode(self, message: Message) -> list[tuple[pb.Tensor, memoryview]]:
+    async def _encode(self, message: Message) -> Encoded:
+        """The tensors under those of their codecs that the other end reads; many of them on another thread."""
         codecs = {name: codec for name, codec in message.codecs.items() if codec in self.remote_codecs}
-
-        def encode_all() -> list[tuple[pb.Tensor, memoryview]]:
-            return [encode(name, tensor, codecs.get(name, pb.RAW)) for name, tensor in message.tensors.items()]
-
         coded = {name: message.tensors[name] for name, codec in codecs.items() if codec and name in message.tensors}
-        return encode_all() if nbytes(coded) <= _INLINE else await asyncio.to_thread(encode_all)
+        if nbytes(coded) <= _INLINE:
+            return encode_all(message.tensors, codecs)
+        return await asyncio.to_thread(encode_all, message.tensors, codecs)
 
-    def _check_lengths(self, header: int, payload: int, max_payload: int) -> None:
-        if header > self.limits.max_header or payload > max_payload:
-            raise BadRequest(
-                f"A frame of {header} + {payload} bytes is over the limit of {self.limits.max_header} + "
-                f"{max_payload}; send fewer tokens at once."
-            )
+    def _too_long(self, header: int, payload: int, max_payload: int) -> BadRequest:
+        return BadRequest(
+            f"A frame of {header} + {payload} bytes is over the limit of {self.limits.max_header} + "
+            f"{max_payload}; send fewer tokens at once."
+        )
 
 
 async def _aside(work: Callable[..., T], *arguments: object) -> T:

@@ -18,6 +18,10 @@ class Stream(Protocol):
     remote: str
     """The remote's peer ID, as the carrier authenticated it."""
 
+    @property
+    def available(self) -> int:
+        """Bytes that have come already, so that a `receive` of so many does not wait."""
+
     async def send(self, *buffers: Buffer, patience: float | None) -> None:
         """Write `buffers` in order. It is broken when a chunk takes over `patience` seconds (None: no limit)."""
 

@@ -1,7 +1,7 @@
 """Tensors to bytes and back. Bytes that arrive are checked before any memory is taken for them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -29,7 +29,7 @@ _TORCH = {
 _WIRE = {dtype: number for number, dtype in _TORCH.items()}
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The name that users give -> the dtype that a model can be run in."""
-KvPrefix = dict[int, tuple[torch.Tensor, torch.Tensor]]
+KvPrefix = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
 """Trainable keys and values before the tokens: block -> (key, value), each (batch, heads, tokens, head size)."""
 
 
@@ -70,7 +70,7 @@ def encode(name: str, tensor: torch.Tensor, codec: int = pb.RAW) -> tuple[pb.Ten
     `codec` is used where it fits, see `protocol.codecs`; the entry says whether it was.
     """
     tensor = tensor.detach().to("cpu").contiguous()
-    coded = compress(tensor, codec)
+    coded = compress(tensor, codec) if codec != pb.RAW else None
     if coded is not None:
         entry = pb.Tensor(name=name, dtype=wire_dtype(tensor.dtype), shape=tensor.shape, nbytes=len(coded))
         entry.codec = codec  # type: ignore[assignment]
@@ -80,6 +80,30 @@ def encode(name: str, tensor: torch.Tensor, codec: int = pb.RAW) -> tuple[pb.Ten
     data = memoryview(flat)
     entry = pb.Tensor(name=name, dtype=wire_dtype(tensor.dtype), shape=tensor.shape, nbytes=data.nbytes)
     return entry, data
+
+
+@dataclass
+class Encoded:
+    """Tensors as they travel in one frame."""
+
+    entries: list[pb.Tensor] = field(default_factory=list)
+    data: list[memoryview] = field(default_factory=list)
+    nbytes: int = 0
+    """Of all `data`."""
+    decoded: int = 0
+    """Bytes of the tensors' elements."""
+
+
+def encode_all(tensors: Mapping[str, torch.Tensor], codecs: Mapping[str, int]) -> Encoded:
+    """All tensors, each under its codec of `codecs`, if there is one; see `encode`."""
+    coded = Encoded()
+    for name, tensor in tensors.items():
+        entry, data = encode(name, tensor, codecs.get(name, pb.RAW))
+        coded.entries.append(entry)
+        coded.data.append(data)
+        coded.nbytes += entry.nbytes
+        coded.decoded += tensor.numel() * tensor.element_size()
+    return coded
 
 
 def check_entries(entries: Sequence[pb.Tensor], payload: int, limits: Limits) -> int:
@@ -97,9 +121,10 @@ def check_entries(entries: Sequence[pb.Tensor], payload: int, limits: Limits) ->
             raise BadRequest(f"Tensor {entry.name!r} has no dtype.")
         if len(entry.shape) > MAX_DIMENSIONS:
             raise BadRequest(f"Tensor {entry.name!r} has {len(entry.shape)} dimensions; at most {MAX_DIMENSIONS}.")
-        if prod(size or 1 for size in entry.shape) > MAX_ELEMENTS:
+        elements = prod(entry.shape)
+        if (elements or prod(size or 1 for size in entry.shape)) > MAX_ELEMENTS:
             raise BadRequest(f"Tensor {entry.name!r} of shape {list(entry.shape)} is over {MAX_ELEMENTS} elements.")
-        size = prod(entry.shape) * dtype.itemsize
+        size = elements * dtype.itemsize
         if entry.codec != pb.RAW:
             check_coded(entry, dtype)
         elif size != entry.nbytes:

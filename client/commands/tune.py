@@ -90,7 +90,7 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
 
 def _swarm_rows(model: Any, plan: "Plan", config: "TuneConfig") -> list[tuple[str, str]]:
     """What the swarm adds to the plan: the route, bytes over this machine's link, expected time."""
-    from client.swarm.swarm import swarm_of
+    from client.model.handle import swarm_of
     from protocol.model.anatomy import hidden_size
 
     route = swarm_of(model).route("forward")

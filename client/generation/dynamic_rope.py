@@ -1,9 +1,9 @@
-"""Models whose keys depend on how far the call that made them reached.
+"""Models whose keys depend on how far the trunk pass reached that made them.
 
-Rotary embeddings for long contexts may take their frequencies from the largest position in a call
+Rotary embeddings for long contexts may take their frequencies from the largest position in a pass
 (`transformers.modeling_rope_utils.dynamic_rope_update`): "longrope" has one set up to a length and another one beyond,
-"dynamic" a set for every length beyond. So a prompt must go in one call, and lost keys be made again by calls that
-reach as far as those that had made them.
+"dynamic" a set for every length beyond. So a prompt must go in one pass, and lost keys must be made again by passes
+that reach as far as those that had made them.
 """
 
 import itertools
@@ -16,13 +16,14 @@ from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
-class ReachDependence:
-    """True where there is any. `lengths`: up to so many tokens, a call's reach makes no difference; with the type."""
+class DynamicRope:
+    """What a trunk has of this; False where it has nothing."""
 
     lengths: tuple[tuple[str, int], ...]
+    """Type of the embedding, and how many tokens a pass may reach without making a difference."""
 
     @classmethod
-    def of(cls, config: PreTrainedConfig) -> "ReachDependence":
+    def of(cls, config: PreTrainedConfig) -> "DynamicRope":
         """A trunk's."""
         found = set[tuple[str, int]]()
         for rope in _ropes(getattr(config, "rope_parameters", None) or {}):
@@ -35,15 +36,16 @@ class ReachDependence:
     def __bool__(self) -> bool:
         return bool(self.lengths)
 
-    def runs(self, reaches: torch.Tensor) -> list[int]:
-        """How many tokens one call after the other has to make. `reaches`: (tokens,) how far, in tokens, the calls
-        reached that made them."""
+    def runs(self, ends: torch.Tensor) -> list[int]:
+        """Into passes of how many tokens each a sequence is to be cut, so that its keys come out as they were.
+
+        `ends`: (tokens,), for each token how far, in tokens, the pass reached that made its key.
+        """
         sets = [
-            (reaches > length).long() if kind == "longrope" else reaches.clamp(min=length)
-            for kind, length in self.lengths
+            (ends > length).long() if kind == "longrope" else ends.clamp(min=length) for kind, length in self.lengths
         ]
         changes = torch.stack(sets).diff().any(0).nonzero().flatten() + 1
-        return [end - start for start, end in itertools.pairwise([0, *changes.tolist(), len(reaches)])]
+        return [end - start for start, end in itertools.pairwise([0, *changes.tolist(), len(ends)])]
 
 
 def _ropes(parameters: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""New tokens for the KV caches of a generation, and chunks of them."""
 
 import asyncio
 import itertools
@@ -7,49 +7,61 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from client.requests.handover import Border
+from client.requests.handover import Boundary
 from client.requests.work import Work
 from protocol import swarm_pb2 as pb
 
 
 @dataclass(frozen=True)
 class Step:
-    """New tokens for the caches, or a part of them."""
+    """What is to be done with new tokens, whatever their hidden states are when they come to a stage."""
 
     work: Work
-    hidden: torch.Tensor
     edits: list[pb.CacheEdit]
     """Before the tokens."""
     keep_past: bool
-    positions: torch.Tensor
-    """(batch or 1, tokens) of the whole step that this is a part of, also where the user gave none."""
+    start: int
+    """Tokens in the caches before these, a KV prefix included."""
+    tokens: int
+    whole: "Step | None" = None
+    """The step that this is a part of; None: it is none."""
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """(batch or 1, tokens) of the whole step, on the CPU, also where the user gave none."""
+        step = self.whole or self
+        if step.work.positions is not None:
+            return step.work.positions.cpu()
+        return torch.arange(step.start, step.start + step.tokens)[None]
 
     def parts(self, sizes: Sequence[int]) -> "list[Step]":
         """One after the other, of so many tokens each."""
-        if len(sizes) == 1:
-            return [self]
         starts = itertools.accumulate(sizes[:-1], initial=0)
-        return [self.part(start, part) for start, part in zip(starts, self.hidden.split(sizes, 1), strict=True)]
+        return [self.part(start, size) for start, size in zip(starts, sizes, strict=True)]
 
-    def part(self, start: int, hidden: torch.Tensor) -> "Step":
-        """What is to be done for `hidden`, which stands for the tokens from `start` on, as a stage is given them."""
-        end, positions, mask = start + hidden.shape[1], self.work.positions, self.work.mask
+    def part(self, start: int, tokens: int) -> "Step":
+        """What is to be done with so many of the tokens from the one numbered `start` on."""
+        if tokens == self.tokens:
+            return self
+        end, positions, mask = start + tokens, self.work.positions, self.work.mask
         work = replace(
             self.work,
             positions=positions[:, start:end] if positions is not None else None,
-            mask=mask[:, : mask.shape[1] - self.hidden.shape[1] + end] if mask is not None else None,
+            mask=mask[:, : mask.shape[1] - self.tokens + end] if mask is not None else None,
         )
-        return Step(work, hidden, self.edits if not start else [], self.keep_past, self.positions)
+        edits = self.edits if not start else []
+        return Step(work, edits, self.keep_past, self.start + start, tokens, self.whole or self)
 
 
 @dataclass(frozen=True)
-class Part:
-    """A chunk of a step on one stage."""
+class Chunk:
+    """A part of a step on one stage, when several are in flight."""
 
     step: Step
-    """`hidden` is as what goes in in shape and dtype only."""
+    like: torch.Tensor
+    """What goes in, in shape and dtype only."""
     input: "asyncio.Future[torch.Tensor]"
     output: "asyncio.Future[torch.Tensor]"
-    before: Border | None
+    before: Boundary | None
     """That the input is pushed over; None: the request takes it along."""
-    after: Border | None
+    after: Boundary | None

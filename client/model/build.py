@@ -8,14 +8,16 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from client.adapters.source import AdapterSource
-from client.generation.dynamic_rope import ReachDependence
+from client.generation.dynamic_rope import DynamicRope
 from client.ghosts.blocks import GhostBlocks, make_ghosts, matrix_names
 from client.ghosts.factors import FactorCache
 from client.ghosts.norms import NormCache
 from client.ghosts.questions import WeightReader
+from client.model.handle import SwarmHandle
 from client.model.pseudo_layer import PseudoLayer
 from client.model.remote_blocks import RemoteBlocks
 from client.model.saving import freeze, hide_ghosts
+from client.requests.caller import Caller
 from client.swarm.swarm import Swarm
 from protocol.errors import UnsupportedModel
 from protocol.machine.split_linear import split_linears
@@ -69,15 +71,14 @@ def _check_missing(model: PreTrainedModel, missing: list[str], where: BlockList,
 
 def _attach(model: PreTrainedModel, where: BlockList, ghosts: GhostBlocks, swarm: Swarm) -> None:
     trunk = where.trunk_of(model)
-    reach = ReachDependence.of(cast(PreTrainedConfig, trunk.config))
-    remote = RemoteBlocks(swarm, AdapterSource(model, ghosts), ghosts, reach)
+    rope = DynamicRope.of(cast(PreTrainedConfig, trunk.config))
+    remote = RemoteBlocks(Caller(swarm), AdapterSource(model, ghosts), ghosts, rope)
     layer = PseudoLayer(remote, ghosts)
     ghosts.attach(layer)
     model.config._attn_implementation = _REMOTE  # no masks are built here: the peers build them
     trunk.register_forward_pre_hook(layer.capture, with_kwargs=True)
     _probe(model, trunk, layer)
-    swarm.blocks = remote
-    object.__setattr__(model, "swarm", swarm)
+    object.__setattr__(model, "swarm", SwarmHandle(swarm, remote))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a trunk runs in the place of its blocks: one layer that takes hidden states through the swarm."""
 
 import inspect
 import threading
@@ -11,23 +11,23 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from client.ghosts.blocks import GhostBlocks
-from client.model.remote_blocks import RemoteBlocks, _detached
+from client.model.remote_blocks import RemoteBlocks
 from client.model.remote_cache import RemoteLayer, adopt
 from client.requests.work import Work
 from protocol.errors import BadUsage
+from protocol.tensors import KvPrefix
 
 _REFUSED = {
     "output_attentions": "attention weights stay on the peers",
     "output_hidden_states": "the hidden states between blocks stay on the peers",
     "output_router_logits": "router logits stay on the peers (TRL asks for none with router_aux_loss_coef=0.0)",
 }
-
-
+"""Options of a forward, and why the swarm cannot do them."""
 _NO_BACKWARD = "A backward through an earlier call's cache is not possible; pass use_cache=False."
 
 
 class _EarlierCache(torch.autograd.Function):
-    """Nobody who decodes with gradients on need switch them off, and nobody gets them without the cache's share."""
+    """Lets a user decode without switching gradients off, and refuses a backward: it would lack the cache's share."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
@@ -43,6 +43,7 @@ class PseudoLayer:
 
     def __init__(self, remote: RemoteBlocks, ghosts: GhostBlocks):
         self._remote, self._ghosts = remote, ghosts
+        self._blocks = range(len(ghosts))
         self._caught = threading.local()
         """The mask and positions of the forward that runs now, as the user gave them; one per thread."""
         self.returns_tuple = False
@@ -77,13 +78,16 @@ class PseudoLayer:
         return (hidden_states, None) if self.returns_tuple else hidden_states
 
     def _run(self, hidden: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-        layer, prefix = adopt(cache) if cache is not None else (None, {})
+        layer: RemoteLayer | None = None
+        prefix: KvPrefix = {}
+        if cache is not None:
+            first = cache.layers[0] if cache.layers else None
+            layer, prefix = (first, prefix) if isinstance(first, RemoteLayer) else adopt(cache)
         goes_on = layer is not None and layer.session is not None
         is_decoding = goes_on and hidden.shape[1] == 1  # more at once may be a prompt on a cache from before training
         work = self._remote.describe(self._caught.mask, self._caught.positions, fresh=not is_decoding)
-        blocks = range(len(self._remote))
         if layer is None:
-            return self._remote.apply(work, blocks, hidden)
+            return self._remote.apply(work, self._blocks, hidden)
         layer.rows = len(hidden)
         if prefix:
             work = replace(work, prefix=prefix)
@@ -93,24 +97,27 @@ class PseudoLayer:
             return self._generate(work, hidden, layer)
         if is_first:
             layer.sources = sources
-            return self._train(work, blocks, hidden, layer)
+            return self._train(work, hidden, layer)
         if self._ghosts.training:
             raise BadUsage(_NO_BACKWARD)
         return _EarlierCache.apply(self._generate(work, hidden, layer), *sources)  # type: ignore[no-any-return]
 
-    def _train(self, work: Work, blocks: range, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
+    def _train(self, work: Work, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
         """A forward with gradients. Transformers made a cache for it, which is filled only if it comes to be used."""
+        layer.unsent = (work.detached(), hidden.detach(), layer.length)
         layer.length += hidden.shape[1]
-        layer.unsent = (_detached(work), hidden.detach())
-        return self._remote.apply(work, blocks, hidden)
+        return self._remote.apply(work, self._blocks, hidden)
 
     def _generate(self, work: Work, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
         if layer.session is None:
             layer.session = self._remote.new_session()
             if layer.unsent is not None:
-                layer.session.step(*layer.unsent, [], layer.keep_past)
+                earlier, states, start = layer.unsent
+                layer.session.step(earlier, states, [], layer.keep_past, start)
                 layer.unsent = None
-        output = layer.session.step(_detached(work), hidden.detach(), layer.take_edits(), layer.keep_past)
+        edits, layer.edits = layer.edits, []
+        work = work.detached() if work.prefix else work
+        output = layer.session.step(work, hidden.detach(), edits, layer.keep_past, layer.length)
         layer.length += hidden.shape[1]
         return output
 

@@ -1,6 +1,5 @@
-"""The remote blocks as one differentiable function of hidden states, and the pseudo-layer that models run."""
+"""The remote blocks as one differentiable function of hidden states."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,22 +7,25 @@ from torch.autograd.function import once_differentiable
 
 from client.adapters.dropout import BlockDropout
 from client.adapters.source import AdapterSource
-from client.generation.dynamic_rope import ReachDependence
-from client.generation.session import Session
+from client.generation.dynamic_rope import DynamicRope
+from client.generation.session import InferenceSession
 from client.ghosts.blocks import GhostBlocks
+from client.requests.caller import Caller
 from client.requests.work import Codecs, Work
 from client.swarm.loop import LOOP
-from client.swarm.swarm import Swarm
-from client.training.micro_batches import Trace, run_backward, run_forward
+from client.training.micro_batches import Trace, TrainingCalls
 from protocol.errors import BadUsage
 
 
 class RemoteBlocks:
     """Blocks that run on peers: call it on hidden states, for any range, with autograd."""
 
-    def __init__(self, swarm: Swarm, adapters: AdapterSource, ghosts: GhostBlocks, reach: ReachDependence):
-        self._swarm, self._adapters, self._ghosts, self._reach = swarm, adapters, ghosts, reach
+    def __init__(self, caller: Caller, adapters: AdapterSource, ghosts: GhostBlocks, rope: DynamicRope):
+        self.training = TrainingCalls(caller)
+        self._caller, self._adapters, self._ghosts, self._rope = caller, adapters, ghosts, rope
         self._dropout = BlockDropout(ghosts)
+        self._has_dropout = bool(self._dropout)
+        self._codecs = Codecs.of(caller.swarm.config)
 
     def __len__(self) -> int:
         return len(self._ghosts)
@@ -55,23 +57,23 @@ class RemoteBlocks:
         """
         _check_2d("attention_mask", mask)
         _check_2d("position_ids", positions)
-        is_random = self._dropout.is_live()
+        autocast, is_random = _autocast_dtype(), self._has_dropout and self._dropout.is_live()
         adapters = self._adapters.snapshot(fresh, self._ghosts.training or is_random)
         drops = is_random or bool(adapters and adapters.has_dropout)
-        if drops and self._dropout and not is_random:
+        if drops and self._has_dropout and not is_random:
             raise BadUsage(
                 "Peers cannot apply dropout of adapters while the blocks' own is off; switch both on or off."
             )
         # Blocks with dropout of their own that is off are sent as in evaluation, where peers leave it out.
-        training = drops or (self._ghosts.training and not self._dropout)
+        training = drops or (self._ghosts.training and not self._has_dropout)
         return Work(
             mask=None if mask is None else mask.long(),  # PEFT puts floats before it
             positions=positions,
             training=training,
             dropout_seed=int(torch.randint(2**31, ()).item()) if drops else None,
-            autocast=_autocast_dtype(),
+            autocast=autocast,
             adapters=adapters,
-            codecs=Codecs.of(self._swarm.config),
+            codecs=self._codecs,
         )
 
     def apply(self, work: Work, blocks: range, hidden: torch.Tensor) -> torch.Tensor:
@@ -84,11 +86,11 @@ class RemoteBlocks:
             trained |= {f"prefix.{block}.key": key, f"prefix.{block}.value": value}
         # Asked here: within the function, `needs_input_grad` says the same under `no_grad`.
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, *trained.values()))
-        return _RemoteCall.apply(self._swarm, work, blocks, keep, tuple(trained), hidden, *trained.values())  # type: ignore[no-any-return]
+        return _RemoteCall.apply(self.training, work, blocks, keep, tuple(trained), hidden, *trained.values())  # type: ignore[no-any-return]
 
-    def new_session(self) -> Session:
+    def new_session(self) -> InferenceSession:
         """A generation over all blocks."""
-        return Session(self._swarm, range(len(self)), self._reach)
+        return InferenceSession(self._caller, range(len(self)), self._rope)
 
 
 class _RemoteCall(torch.autograd.Function):
@@ -97,7 +99,7 @@ class _RemoteCall(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        swarm: Swarm,
+        training: TrainingCalls,
         work: Work,
         blocks: range,
         keep: bool,
@@ -105,8 +107,8 @@ class _RemoteCall(torch.autograd.Function):
         hidden: torch.Tensor,
         *tensors: Any,
     ) -> torch.Tensor:
-        output, ctx.traces = LOOP.run(run_forward(swarm, _detached(work), blocks, hidden.detach(), keep))
-        ctx.swarm, ctx.names = swarm, names
+        output, ctx.traces = LOOP.run(training.forward(work.detached(), blocks, hidden.detach(), keep))
+        ctx.training, ctx.names = training, names
         ctx.like = [(tensor.device, tensor.dtype) for tensor in tensors]
         return output
 
@@ -114,17 +116,10 @@ class _RemoteCall(torch.autograd.Function):
     @once_differentiable  # without it a second backward would take these gradients for constants
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         traces: list[Trace] = ctx.traces
-        hidden, gradients = LOOP.run(run_backward(ctx.swarm, traces, grads[0]))
+        hidden, gradients = LOOP.run(ctx.training.backward(traces, grads[0]))
         found = [gradients.get(name) for name in ctx.names]
         cast = [g if g is None else g.to(*like) for g, like in zip(found, ctx.like, strict=True)]
         return None, None, None, None, None, hidden, *cast
-
-
-def _detached(work: Work) -> Work:
-    if not work.prefix:
-        return work
-    prefix = {block: (key.detach(), value.detach()) for block, (key, value) in work.prefix.items()}
-    return replace(work, prefix=prefix)
 
 
 def _autocast_dtype() -> torch.dtype | None:

@@ -5,12 +5,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from client.generation.session import Session
+from client.generation.session import InferenceSession
 from client.requests.work import Work
 from protocol import swarm_pb2 as pb
 from protocol.errors import BadUsage
-
-Prefix = dict[int, tuple[torch.Tensor, torch.Tensor]]
+from protocol.tensors import KvPrefix
 
 
 class RemoteLayer(CacheLayerMixin):
@@ -23,12 +22,15 @@ class RemoteLayer(CacheLayerMixin):
     def __init__(self, length: int = 0, keep_past: bool = False):
         super().__init__()
         self.is_initialized = True
-        self.length, self.keep_past = length, keep_past
+        self.length = length
+        """Tokens, a KV prefix included."""
+        self.keep_past = keep_past
         self.rows = 0
         self.edits: list[pb.CacheEdit] = []
-        self.session: Session | None = None
-        self.unsent: tuple[Work, torch.Tensor] | None = None
-        """A forward with gradients that filled this cache in name only."""
+        """Since the last step."""
+        self.session: InferenceSession | None = None
+        self.unsent: tuple[Work, torch.Tensor, int] | None = None
+        """A forward with gradients that filled this cache in name only, and the length before it."""
         self.sources: tuple[torch.Tensor, ...] = ()
         """What the gradients of that forward go to, and so would those of whatever goes on from here."""
 
@@ -88,11 +90,6 @@ class RemoteLayer(CacheLayerMixin):
             self.session.close()
         self.__init__(keep_past=self.keep_past)  # type: ignore[misc]
 
-    def take_edits(self) -> list[pb.CacheEdit]:
-        """The edits since the last step."""
-        edits, self.edits = self.edits, []
-        return edits
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "RemoteLayer":
         twin = RemoteLayer(self.length, self.keep_past)
         twin.rows = self.rows
@@ -107,14 +104,12 @@ class RemoteLayer(CacheLayerMixin):
         )
 
 
-def adopt(cache: Cache) -> tuple[RemoteLayer, Prefix]:
+def adopt(cache: Cache) -> tuple[RemoteLayer, KvPrefix]:
     """Turn a cache that Transformers made into a remote one, in place; also the KV prefix that PEFT had put into it.
 
     Raises `BadUsage` for a kind of cache that cannot be remote.
     """
     layers = cache.layers
-    if layers and isinstance(layers[0], RemoteLayer):
-        return layers[0], {}
     if not isinstance(cache, DynamicCache):
         raise BadUsage(f"A {type(cache).__name__} cannot hold keys of remote blocks; use the default cache.")
     keep_past = any(getattr(layer, "record_past", False) for layer in layers)

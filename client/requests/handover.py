@@ -1,6 +1,7 @@
-"""Results that peers hand to each other: when they do, and what the client does where it fails. See `peer.service.handover`.
+"""Results that peers hand to each other: when they do, and what the client does where it fails.
 
-Over links of d seconds one way, n spans answer after (n + 1) d instead of 2 n d.
+Over links of d seconds one way, n spans answer after (n + 1) d instead of 2 n d. The peers' part of it is
+`peer/service/handover.py`.
 """
 
 import itertools
@@ -24,19 +25,19 @@ logger = logging.getLogger(__name__)
 
 def should_hand_over(swarm: Swarm, hops: Sequence[Hop]) -> bool:
     """Whether the peers of `hops` had better hand their results to each other."""
-    if len(hops) < 2 or swarm.config.verify:  # what passes by the client cannot be computed again by others
+    if len(hops) < 2 or swarm.config.verify:  # what does not come by here cannot be computed again by others
         return False
     peers, health = [hop.peer.peer_id for hop in hops], swarm.health
-    return max(map(health.round_trip, peers)) >= swarm.config.hand_over_above and not any(
+    return max([health.round_trips.get(peer, 0.0) for peer in peers]) >= swarm.config.hand_over_above and not any(
         health.are_apart(one, other) or health.are_apart(other, one)  # a backward goes the other way
         for one, other in itertools.pairwise(peers)
     )
 
 
-class Border:
-    """What passes from one hop to the next: pushed by the one's peer, or by the client where that peer cannot.
+class Boundary:
+    """Between two hops: the result of the one is pushed over it by its peer, or by the client where that peer cannot.
 
-    `name`: of the tensor in the request that awaits it.
+    `name`: of the tensor in the request to the second peer, which awaits it.
     """
 
     def __init__(self, swarm: Swarm, before: Hop, after: Hop, name: str):
@@ -69,13 +70,14 @@ class Border:
         self._since = float("inf")
 
 
-def borders(swarm: Swarm, hops: Sequence[Hop], name: str) -> list[Border]:
-    """The borders between consecutive hops."""
-    return [Border(swarm, *pair, name) for pair in itertools.pairwise(hops)]
+def boundaries(swarm: Swarm, hops: Sequence[Hop], name: str) -> list[Boundary | None]:
+    """The boundaries before and after each of `hops`, one more than hops: there is none before the first and after the
+    last."""
+    return [None, *(Boundary(swarm, *pair, name) for pair in itertools.pairwise(hops)), None]
 
 
-def link(before: Border | None, after: Border | None, copy: bool) -> pb.HandOver:
-    """What the peer between two borders is told. `copy`: it answers with its result too."""
+def link(before: Boundary | None, after: Boundary | None, copy: bool) -> pb.HandOver:
+    """What the peer between two boundaries is told. `copy`: it answers with its result too."""
     return pb.HandOver(
         awaits=before.token if before else b"",
         to=after.after.peer.peer_id if after else "",

@@ -1,4 +1,4 @@
-"""Checking peers: a random share of what they answer is computed again by others, and who lies is kept away from.
+"""Checking peers: a random share of their answers is computed again by others, and those who lie are kept away from.
 
 A peer cannot know which of its answers will be checked, so one that lies in n answers is found with probability
 1 - (1 - share)^n. Two honest peers differ by rounding and quantization, so answers are compared within a tolerance that
@@ -10,19 +10,16 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from client.requests.work import Work
 from client.swarm.routes import Hop
+from client.swarm.swarm import Swarm
 from protocol import swarm_pb2 as pb
 from protocol.codecs import round_trip
 from protocol.errors import NoRoute, PeerFailed, SwarmError
 from protocol.records import PeerRecord
-
-if TYPE_CHECKING:
-    from client.swarm.swarm import Swarm
 
 logger = logging.getLogger(__name__)
 
@@ -72,16 +69,16 @@ class Answer:
 
 
 class Verifier:
-    """Computes a random share of the answers again. `share` is the probability of each."""
+    """Has a random share of the answers computed again. `share` is the probability of each."""
 
-    def __init__(self, swarm: "Swarm", share: float):
-        self._swarm, self._share = swarm, share
+    def __init__(self, swarm: Swarm, share: float):
+        self._swarm, self.share = swarm, share
         self._random = random.SystemRandom()
         self._told = set[str]()
 
     def is_due(self, work: Work) -> bool:
         """Whether to check the next answer."""
-        if not self._share or self._random.random() >= self._share:
+        if not self.share or self._random.random() >= self.share:
             return False
         if work.dropout_seed is not None:
             self._tell_once(
@@ -115,8 +112,8 @@ class Verifier:
 
     async def _opinion(self, answer: Answer, without: set[str], recompute: Recompute) -> _Opinion | None:
         """The answer of others than the peers `without`, best of such that hold the weights in the same form."""
-        other_kinds = {p.peer_id for p in await self._swarm.fetch_peers() if _kind(p) != _kind(answer.hop.peer)}
-        for excluded in (without | other_kinds, without):
+        others = {p.peer_id for p in await self._swarm.fetch_peers() if _form(p) != _form(answer.hop.peer)}
+        for excluded in (without | others, without):
             for _ in range(_ATTEMPTS):
                 try:
                     return await recompute(excluded)
@@ -187,7 +184,7 @@ def _tolerance(peers: list[PeerRecord]) -> float:
     return max(rounding, *(_ACROSS.get(quantization, 0.9) for quantization in quantizations))
 
 
-def _kind(peer: PeerRecord) -> tuple[str, str]:
+def _form(peer: PeerRecord) -> tuple[str, str]:
     return peer.dtype, peer.quantization
 
 

@@ -1,7 +1,8 @@
 """What a piece of work on remote blocks consists of, and how it is put into messages."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -12,9 +13,7 @@ from protocol import swarm_pb2 as pb
 from protocol.channel import Message
 from protocol.codecs import NAMES
 from protocol.errors import PeerFailed
-from protocol.tensors import wire_dtype
-
-Prefix = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
+from protocol.tensors import KvPrefix, wire_dtype
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,11 @@ class Codecs:
         """As a configuration says."""
         return cls(NAMES[config.codec_out], NAMES[config.codec_back], NAMES[config.codec_gradients])
 
-    @property
-    def of_request(self) -> dict[str, int]:
-        """Of a request's tensors, by name."""
-        return {"hidden_states": self.out, "grad": self.gradients}
+    @cached_property
+    def of_request(self) -> Mapping[str, int]:
+        """Of a request's tensors, by name; of those that travel RAW, nothing."""
+        codecs = {"hidden_states": self.out, "grad": self.gradients}
+        return {name: codec for name, codec in codecs.items() if codec != pb.RAW}
 
     def among(self, known: Collection[int]) -> "Codecs":
         """These, RAW in the place of what is not `known`."""
@@ -53,24 +53,22 @@ class Work:
     dropout_seed: int | None = None
     autocast: torch.dtype | None = None
     adapters: Snapshot | None = None
-    prefix: Prefix = field(default_factory=dict)
-    """Block -> (key, value)."""
+    prefix: KvPrefix = field(default_factory=dict)
     codecs: Codecs = Codecs()
 
     def bundle(self, hop: Hop) -> AdapterBundle | None:
         """The adapters on a hop's blocks."""
         return self.adapters.bundle(range(hop.start, hop.end)) if self.adapters else None
 
-    def context(self, hop: Hop, is_backward: bool = False) -> pb.Context:
-        """The wire's description of this work on a hop's blocks."""
-        bundle = self.bundle(hop)
+    def context(self, hop: Hop, bundle: AdapterBundle | None, is_backward: bool = False) -> pb.Context:
+        """The wire's description of this work on a hop's blocks, with the adapters `bundle` on them."""
         return pb.Context(
             start=hop.start,
             end=hop.end,
             adapter=bundle.key if bundle else b"",
             training=self.training,
             dropout_seed=self.dropout_seed,
-            autocast=wire_dtype(self.autocast),
+            autocast=wire_dtype(self.autocast) if self.autocast else pb.DTYPE_NONE,
             answer=self.codecs.gradients if is_backward else self.codecs.back,  # type: ignore[arg-type]
         )
 
@@ -81,15 +79,31 @@ class Work:
             tensors["attention_mask"] = self.mask
         if self.positions is not None:
             tensors["position_ids"] = self.positions
-        if with_prefix:
+        if with_prefix and self.prefix:
             for block in range(hop.start, hop.end):
                 if block in self.prefix:
                     tensors[f"prefix.{block}.key"], tensors[f"prefix.{block}.value"] = self.prefix[block]
         return tensors
 
+    def detached(self) -> "Work":
+        """This work without a way back for gradients."""
+        if not self.prefix:
+            return self
+        return replace(
+            self, prefix={block: (key.detach(), value.detach()) for block, (key, value) in self.prefix.items()}
+        )
+
+
+def result_of(answer: Message) -> pb.Result:
+    """The body of an answer; an empty one where a peer answered with something else."""
+    return answer.body if isinstance(answer.body, pb.Result) else pb.Result()
+
 
 def answered_hidden(answer: Message, like: torch.Tensor, remote: str) -> torch.Tensor:
-    """The hidden states in an answer, as `like` in shape and dtype. Raises `PeerFailed` when they are not."""
+    """The hidden states in the answer of the peer `remote`, in the shape, the dtype and on the device of `like`.
+
+    Raises `PeerFailed` when the answer has none of that shape.
+    """
     hidden = answer.tensors.get("hidden_states")
     if hidden is None or hidden.shape != like.shape or not hidden.is_floating_point():
         raise PeerFailed(f"Peer {remote} answered with something else than hidden states of {list(like.shape)}.")

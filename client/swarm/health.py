@@ -1,24 +1,18 @@
-"""TODO."""
+"""What a client learned of peers by using them: who failed and is kept away from, how far and how fast they are."""
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from client.swarm.routes import Hop
 from protocol.records import PeerRecord
 
 _FIRST_BAN, _LONGEST_BAN = 2.0, 300.0
-
-
+"""Seconds."""
 _UNMEASURED_RTT = 0.02
-
-
+"""Seconds that the way to a peer and back is taken for until it has been measured."""
 _SWITCH = 0.0005
 """Seconds that a hop costs beside its round trip: prefer few."""
-
-
 _REMEMBER = 60.0
 """Seconds after which a peer that was slow, and was therefore not used, gets another chance."""
 
@@ -38,20 +32,43 @@ class _Pace:
     since: float
 
 
-@dataclass(eq=False)
 class Asking:
-    """A request that a peer is answering."""
+    """A request that a peer is answering, for as long as a `with` block runs."""
 
-    alone: bool
-    """Whether no other of ours overlapped: only then does its time tell how fast the peer is."""
+    def __init__(self, others: "set[Asking]"):
+        self._others = others
+        self.alone = not others
+        """Whether no other request of ours overlapped it so far: only then does its time tell how fast the peer is."""
+        for other in others:
+            other.alone = False
+        others.add(self)
+        self._begin = self._seconds = 0.0
+
+    def __enter__(self) -> "Asking":
+        self._begin = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._seconds = time.perf_counter() - self._begin
+        self._others.discard(self)
+
+    def restart(self) -> None:
+        """Time from now on: what was sent before is not what the peer is timed by."""
+        self._begin = time.perf_counter()
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it took, once the block has ended; None when another request overlapped it."""
+        return self._seconds if self.alone else None
 
 
 @dataclass
 class Health:
     """What this client learned of peers by using them."""
 
+    round_trips: dict[str, float] = field(default_factory=dict)
+    """Seconds of the way to a peer and back, by peer ID, where it was measured."""
     _bans: dict[str, _Ban] = field(default_factory=dict)
-    _round_trips: dict[str, float] = field(default_factory=dict)
     _apart: dict[tuple[str, str], float] = field(default_factory=dict)
     """Peers of which the first could not reach the second, and when that was."""
     _paces: dict[tuple[str, bool], _Pace] = field(default_factory=dict)
@@ -72,9 +89,9 @@ class Health:
             del self._bans[peer_id]
 
     def succeed(self, peer_id: str) -> None:
-        """A peer answered: forget its failures, but for a ban that holds: an answer on its way knew nothing of it."""
-        if not self.is_banned(peer_id):
-            self._bans.pop(peer_id, None)
+        """A peer answered: forget its failures, but not a ban that holds, which the answer may be older than."""
+        if peer_id in self._bans and not self.is_banned(peer_id):
+            del self._bans[peer_id]
 
     def is_banned(self, peer_id: str) -> bool:
         """Whether to keep away from a peer now."""
@@ -82,13 +99,9 @@ class Health:
         return ban is not None and time.monotonic() < ban.until
 
     def measured(self, peer_id: str, round_trip: float) -> None:
-        """Take in a measured round trip (seconds): the least of late is the link's."""
-        known = self._round_trips.get(peer_id)
-        self._round_trips[peer_id] = round_trip if known is None else min(round_trip, 0.8 * known + 0.2 * round_trip)
-
-    def round_trip(self, peer_id: str) -> float:
-        """Seconds of the round trip to a peer, as far as anyone knows."""
-        return self._round_trips.get(peer_id, 0.0)
+        """Take in a measured round trip (seconds). The shortest of late is what the link takes."""
+        known = self.round_trips.get(peer_id)
+        self.round_trips[peer_id] = round_trip if known is None else min(round_trip, 0.8 * known + 0.2 * round_trip)
 
     def could_not_reach(self, peer_id: str, other_id: str) -> None:
         """Take note that the first peer could not hand something over to the second."""
@@ -98,18 +111,9 @@ class Health:
         """Whether the first peer could not reach the second of late."""
         return time.monotonic() - self._apart.get((peer_id, other_id), float("-inf")) < _LONGEST_BAN
 
-    @contextmanager
-    def asking(self, peer_id: str) -> Iterator[Asking]:
-        """A peer is asked something for as long as the block runs."""
-        others = self._asked[peer_id]
-        asking = Asking(alone=not others)
-        for other in others:
-            other.alone = False
-        others.add(asking)
-        try:
-            yield asking
-        finally:
-            others.discard(asking)
+    def asking(self, peer_id: str) -> Asking:
+        """A peer is asked something for as long as the `with` block of this runs."""
+        return Asking(self._asked[peer_id])
 
     def took(self, hop: Hop, tokens: int, seconds: float) -> None:
         """Take in how long a hop's answer for so many tokens (of all rows) took: peers may be slower than they say."""
@@ -132,4 +136,4 @@ class Health:
         return pace.seconds if pace and time.monotonic() - pace.since < _REMEMBER else None
 
     def _hop_cost(self, peer: PeerRecord) -> float:
-        return self._round_trips.get(peer.peer_id, _UNMEASURED_RTT) + _SWITCH
+        return self.round_trips.get(peer.peer_id, _UNMEASURED_RTT) + _SWITCH

@@ -1,4 +1,4 @@
-"""Which peers to go through: the chain of spans with the least expected time, and who is banned for how long."""
+"""Which peers to go through: the chain of hops with the least expected time."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
@@ -30,16 +30,16 @@ def find_route(peers: Iterable[PeerRecord], start: int, end: int, cost: Cost) ->
     Raises `NoRoute`, naming the blocks that nobody serves.
     """
     useful = [peer for peer in peers if peer.start < end and peer.end > start]
-    borders = sorted({start, end} | {b for p in useful for b in (p.start, p.end) if start < b < end})
+    edges = sorted({start, end} | {b for p in useful for b in (p.start, p.end) if start < b < end})
     best: dict[int, tuple[float, Hop | None]] = {start: (0.0, None)}
-    for number, here in enumerate(borders):
+    for number, here in enumerate(edges):
         if here not in best:
             continue
         so_far, _ = best[here]
         for peer in useful:
             if not peer.start <= here < peer.end:
                 continue
-            for there in borders[number + 1 : bisect_right(borders, peer.end)]:
+            for there in edges[number + 1 : bisect_right(edges, peer.end)]:
                 total = so_far + cost(peer, there - here)
                 if there not in best or total < best[there][0]:
                     best[there] = (total, Hop(peer, here, there))
@@ -52,7 +52,7 @@ def find_route(peers: Iterable[PeerRecord], start: int, end: int, cost: Cost) ->
 
 
 def spare_blocks(peer: PeerRecord, start: int, end: int, trusted: bool) -> list[PeerRecord]:
-    """A peer as it may be used when only trusted ones may see blocks [start, end): whole, or what lies around them."""
+    """A peer as it may be used when only trusted ones may see blocks [start, end): whole, or the spans around them."""
     if trusted or peer.end <= start or peer.start >= end:
         return [peer]
     around = ((peer.start, min(peer.end, start)), (max(peer.start, end), peer.end))

@@ -1,39 +1,21 @@
-"""The handle to the network: who serves what, and by which route."""
+"""What a client knows of a swarm: who serves its model, by which route, and who failed of late."""
 
 import asyncio
-import copy
 import logging
 import time
 import weakref
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from client.requests.puts import Puts
-from client.requests.verify import Verifier
 from client.swarm.config import SwarmConfig
 from client.swarm.health import Health
 from client.swarm.loop import LOOP
 from client.swarm.membership import Membership, Memberships
 from client.swarm.routes import Hop, find_route, spare_blocks
 from protocol.connections import Connections
-from protocol.errors import (
-    BadUsage,
-    NoRoute,
-    PeerUnreachable,
-    SwarmError,
-)
+from protocol.errors import BadUsage, NoRoute, PeerUnreachable, SwarmError
 from protocol.model.checkpoint import Checkpoint
-from protocol.records import (
-    MAX_ACCUSED,
-    Accusation,
-    Complaint,
-    ModelVersion,
-    PeerRecord,
-    holes,
-)
-
-if TYPE_CHECKING:
-    from client.model.remote_blocks import RemoteBlocks
+from protocol.records import MAX_ACCUSED, Accusation, Complaint, ModelVersion, PeerRecord, holes
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +29,7 @@ LOOP.at_exit(_MEMBERSHIPS.close)
 
 
 class Swarm:
-    """A client's membership in a swarm, for one model. `connect` makes one."""
-
-    blocks: "RemoteBlocks"
-    """All blocks of the model, callable on hidden states, with autograd."""
+    """A client's membership in a swarm, for one model and its copies. `connect` makes one, and the loop runs it."""
 
     def __init__(self, config: SwarmConfig, checkpoint: Checkpoint, membership: Membership):
         self.config, self.model_id = config, checkpoint.model_id
@@ -59,8 +38,6 @@ class Swarm:
         self.connections = Connections(
             lambda: membership.member, wanted, config.silence_timeout, self.health.measured, config.carrier
         )
-        self.puts = Puts()
-        self.verifier = Verifier(self, config.verify)
         self._membership = membership
         self._known: list[PeerRecord] = []
         self._complaints: dict[str, str] = {}
@@ -69,12 +46,7 @@ class Swarm:
         self._look_up = asyncio.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Swarm":
-        """For a copy of the model: the same membership, the copy's own blocks."""
-        twin = object.__new__(Swarm)
-        vars(twin).update(vars(self))
-        memo[id(self)] = twin
-        twin.blocks = copy.deepcopy(self.blocks, memo)
-        return twin
+        return self
 
     def __reduce__(self) -> Any:
         raise BadUsage(
@@ -92,14 +64,6 @@ class Swarm:
         swarm = LOOP.run(join())
         weakref.finalize(swarm, LOOP.call, _leave, swarm.connections, swarm._membership)
         return swarm
-
-    def peers(self) -> list[PeerRecord]:
-        """The peers that serve this model now."""
-        return LOOP.run(self.fetch_peers(fresh=True))
-
-    def route(self, purpose: Purpose = "decode") -> list[Hop]:
-        """The hops that work would take now. Raises `NoRoute`."""
-        return LOOP.run(self.find_route(0, self.model_id.num_blocks, purpose))
 
     async def find_route(self, start: int, end: int, purpose: Purpose, without: Collection[str] = ()) -> list[Hop]:
         """The hops for blocks [start, end), not through the peers `without`.
@@ -127,8 +91,8 @@ class Swarm:
     async def fetch_peers(self, fresh: bool = False) -> list[PeerRecord]:
         """The peers of this model that the configuration allows, as the directory has them now, or had them of late.
 
-        What is older than `look_up_period` is looked up in the background: of the members to be asked, one that has
-        just fallen silent would hold up whoever goes round it for many seconds.
+        What is older than `look_up_period` is looked up in the background: a member that has just fallen silent may be
+        among those who are asked, and would hold up for many seconds the work that is going round it.
         """
         asked = time.monotonic()
         age = asked - self._looked_up
@@ -219,10 +183,3 @@ def _check_pins(config: SwarmConfig, checkpoint: Checkpoint) -> None:
 def _leave(connections: Connections, membership: Membership) -> None:
     connections.close()
     _MEMBERSHIPS.release(membership)
-
-
-def swarm_of(model: Any) -> Swarm:
-    """The `model.swarm` of a distributed model, typed; PEFT's wrappers are looked through."""
-    swarm = model.swarm
-    assert isinstance(swarm, Swarm)
-    return swarm

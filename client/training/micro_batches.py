@@ -9,24 +9,27 @@ from typing import Any, TypeVar
 
 import torch
 
-from client.requests.caller import Gradients, backward_hop, forward_hop
+from client.requests.caller import Caller, Gradients
 from client.requests.handover import should_hand_over
 from client.requests.work import Work
 from client.swarm.loop import settle
 from client.swarm.retries import Retries
 from client.swarm.routes import Hop
-from client.swarm.swarm import Swarm
-from client.training.relay import (
-    HopFailed,
-    Relayed,
-    relay_backward,
-    relay_forward,
-)
+from client.training.hop import Hops
+from client.training.relay import HopFailed, Relay, Relayed
 from protocol.errors import SwarmError, UnknownCall
 
 T = TypeVar("T")
 _IN_FLIGHT = 32
 """Micro-batches at most: enough for every span to be busy, within what peers allow one client."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of a batch, and how they are to be taken through blocks."""
+
+    work: Work
+    rows: slice
 
 
 @dataclass(frozen=True)
@@ -40,138 +43,141 @@ class _Passed:
 
 @dataclass(frozen=True)
 class Trace:
-    """The way of one micro-batch."""
+    """The way of one micro-batch, which its backward goes back."""
 
-    work: Work
-    rows: slice
+    batch: MicroBatch
     hops: tuple[_Passed, ...]
     relayed: Relayed | None = None
     """All hops at once, when the peers handed their results to each other; then `hops` is empty."""
 
 
-async def run_forward(
-    swarm: Swarm, work: Work, blocks: range, hidden: torch.Tensor, keep: bool
-) -> tuple[torch.Tensor, list[Trace]]:
-    """Hidden states after `blocks`, (batch, tokens, hidden size), and the traces for `run_backward` when `keep`."""
-    parts = _split(work, hidden, swarm.config.micro_batch_tokens)
-    results = await _all(partial(_forward_part, swarm, part, rows, blocks, hidden[rows], keep) for part, rows in parts)
-    outputs = [output for output, _ in results]
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), [trace for _, trace in results]
+class TrainingCalls:
+    """Forward and backward of batches over blocks."""
 
+    def __init__(self, caller: Caller):
+        self._swarm = caller.swarm
+        self._hops, self._relay = Hops(caller), Relay(caller)
 
-async def run_backward(swarm: Swarm, traces: list[Trace], grad: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
-    """The gradient of the forward's input, and of adapters and prefix by name, summed over the micro-batches.
+    async def forward(
+        self, work: Work, blocks: range, hidden: torch.Tensor, keep: bool
+    ) -> tuple[torch.Tensor, list[Trace]]:
+        """Hidden states after `blocks`, (batch, tokens, hidden size), and the traces for `backward` when `keep`.
 
-    Prefix gradients are those of the whole batch's rows. What no micro-batch's result depends on has no gradient.
-    """
-    results = await _all(partial(_backward_part, swarm, trace, grad[trace.rows]) for trace in traces)
-    if len(results) == 1:
-        return results[0]
-    total: Gradients = {}
-    for name in dict.fromkeys(name for _, gradients in results for name in gradients):
-        pieces = [gradients[name] for _, gradients in results if name in gradients]
-        total[name] = torch.cat(pieces) if name.startswith("prefix.") else torch.stack(pieces).sum(0)
-    return torch.cat([hidden for hidden, _ in results]), total
+        Raises `NoRoute`, and what the last peer that was tried refused the call with.
+        """
+        batches = _split(work, hidden, self._swarm.config.micro_batch_tokens)
+        results = await _all(partial(self._forward, batch, blocks, hidden[batch.rows], keep) for batch in batches)
+        outputs = [output for output, _ in results]
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), [trace for _, trace in results]
 
+    async def backward(self, traces: list[Trace], grad: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
+        """The gradient of the forward's input, and of adapters and prefix by name, summed over the micro-batches.
 
-async def _forward_part(
-    swarm: Swarm, work: Work, rows: slice, blocks: range, hidden: torch.Tensor, keep: bool
-) -> tuple[torch.Tensor, Trace]:
-    """Forward by the peers themselves, from one to the next, where that is quicker and succeeds."""
-    retries = Retries(swarm)
-    route = await retries.find_route(blocks.start, blocks.stop, "forward")
-    if should_hand_over(swarm, route):
+        Prefix gradients are those of the whole batch's rows. What no micro-batch's result depends on has no gradient.
+        Raises as `forward`.
+        """
+        results = await _all(partial(self._backward, trace, grad[trace.batch.rows]) for trace in traces)
+        if len(results) == 1:
+            return results[0]
+        total: Gradients = {}
+        for name in dict.fromkeys(name for _, gradients in results for name in gradients):
+            pieces = [gradients[name] for _, gradients in results if name in gradients]
+            total[name] = torch.cat(pieces) if name.startswith("prefix.") else torch.stack(pieces).sum(0)
+        return torch.cat([hidden for hidden, _ in results]), total
+
+    async def _forward(
+        self, batch: MicroBatch, blocks: range, hidden: torch.Tensor, keep: bool
+    ) -> tuple[torch.Tensor, Trace]:
+        """Forward by the peers themselves, from one to the next, where that is quicker and succeeds."""
+        retries = Retries(self._swarm)
+        route = await retries.find_route(blocks.start, blocks.stop, "forward")
+        if should_hand_over(self._swarm, route):
+            try:
+                output, relayed = await self._relay.forward(batch.work, route, hidden, keep)
+            except HopFailed as failure:
+                retries.failed(failure.hop.peer, failure.error)
+                retries = Retries(self._swarm)
+                route = await retries.find_route(blocks.start, blocks.stop, "forward")
+            else:
+                return output, Trace(batch, (), relayed)
+        return await self._forward_hop_by_hop(retries, route, batch, hidden, keep)
+
+    async def _forward_hop_by_hop(
+        self, retries: Retries, route: Sequence[Hop], batch: MicroBatch, hidden: torch.Tensor, keep: bool
+    ) -> tuple[torch.Tensor, Trace]:
+        passed = list[_Passed]()
+
+        async def go(hop: Hop) -> None:
+            nonlocal hidden
+            output, call_id = await self._hops.forward(batch.work, hop, hidden, keep)
+            passed.append(_Passed(hop, hidden, call_id))
+            hidden = output
+
+        await retries.hop_by_hop(route, "forward", go)
+        return hidden, Trace(batch, tuple(passed) if keep else ())
+
+    async def _backward(self, trace: Trace, grad: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
+        if trace.relayed:
+            return await self._backward_relayed(trace.batch, trace.relayed, grad)
+        total: Gradients = {}
+        for passed in reversed(trace.hops):
+            grad, gradients = await self._backward_hop(trace.batch, passed, grad)
+            total |= gradients
+        return grad, total
+
+    async def _backward_relayed(
+        self, batch: MicroBatch, relayed: Relayed, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, Gradients]:
+        """By the peers themselves; else all of it again from the input: what lay in between never came here."""
         try:
-            output, relayed = await relay_forward(swarm, work, route, hidden, keep)
+            return await self._relay.backward(batch.work, relayed, grad)
         except HopFailed as failure:
-            retries.failed(failure.hop.peer, failure.error)
-            retries = Retries(swarm)
-            route = await retries.find_route(blocks.start, blocks.stop, "forward")
-        else:
-            return output, Trace(work, rows, (), relayed)
-    return await _forward_hop_by_hop(swarm, retries, route, work, rows, hidden, keep)
+            if not isinstance(failure.error, UnknownCall):  # the activations are gone, and the peer is well
+                Retries(self._swarm).failed(failure.hop.peer, failure.error)
+        blocks = range(relayed.hops[0].start, relayed.hops[-1].end)
+        return await self._backward_over(batch, blocks, relayed.hidden, grad)
+
+    async def _backward_hop(
+        self, batch: MicroBatch, passed: _Passed, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, Gradients]:
+        """From the activations that the peer kept; else from the inputs, on this peer or on any others."""
+        hop, work, retries = passed.hop, batch.work, Retries(self._swarm)
+        if passed.call_id:
+            try:
+                return await self._hops.backward(work, hop, passed.hidden, grad, passed.call_id)
+            except UnknownCall:
+                pass
+            except SwarmError as error:
+                retries.failed(hop.peer, error)
+        while True:
+            route = await retries.find_route(hop.start, hop.end, "forward")
+            if len(route) > 1:
+                return await self._backward_over(batch, range(hop.start, hop.end), passed.hidden, grad)
+            try:
+                return await self._hops.backward(work, route[0], passed.hidden, grad, 0)
+            except SwarmError as error:
+                retries.failed(route[0].peer, error)
+
+    async def _backward_over(
+        self, batch: MicroBatch, blocks: range, hidden: torch.Tensor, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, Gradients]:
+        """The blocks that were lost are now on several peers: go forward over them again, then back."""
+        retries = Retries(self._swarm)
+        route = await retries.find_route(blocks.start, blocks.stop, "forward")
+        _, trace = await self._forward_hop_by_hop(retries, route, batch, hidden, keep=True)
+        return await self._backward(trace, grad)
 
 
-async def _forward_hop_by_hop(
-    swarm: Swarm, retries: Retries, route: Sequence[Hop], work: Work, rows: slice, hidden: torch.Tensor, keep: bool
-) -> tuple[torch.Tensor, Trace]:
-    passed = list[_Passed]()
-
-    async def go(hop: Hop) -> None:
-        nonlocal hidden
-        output, call_id = await forward_hop(swarm, work, hop, hidden, keep)
-        passed.append(_Passed(hop, hidden, call_id))
-        hidden = output
-
-    await retries.hop_by_hop(route, "forward", go)
-    return hidden, Trace(work, rows, tuple(passed) if keep else ())
-
-
-async def _backward_part(swarm: Swarm, trace: Trace, grad: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
-    if trace.relayed:
-        return await _backward_relayed(swarm, trace.work, trace.relayed, grad)
-    total: Gradients = {}
-    for passed in reversed(trace.hops):
-        grad, gradients = await _backward_hop(swarm, trace.work, passed, grad)
-        total |= gradients
-    return grad, total
-
-
-async def _backward_relayed(
-    swarm: Swarm, work: Work, relayed: Relayed, grad: torch.Tensor
-) -> tuple[torch.Tensor, Gradients]:
-    """By the peers themselves; else all of it again from the input, for what lay in between is not here."""
-    try:
-        return await relay_backward(swarm, work, relayed, grad)
-    except HopFailed as failure:
-        if not isinstance(failure.error, UnknownCall):  # the activations are gone, and that is all
-            Retries(swarm).failed(failure.hop.peer, failure.error)
-    blocks = range(relayed.hops[0].start, relayed.hops[-1].end)
-    return await _backward_over(swarm, work, blocks, relayed.hidden, grad)
-
-
-async def _backward_hop(
-    swarm: Swarm, work: Work, passed: _Passed, grad: torch.Tensor
-) -> tuple[torch.Tensor, Gradients]:
-    """From the activations that the peer kept; else from the inputs, on this peer or on any others."""
-    hop, retries = passed.hop, Retries(swarm)
-    if passed.call_id:
-        try:
-            return await backward_hop(swarm, work, hop, passed.hidden, grad, passed.call_id)
-        except UnknownCall:
-            pass
-        except SwarmError as error:
-            retries.failed(hop.peer, error)
-    while True:
-        route = await retries.find_route(hop.start, hop.end, "forward")
-        if len(route) > 1:
-            return await _backward_over(swarm, work, range(hop.start, hop.end), passed.hidden, grad)
-        try:
-            return await backward_hop(swarm, work, route[0], passed.hidden, grad, 0)
-        except SwarmError as error:
-            retries.failed(route[0].peer, error)
-
-
-async def _backward_over(
-    swarm: Swarm, work: Work, blocks: range, hidden: torch.Tensor, grad: torch.Tensor
-) -> tuple[torch.Tensor, Gradients]:
-    """The blocks that were lost are now on several peers: go forward over them again, then back."""
-    retries = Retries(swarm)
-    route = await retries.find_route(blocks.start, blocks.stop, "forward")
-    _, trace = await _forward_hop_by_hop(swarm, retries, route, work, slice(None), hidden, keep=True)
-    return await _backward_part(swarm, trace, grad)
-
-
-def _split(work: Work, hidden: torch.Tensor, tokens: int) -> list[tuple[Work, slice]]:
+def _split(work: Work, hidden: torch.Tensor, tokens: int) -> list[MicroBatch]:
     """Micro-batches by rows, of about `tokens` tokens, as even as can be."""
-    batch, length = hidden.shape[:2]
-    count = min(batch, -(-batch * length // tokens))
+    rows, length = hidden.shape[:2]
+    count = min(rows, -(-rows * length // tokens))
     if count == 1:
-        return [(work, slice(0, batch))]
-    borders = [batch * i // count for i in range(count + 1)]
+        return [MicroBatch(work, slice(0, rows))]
+    edges = [rows * i // count for i in range(count + 1)]
     return [
-        (_rows_of(work, slice(begin, end), number), slice(begin, end))
-        for number, (begin, end) in enumerate(itertools.pairwise(borders))
+        MicroBatch(_rows_of(work, slice(begin, end), number), slice(begin, end))
+        for number, (begin, end) in enumerate(itertools.pairwise(edges))
     ]
 
 

@@ -50,7 +50,7 @@ def _use_swarm(
     folder: str, checkpoint: Checkpoint, addresses: list[str], steps: int, output: Path, console: Console
 ) -> None:
     from client import AutoDistributedModelForCausalLM
-    from client.swarm.swarm import swarm_of
+    from client.model.handle import swarm_of
     from client.tokenizer import load_tokenizer
     from client.tune.data.persona import PERSONA_NAME
 

@@ -61,6 +61,11 @@ class SocketStream(asyncio.BufferedProtocol):
             transport.resume_reading()
         return stream
 
+    @property
+    def available(self) -> int:
+        """See `Stream.available`."""
+        return self._end - self._start
+
     async def send(self, *buffers: Buffer, patience: float | None) -> None:
         """See `Stream.send`."""
         try:
@@ -73,6 +78,8 @@ class SocketStream(asyncio.BufferedProtocol):
 
     async def receive(self, count: int, patience: float | None) -> bytearray:
         """See `Stream.receive`."""
+        if count <= self._end - self._start:
+            return self._take(count)
         # Memory grows as bytes come: `count` is only what the other end claims.
         data, filled = bytearray(min(count, _FIRST)), 0
         while True:
@@ -153,6 +160,14 @@ class SocketStream(asyncio.BufferedProtocol):
         finally:
             self._target, self._filled = _NOTHING, 0
 
+    def _take(self, count: int) -> bytearray:
+        """So many of the bytes that were read ahead."""
+        data = self._ahead[self._start : self._start + count]
+        self._start += count
+        if self._start == self._end:
+            self._start = self._end = 0
+        return data
+
     def _take_ahead(self) -> None:
         count = min(len(self._target) - self._filled, self._end - self._start)
         self._target[self._filled : self._filled + count] = self._ahead[self._start : self._start + count]
@@ -168,7 +183,8 @@ class SocketStream(asyncio.BufferedProtocol):
             if self._is_over:
                 raise PeerUnreachable(f"The connection to peer {self.remote} was closed by the other end.")
             self._waiter = loop.create_future()
-            self._go_on_reading()
+            if self._is_paused:
+                self._go_on_reading()
             try:
                 async with asyncio.timeout_at(None if patience is None else self._last_arrival + patience):
                     await self._waiter
@@ -177,7 +193,7 @@ class SocketStream(asyncio.BufferedProtocol):
                     raise PeerUnreachable(f"Peer {self.remote} was silent for {patience:g} s.") from error
 
     def _go_on_reading(self) -> None:
-        if self._is_paused and self._transport is not None:
+        if self._transport is not None:
             self._is_paused = False
             self._transport.resume_reading()
 
@@ -201,6 +217,6 @@ def _enlarged(data: bytearray, size: int) -> bytearray:
 
 def _joined(buffers: Sequence[Buffer]) -> Sequence[Any]:
     """Small buffers as one: every write is a system call, a record to encrypt or a wake-up of p2pd."""
-    if len(buffers) > 1 and sum(memoryview(buffer).nbytes for buffer in buffers) <= _SMALL:
+    if len(buffers) > 1 and sum([memoryview(buffer).nbytes for buffer in buffers]) <= _SMALL:
         return (b"".join(buffers),)
     return buffers

@@ -184,6 +184,10 @@ class Tap:
         self._stream, self.written = stream, b""
         self.remote = stream.remote
 
+    @property
+    def available(self) -> int:
+        return self._stream.available
+
     async def send(self, *buffers: Any, patience: float | None) -> None:
         self.written += b"".join(bytes(buffer) for buffer in buffers)
         await self._stream.send(*buffers, patience=patience)

@@ -14,7 +14,7 @@ from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from client.ghosts.questions import RemoteWeightError
-from client.training import micro_batches as calls
+from client.training.micro_batches import TrainingCalls
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
 from protocol.errors import BadAdapter, BadUsage, SwarmError
@@ -310,12 +310,12 @@ def test_modules_left_out_in_one_micro_batch_learn_from_the_others(
     answered = list[frozenset[str]]()
 
     async def note(*arguments: Any) -> Any:
-        hidden, gradients = await backward_part(*arguments)
+        hidden, gradients = await backward(*arguments)
         answered.append(frozenset(gradients))
         return hidden, gradients
 
-    backward_part = calls._backward_part
-    monkeypatch.setattr(calls, "_backward_part", note)
+    backward = TrainingCalls._backward
+    monkeypatch.setattr(TrainingCalls, "_backward", note)
     config = peft.LoKrConfig(r=4, alpha=4, target_modules=TARGETS, module_dropout=0.5)
     tuned = adapted(connect(micro_batch_tokens=12), config).train()
     loss_of(tuned).backward()

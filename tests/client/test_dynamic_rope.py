@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
-from client.generation.dynamic_rope import ReachDependence
+from client.generation.dynamic_rope import DynamicRope
 from tests.tools.families import build_small
 from tests.tools.swarm import ForkServer, Swarm, new_swarm
 
@@ -90,11 +90,11 @@ def test_a_lost_cache_is_made_again_as_it_was(served: tuple[Path, Swarm], steps:
 
 def test_runs() -> None:
     reaches = torch.tensor([30, 30, 31, 40, 40, 41])
-    assert ReachDependence((("longrope", LENGTH),)).runs(reaches) == [3, 3]
-    assert ReachDependence((("dynamic", LENGTH),)).runs(reaches) == [3, 2, 1]
-    assert ReachDependence((("dynamic", LENGTH),)).runs(reaches[:1]) == [1]
+    assert DynamicRope((("longrope", LENGTH),)).runs(reaches) == [3, 3]
+    assert DynamicRope((("dynamic", LENGTH),)).runs(reaches) == [3, 2, 1]
+    assert DynamicRope((("dynamic", LENGTH),)).runs(reaches[:1]) == [1]
     per_type = {"full_attention": longrope().rope_parameters, "sliding_attention": {"rope_type": "default"}}
-    assert ReachDependence.of(transformers.LlamaConfig(rope_parameters=None)) == ReachDependence(())
+    assert DynamicRope.of(transformers.LlamaConfig(rope_parameters=None)) == DynamicRope(())
     config = transformers.LlamaConfig()
     config.rope_parameters = per_type
-    assert ReachDependence.of(config) == ReachDependence((("longrope", LENGTH),))
+    assert DynamicRope.of(config) == DynamicRope((("longrope", LENGTH),))

@@ -98,8 +98,9 @@ def test_a_step_that_failed_leaves_the_cache_as_it_was(arena: Arena) -> None:
             victim.kill()
             with pytest.raises(NoRoute):
                 each.generate(again, past_key_values=cache, **options)
-            config = model.swarm.config
-            model.swarm.config = config.model_copy(update={"allowed_peers": config.allowed_peers | {heir.peer_id}})
+            network = model.swarm.network
+            allowed = network.config.allowed_peers | {heir.peer_id}
+            network.config = network.config.model_copy(update={"allowed_peers": allowed})
             model.swarm.peers()
         said.append(each.generate(again, past_key_values=cache, **options))
     assert torch.equal(*said)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from client.swarm import routes as routing
+from client.swarm import health as health_module
 from client.swarm.health import Health
 from client.swarm.routes import Hop, find_route
 from peer.start.placement import choose_blocks
@@ -150,7 +150,7 @@ def test_a_large_swarm_is_routed_fast(longest: int) -> None:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
-    monkeypatch.setattr(routing.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(health_module.time, "monotonic", lambda: now[0])
     return now
 
 

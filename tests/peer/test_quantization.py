@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import BitsAndBytesConfig
 
-from client.swarm.swarm import swarm_of
+from client.model.handle import swarm_of
 from tests.tools.families import build_llama
 from tests.tools.swarm import Swarm
 

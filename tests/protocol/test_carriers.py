@@ -161,7 +161,7 @@ def test_the_same_tokens_and_gradients_by_either(carrier: Carrier, llama_swarm: 
     model = swarm.connect(path, carrier=carrier)
     assert torch.equal(model.generate(**batch()), local.generate(**batch()))
     assert_close(step(with_adapter(model)), step(with_adapter(local)))
-    streams = idle_streams(model.swarm)
+    streams = idle_streams(model.swarm.network)
     assert streams
     assert {is_direct(stream) for stream in streams} == {carrier != "libp2p"}
 
@@ -174,7 +174,7 @@ def test_peers_whose_doors_are_blocked_are_used_by_libp2p(swarm: Swarm, models: 
         local = transformers.AutoModelForCausalLM.from_pretrained(models("llama")).eval()
         assert torch.equal(model.generate(**batch()), local.generate(**batch()))
         assert_close(step(with_adapter(model)), step(with_adapter(local)))
-        assert not any(map(is_direct, idle_streams(model.swarm)))
+        assert not any(map(is_direct, idle_streams(model.swarm.network)))
 
 
 def test_a_carrier_that_is_none(llama_swarm: tuple[Path, Swarm]) -> None:

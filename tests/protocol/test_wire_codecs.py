@@ -226,7 +226,7 @@ def sent(message: Message, prepare: Callable[[Channel], Any] = lambda channel: N
 @pytest.mark.parametrize(("tokens", "is_aside"), [(1, False), (128, True)])
 def test_only_much_is_coded_on_another_thread(monkeypatch: pytest.MonkeyPatch, tokens: int, is_aside: bool) -> None:
     threads = set[bool]()
-    for name in ("encode", "decode"):
+    for name in ("encode_all", "decode"):
         real = getattr(channel_module, name)
 
         def noted(*args: Any, real: Callable[..., Any] = real) -> Any:

@@ -340,7 +340,7 @@ def test_a_slow_peer_is_routed_around(models: Callable[[str], Path], swarm: Swar
     assert time.monotonic() - start < 60 * 0.2
     assert [hop.peer.peer_id for hop in model.swarm.route()] == [quick.peer_id]
     assert not model.swarm.health._bans
-    model.swarm.health._round_trips[quick.peer_id] = 0.5
+    model.swarm.health.round_trips[quick.peer_id] = 0.5
     assert [hop.peer.peer_id for hop in model.swarm.route("forward")] == [slow.peer_id]
     ids = torch.ones(4, 32, dtype=torch.long)
     for _ in range(3):

@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import LogitsProcessorList
 
-from client.requests.handover import Border
+from client.requests.handover import Boundary
 from peer.service import handover
 from peer.service.handover import Mailbox
 from protocol import swarm_pb2 as pb
@@ -52,13 +52,13 @@ def served(fork_server: ForkServer, models: Callable[[str], Path]) -> Iterator[t
 @pytest.fixture
 def passed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each result that a peer was asked to hand on, whether it did."""
-    found, original = list[bool](), Border.passed
+    found, original = list[bool](), Boundary.passed
 
-    async def note(self: Border, result: torch.Tensor | None, pushed: bool) -> None:
+    async def note(self: Boundary, result: torch.Tensor | None, pushed: bool) -> None:
         found.append(pushed)
         await original(self, result, pushed)
 
-    monkeypatch.setattr(Border, "passed", note)
+    monkeypatch.setattr(Boundary, "passed", note)
     return found
 
 

@@ -14,7 +14,6 @@ from benchmarks.soak import soaking
 from client import AutoDistributedModelForCausalLM
 from client.requests.work import Work
 from client.swarm.loop import LOOP
-from client.training.micro_batches import run_forward
 from tests.tools.swarm import ForkServer, Swarm
 
 ROUNDS, SECONDS = 4, 5
@@ -49,7 +48,7 @@ def test_a_cancelled_call_is_silent(models: Callable[[str], Path], swarm: Swarm)
     model = AutoDistributedModelForCausalLM.from_pretrained(str(models("llama")), **options)
 
     async def cancel_soon() -> None:
-        work = run_forward(model.swarm, Work(), range(5), torch.randn(40, 14, 32), keep=True)
+        work = model.swarm.blocks.training.forward(Work(), range(5), torch.randn(40, 14, 32), keep=True)
         task = asyncio.create_task(work)
         await asyncio.sleep(0)
         await asyncio.sleep(0)

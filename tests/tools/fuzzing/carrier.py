@@ -19,6 +19,11 @@ class MemoryStream:
         """Set while a `receive` waits for more than there is."""
         self._arrived = asyncio.Event()
 
+    @property
+    def available(self) -> int:
+        """See `Stream.available`."""
+        return len(self.pending)
+
     async def send(self, *buffers: Buffer, patience: float | None) -> None:
         """See `Stream.send`."""
         if self.is_closed:
