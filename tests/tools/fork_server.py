@@ -5,10 +5,22 @@ child's pid. With a lie, the peer answers wrongly: see `liars.py`.
 """
 
 import contextlib
+import gc
 import json
 import os
 import signal
 import sys
+
+
+import transformers.models.llama.modeling_llama  # noqa: F401
+from hivemind.utils.multiaddr import Multiaddr
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+import peer.adapters.peft_trees
+import peer.server  # noqa: F401
+from peer.commands.app import app, main
+from protocol.errors import BadUsage
+from tests.tools.liars import begin_to_lie
 
 
 def _become_peer(request: dict) -> None:
@@ -18,9 +30,6 @@ def _become_peer(request: dict) -> None:
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", 1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     sys.argv = ["peer", *request["argv"]]
-    from peer.commands.app import main
-    from tests.tools.liars import begin_to_lie
-
     if request["lie"]:
         begin_to_lie(request["lie"])
     code = 1
@@ -36,16 +45,16 @@ def _become_peer(request: dict) -> None:
 
 
 def _warm_up() -> None:
-    """Have Transformers do once what it does at the first loading of a model: a third of a peer's time to start."""
-    import transformers.models.llama.modeling_llama  # noqa: F401
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
+    """Do once what every peer does first, which is most of a small peer's time to start."""
     get_checkpoint_conversion_mapping("llama")  # compiles a thousand regular expressions
+    str(Multiaddr("/ip4/127.0.0.1/tcp/1"))  # imports what writes addresses
+    with contextlib.suppress(BadUsage):
+        app(["serve"], standalone_mode=False)  # builds the command line
+    gc.collect()
+    gc.freeze()  # what a collection looks at would be copied into every peer
 
 
 def _serve() -> None:
-    import peer.adapters.peft_trees  # noqa: F401
-
     _warm_up()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the kernel
     print("ready", flush=True)
