@@ -1,16 +1,19 @@
 """Starts peers fast: imports everything once, then forks a real process per peer, which runs the real command line.
 
-Reads one JSON object a line on stdin: {"argv": [...], "stdout": path, "stderr": path, "lie": null}; answers with the
-child's pid. With a lie, the peer answers wrongly: see `liars.py`.
+Reads one JSON object a line on stdin, as `ForkServer.start` writes it; answers with the child's pid. With a `script`,
+the child runs that file instead of the `peer` command. With a `lie`, the peer answers wrongly: see `liars.py`.
 """
 
+import atexit
 import contextlib
 import gc
 import json
 import os
+import runpy
 import signal
 import sys
-
+import traceback
+from pathlib import Path
 
 import transformers.models.llama.modeling_llama  # noqa: F401
 from hivemind.utils.multiaddr import Multiaddr
@@ -23,24 +26,36 @@ from protocol.errors import BadUsage
 from tests.tools.liars import begin_to_lie
 
 
-def _become_peer(request: dict) -> None:
+def _become(request: dict) -> None:
+    """The process that was asked for. Its exit code goes into a file of its own, for whoever waits for its end."""
     for path, number in ((request["stdout"], 1), (request["stderr"], 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", 1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    sys.argv = ["peer", *request["argv"]]
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the tests themselves may ignore, under nohup
+    sys.argv = [request["script"] or "peer", *request["argv"]]
+    if request["cwd"]:
+        os.chdir(request["cwd"])
     if request["lie"]:
         begin_to_lie(request["lie"])
     code = 1
     try:
-        main()
+        if request["script"]:
+            runpy.run_path(request["script"], run_name="__main__")
+            code = 0
+        else:
+            main()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
     finally:
+        atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # a full disk
                 stream.flush()
+        Path(request["stdout"]).with_suffix(".code").write_text(str(code))
         os._exit(code)
 
 
@@ -61,7 +76,7 @@ def _serve() -> None:
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            _become_peer(json.loads(line))
+            _become(json.loads(line))
         print(pid, flush=True)
 
 
