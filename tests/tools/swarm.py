@@ -33,13 +33,39 @@ class ForkServer:
         assert self._process.stdout
         assert self._process.stdout.readline().strip() == "ready"
 
-    def start(self, argv: Sequence[str], stdout: Path, stderr: Path, lie: str | None = None) -> int:
+    def start(
+        self,
+        argv: Sequence[str],
+        stdout: Path,
+        stderr: Path,
+        *,
+        lie: str | None = None,
+        script: Path | None = None,
+        cwd: Path | None = None,
+    ) -> int:
+        """Start `peer ARGV`, or `python SCRIPT ARGV`, whose output goes into files. Returns its process ID."""
         assert self._process.stdin
         assert self._process.stdout
-        request = {"argv": list(argv), "stdout": str(stdout), "stderr": str(stderr), "lie": lie}
+        paths = {"stdout": stdout, "stderr": stderr, "script": script, "cwd": cwd}
+        request = {"argv": list(argv), "lie": lie} | {name: path and str(path) for name, path in paths.items()}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
+
+    def run(self, *argv: str, cwd: Path, script: Path | None = None) -> str:
+        """What `peer ARGV`, or `python SCRIPT ARGV`, prints. It must succeed, within four minutes."""
+        with tempfile.TemporaryDirectory() as folder:
+            stdout, stderr = Path(folder, "out"), Path(folder, "err")
+            process = Peer(self.start(argv, stdout, stderr, script=script, cwd=cwd), stdout, stderr)
+            deadline = time.monotonic() + 240
+            while process.is_alive():
+                if time.monotonic() > deadline:
+                    process.kill()
+                time.sleep(0.02)
+            code = stdout.with_suffix(".code")
+            assert code.exists(), "it was killed"
+            assert code.read_text() == "0", stdout.read_text() + stderr.read_text()
+            return stdout.read_text()
 
     def close(self) -> None:
         assert self._process.stdin
@@ -122,7 +148,7 @@ class Swarm:
         """Start a command without waiting for it to be ready; `lie`: see `liars.py`."""
         stem = self._folder / f"peer{len(self.peers)}"
         out, err = stem.with_suffix(".out"), stem.with_suffix(".err")
-        peer = Peer(self._server.start(argv, out, err, lie), out, err)
+        peer = Peer(self._server.start(argv, out, err, lie=lie), out, err)
         self.peers.append(peer)
         return peer
 

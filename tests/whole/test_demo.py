@@ -30,8 +30,9 @@ def earlier(tmp_path: Path) -> Path:
 
 ROOT = Path(__file__).parents[2]
 _WAITS = """
-import time
+import signal, time
 from peer.commands.demo import _processes
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the tests themselves may ignore, under nohup
 with _processes() as start:
     peer = start("bootstrap")
     print(peer.pid, start._logs, flush=True)

@@ -3,17 +3,18 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from string import Template
 
 import pytest
 import torch
 import transformers
 from peft import PeftModel
 
-from tests.tools.families import family_config
 from tests.tools.swarm import ForkServer, Swarm, new_swarm
 from tests.tools.words import save_tokenizer
 
@@ -22,45 +23,33 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def served(
-    fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[str], tuple[Path, str]]]:
+    llama: Path,
+    llama_swarm: tuple[Path, Swarm],
+    models: Callable[[str], Path],
+    fork_server: ForkServer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[str, tuple[Path, str]]]:
     """Family -> the folder of a model that can read and write, and the address of a swarm that serves it."""
-    swarms: list[Swarm] = []
-    stack = []
-
-    def serve(family: str) -> tuple[Path, str]:
-        folder = tmp_path_factory.mktemp(family)
-        torch.manual_seed(0)
-        transformers.AutoModelForCausalLM.from_config(family_config(family)).save_pretrained(folder)
-        save_tokenizer(folder, 128)
-        context = new_swarm(fork_server)
-        stack.append(context)
-        swarm = context.__enter__()
-        swarms.append(swarm)
-        swarm.serve(folder, "0:3", "3:5")
-        return folder, swarm.peers[0].address
-
-    yield serve
-    for context in stack:
-        context.__exit__(None, None, None)
+    bloom = shutil.copytree(models("bloom"), tmp_path_factory.mktemp("spoken") / "bloom")
+    save_tokenizer(bloom, 128)
+    with new_swarm(fork_server) as swarm:
+        swarm.serve(bloom, "0:3", "3:5")
+        yield {"llama": (llama, llama_swarm[1].peers[0].address), "bloom": (bloom, swarm.peers[0].address)}
 
 
-def run(argv: list[str], cwd: Path, **environment: str) -> str:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        argv, cwd=cwd, env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_every_command_of_the_tutorial(served: Callable[[str], tuple[Path, str]], tmp_path: Path) -> None:
-    model, address = served("llama")
+def test_every_command_of_the_tutorial(
+    served: dict[str, tuple[Path, str]], fork_server: ForkServer, tmp_path: Path
+) -> None:
+    model, address = served["llama"]
     page = (ROOT / "docs" / "fine-tuning.md").read_text()
     blocks = re.findall(r"```bash\n(.*?)```", page, re.S)
     assert len(blocks) == 5
-    output = run(["bash", "-ec", "\n".join(blocks)], tmp_path, MODEL=str(model), ADDRESS=address)
+    given, output = {"MODEL": str(model), "ADDRESS": address}, ""
+    for command in re.split(r"^(?=peer )", "".join(blocks), flags=re.M):
+        if command.startswith("peer "):
+            output += fork_server.run(*shlex.split(Template(command).substitute(given))[1:], cwd=tmp_path)
+        else:  # writes files
+            subprocess.run(["bash", "-ec", command], cwd=tmp_path, env=os.environ | given, check=True)
     assert "peers on the route" in output
     losses = [json.loads(line)["loss"] for line in (tmp_path / "tuned" / "log.jsonl").read_text().splitlines()]
     assert len(losses) == 4
@@ -82,8 +71,14 @@ def test_every_command_of_the_tutorial(served: Callable[[str], tuple[Path, str]]
     ],
 )
 def test_examples(
-    served: Callable[[str], tuple[Path, str]], tmp_path: Path, script: str, family: str, rest: list[str], expected: str
+    served: dict[str, tuple[Path, str]],
+    fork_server: ForkServer,
+    tmp_path: Path,
+    script: str,
+    family: str,
+    rest: list[str],
+    expected: str,
 ) -> None:
-    model, address = served(family)
-    output = run([sys.executable, str(ROOT / "examples" / script), str(model), address, *rest], tmp_path)
+    model, address = served[family]
+    output = fork_server.run(str(model), address, *rest, script=ROOT / "examples" / script, cwd=tmp_path)
     assert expected in output
