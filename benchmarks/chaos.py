@@ -29,7 +29,7 @@ import psutil
 import torch
 import transformers
 
-from benchmarks.loads import KINDS, Talk, train, with_lora
+from benchmarks.loads import KINDS, LOADING, Talk, train, with_lora
 from client import AutoDistributedModelForCausalLM
 from tests.tools.families import build_family
 from tests.tools.swarm import ForkServer, Peer
@@ -296,10 +296,12 @@ class Clients:
 
     def _connect(self) -> Any:
         options: dict[str, Any] = {"initial_peers": self._initial_peers, "silence_timeout": 3.0}
-        return AutoDistributedModelForCausalLM.from_pretrained(str(self._model), micro_batch_tokens=14, **options)
+        with LOADING:
+            return AutoDistributedModelForCausalLM.from_pretrained(str(self._model), micro_batch_tokens=14, **options)
 
     def _local(self) -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(self._model).eval()
+        with LOADING:
+            return transformers.AutoModelForCausalLM.from_pretrained(self._model).eval()
 
     def _generate(self, first: int, length: int, adapted: bool) -> Iterator[None]:
         ours, theirs, assistant = self._connect(), self._local(), self._local()

@@ -29,7 +29,7 @@ import torch
 import transformers
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
-from benchmarks.loads import KINDS, VOCABULARY, Talk, train, with_lora
+from benchmarks.loads import KINDS, LOADING, VOCABULARY, Talk, train, with_lora
 from client import AutoDistributedModelForCausalLM
 from client.requests.work import Work
 from client.swarm.loop import LOOP
@@ -75,12 +75,14 @@ class Guest:
     def connect(self) -> Any:
         """A model of its own."""
         options: dict[str, Any] = {"initial_peers": self.initial_peers, "micro_batch_tokens": 14}
-        return AutoDistributedModelForCausalLM.from_pretrained(str(self.path), **options)
+        with LOADING:
+            return AutoDistributedModelForCausalLM.from_pretrained(str(self.path), **options)
 
     def talk(self) -> Iterator[str]:
         """Generations of all kinds and many lengths."""
         model = self.connect()
-        assistant = transformers.AutoModelForCausalLM.from_pretrained(self.path).eval()
+        with LOADING:
+            assistant = transformers.AutoModelForCausalLM.from_pretrained(self.path).eval()
         while True:
             kind = self.chance.choice(list(KINDS))
             Talk(kind, self.chance.randrange(10**6), self.chance.randint(1, 60)).say(model, assistant)
