@@ -2,8 +2,7 @@
 
 import json
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -16,6 +15,7 @@ from client.tune.errors import Interrupted
 from client.tune.running.trainer import TuneTrainer
 from peer.commands import demo
 from tests.tools.command import Command
+from tests.tools.swarm import ForkServer
 
 
 @pytest.fixture
@@ -28,16 +28,14 @@ def earlier(tmp_path: Path) -> Path:
     return output
 
 
-ROOT = Path(__file__).parents[2]
 _WAITS = """
-import signal, time
+import time
 from peer.commands.demo import _processes
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the tests themselves may ignore, under nohup
 with _processes() as start:
     peer = start("bootstrap")
     print(peer.pid, start._logs, flush=True)
     start.address_of(peer)
-    print(flush=True)
+    print("started", flush=True)
     time.sleep(60)
 """
 
@@ -113,25 +111,35 @@ def test_an_output_that_cannot_be_a_folder(command: Command, llama: Path, tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_stopped_demo_leaves_nothing(number: int) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", _WAITS], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        assert process.stdout
-        pid, logs = process.stdout.readline().split()
-        peer = psutil.Process(int(pid))
-        family = [peer]
-        try:
-            process.stdout.readline()
-            family += peer.children()
-            process.send_signal(number)
-            process.wait(10)
-            assert psutil.wait_procs(family, 2)[1] == []
-            assert not Path(logs).exists()
-        finally:
-            for left in family:
-                if left.is_running():
-                    left.kill()
+def test_a_stopped_demo_leaves_nothing(number: int, fork_server: ForkServer, tmp_path: Path) -> None:
+    (tmp_path / "waits.py").write_text(_WAITS)
+    stdout = tmp_path / "out"
+    stopped = psutil.Process(fork_server.start([], stdout, tmp_path / "err", script=tmp_path / "waits.py"))
+    family: list[psutil.Process] = []
+    try:
+        pid, logs = wait_for_line(stdout, 0).split()
+        family.append(psutil.Process(int(pid)))
+        assert wait_for_line(stdout, 1) == "started"
+        family += family[0].children()
+        stopped.send_signal(number)
+        assert psutil.wait_procs([stopped], 10)[1] == []
+        assert psutil.wait_procs(family, 2)[1] == []
+        assert not Path(logs).exists()
+    finally:
+        for left in (stopped, *family):
+            if left.is_running():
+                left.kill()
+
+
+def wait_for_line(file: Path, number: int) -> str:
+    """A line that a process writes into a file, when it is there."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        lines = file.read_text().splitlines() if file.exists() else []
+        if len(lines) > number:
+            return lines[number]
+        time.sleep(0.02)
+    raise AssertionError(f"no line {number} in {file}")
 
 
 def test_a_demo_stopped_in_its_training_says_how_to_begin_again(
