@@ -1,6 +1,7 @@
 """Every PEFT method that a swarm must carry, and how to compare a swarm's run of it with a local one."""
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,14 +85,21 @@ ROUNDING = 1e-5
 """How far apart those may be; what is saved and loaded may be for every method."""
 
 
+def _options(task: str) -> dict[str, Any]:
+    return {} if task == "CAUSAL_LM" else {"num_labels": 3}
+
+
+@functools.lru_cache(len(TASKS))
+def _load_here(path: Path, task: str) -> Any:
+    return TASKS[task][0].from_pretrained(path, **_options(task))
+
+
 def load(path: Path, task: str, initial_peers: list[str] | None) -> Any:
     """The model of a task, on a swarm or (without `initial_peers`) here; new heads are drawn from one seed."""
-    local, distributed = TASKS[task]
-    options: dict[str, Any] = {} if task == "CAUSAL_LM" else {"num_labels": 3}
     if initial_peers is None:
-        model = local.from_pretrained(path, **options)
+        model = copy.deepcopy(_load_here(path, task))
     else:
-        model = distributed.from_pretrained(str(path), initial_peers=initial_peers, **options)
+        model = TASKS[task][1].from_pretrained(str(path), initial_peers=initial_peers, **_options(task))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # of the head: some methods draw random numbers in the blocks, and here they draw none
