@@ -2,6 +2,7 @@
 hands out tests to others never does."""
 
 import functools
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,12 +13,56 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+LONGEST = (
+    "whole/test_methods.py",
+    "whole/test_failover.py",
+    "whole/test_parity.py",
+    "whole/test_soak.py",
+    "whole/test_chaos.py",
+    "whole/test_cli.py",
+    "client/test_verify.py",
+    "whole/test_generate.py",
+    "whole/test_handover.py",
+    "client/test_prefill.py",
+    "peer/test_drain.py",
+    "whole/test_golden.py",
+    "whole/test_trl.py",
+    "peer/test_memory.py",
+    "peer/test_quantization.py",
+    "bootstrap/test_member.py",
+    "client/tune/test_resume.py",
+    "client/tune/test_run.py",
+    "client/tune/test_swarm.py",
+    "peer/test_joining.py",
+    "peer/test_quotas.py",
+    "client/test_factors.py",
+    "client/test_dynamic_rope.py",
+    "whole/test_private_swarm.py",
+    "whole/test_tutorial.py",
+    "whole/test_fuzz.py",
+    "client/merge/test_memory.py",
+)
+"""The files that take most of the time, in this order; the others follow."""
+
+
 if TYPE_CHECKING:
     from peer.span.span import Span
     from tests.tools.arena import Arena
     from tests.tools.command import Command
     from tests.tools.swarm import ForkServer, Swarm
     from tests.tools.wire import Wire
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that at the end no process works alone."""
+    ranks = {file: rank for rank, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0].removeprefix("tests/"), len(ranks)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is no garbage, and there is so much of it that to look through it takes a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

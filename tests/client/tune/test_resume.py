@@ -1,6 +1,5 @@
 """A run that was stopped, by whatever, goes on as if it had not been: same losses to the last bit, same adapter."""
 
-import gc
 import json
 import os
 import resource
@@ -80,13 +79,11 @@ def assert_same(config: TuneConfig, whole: TuneConfig) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """Spares these many runs drawing their plots, and collecting the garbage of the imports each time."""
-    gc.freeze()
+def nothing_is_drawn() -> Iterator[None]:
+    """Spares these many runs their plots."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "plot_losses", lambda lines: b"drawn")
         yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
