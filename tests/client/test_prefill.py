@@ -38,6 +38,15 @@ def served(
         yield path, swarm
 
 
+def in_chunks(local: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The logits of a local model that is given the prompt in the chunks in which a client sends it."""
+    cache, done = transformers.DynamicCache(config=local.config), list[torch.Tensor]()
+    for part in ids.tensor_split(-(-ids.shape[1] // CHUNK), 1):
+        end = sum(logits.shape[1] for logits in done) + part.shape[1]
+        done.append(local(part, attention_mask=mask[:, :end], past_key_values=cache, use_cache=True).logits)
+    return torch.cat(done, 1)
+
+
 def test_in_chunks_as_in_one(served: tuple[Path, Swarm]) -> None:
     path, swarm = served
     model: Any = swarm.connect(path, prefill_chunk_tokens=CHUNK)
@@ -46,7 +55,11 @@ def test_in_chunks_as_in_one(served: tuple[Path, Swarm]) -> None:
     inputs = {name: batch()[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         ours, theirs = model(**inputs).logits, local(**inputs).logits
-    torch.testing.assert_close(ours[:, 7:], theirs[:, 7:], rtol=0, atol=1e-5)
+        chunks = in_chunks(local, inputs["input_ids"], inputs["attention_mask"])
+    torch.testing.assert_close(ours[:, 7:], chunks[:, 7:], rtol=0, atol=1e-5)
+    # Linear attention goes on from a state: local chunks are 1.9e-5 from the whole on AVX-512 CPUs, and so are ours.
+    rounding = (chunks - theirs)[:, 7:].abs().max().item()
+    torch.testing.assert_close(ours[:, 7:], theirs[:, 7:], rtol=0, atol=max(1e-5, 1.01 * rounding))
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
