@@ -21,26 +21,10 @@ from bootstrap.directory import Announcer
 from bootstrap.member import Member, MemberOptions
 from bootstrap.validator import MODELS_KEY, model_key
 from protocol.errors import BadRequest, PeerUnreachable
-from protocol.records import ModelId, PeerRecord, PeerState, Speed
+from protocol.records import PeerRecord, PeerState
+from tests.tools.members import HASH, record, send_store, stored_value
 
-HASH = "0123456789abcdef" * 2
 OTHER = "f" * 32
-
-
-def record(peer: Member, config_hash: str = HASH, **changes: object) -> PeerRecord:
-    fields = {
-        "peer_id": peer.peer_id,
-        "model": ModelId(name="tiny", config_hash=config_hash, num_blocks=8),
-        "start": 0,
-        "end": 4,
-        "dtype": "float32",
-        "quantization": "none",
-        "speed": Speed(decode=10, forward=1000),
-        "free_cache_tokens": 100,
-        "max_length": 64,
-        "version": "0.1.0",
-    }
-    return PeerRecord(**(fields | changes))
 
 
 # Making an RSA key takes a second here and there.
@@ -223,25 +207,6 @@ async def victim_and_mallory() -> AsyncIterator[tuple[Member, Member, Member]]:
         mallory._node.protocol.record_validator.validate = lambda record: True
         assert await victim.directory.announce(record(victim, name="genuine"), 60)
         yield reader, victim, mallory
-
-
-def stored_value(member: Member, subkey: str) -> ValueWithExpiration[bytes]:
-    return member._node.protocol.storage.get(DHTID.generate(source=model_key(HASH))).value.get(subkey)
-
-
-async def send_store(mallory: Member, target: Member, value: bytes, expiration: float, key: str, subkey: str | None):
-    """What `target` answers when mallory asks it to store these very bytes."""
-    answers = []
-    for in_cache in (False, True):
-        answers += await mallory._node.protocol.call_store(
-            target._node.peer_id,
-            [DHTID.generate(source=key)],
-            [value],
-            [expiration],
-            subkeys=[subkey],
-            in_cache=in_cache,
-        )
-    return answers
 
 
 def test_members_refuse_to_store_forgeries():

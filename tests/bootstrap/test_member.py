@@ -10,8 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import psutil
@@ -25,21 +23,10 @@ from bootstrap.identity import Identity
 from bootstrap.member import Member, MemberOptions, quiet_hivemind
 from protocol.errors import BadUsage, PeerUnreachable
 from protocol.stream import Stream
-from tests.bootstrap.test_directory import record
+from tests.tools.members import HASH, SOMEBODY, member, record
 
-HASH = "0123456789abcdef" * 2
 MIB = 2**20
 ROOT = Path(__file__).parents[2]
-SOMEBODY = "QmZLpNtJqNU3utELa92YAA5urQkAyqcg1GjRDbEqbZWBhP"
-
-
-@asynccontextmanager
-async def member(*initial_peers: str, host: str = "127.0.0.1", **options: object) -> AsyncIterator[Member]:
-    joined = await Member.join(MemberOptions(initial_peers=initial_peers, host=host, **options))
-    try:
-        yield joined
-    finally:
-        await joined.shutdown()
 
 
 def leftovers() -> set[str]:

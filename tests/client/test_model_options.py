@@ -12,14 +12,11 @@ import transformers
 import client
 from client import AutoDistributedModelForCausalLM
 from protocol.errors import BadUsage
-from tests.peer.test_bad_input import (
-    CONFIG,
-    IDS,
-    SOMEBODY,
-    connect,
-    edit,
-)
+from tests.tools.damage import CONFIG, edit
+from tests.tools.members import SOMEBODY
 from tests.tools.swarm import Swarm
+
+IDS = torch.arange(3, 11)[None]
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +26,11 @@ def served(llama_swarm: tuple[Path, Swarm]) -> Swarm:
 
 def test_a_wrong_option_of_a_client(served: Swarm, llama: Path) -> None:
     with pytest.raises(BadUsage, match="'hiden_size' is neither an option of the swarm nor of LlamaConfig"):
-        connect(llama, served, hiden_size=3)
+        served.connect(llama, hiden_size=3)
     with pytest.raises(BadUsage, match="silence_timeout"):
-        connect(llama, served, silence_timeout=-1)
+        served.connect(llama, silence_timeout=-1)
     with pytest.raises(BadUsage, match="expected one of float32, bfloat16, float16"):
-        connect(llama, served, dtype="float9")
+        served.connect(llama, dtype="float9")
     with pytest.raises(BadUsage, match="from_pretrained"):
         AutoDistributedModelForCausalLM()
 
@@ -70,12 +67,12 @@ CHANGES: dict[str, Any] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_an_option_that_peers_would_not_know_of(name: str, served: Swarm, llama: Path) -> None:
     with pytest.raises(BadUsage, match=f"'{name}' changes the blocks, which the peers run as .* says; serve a"):
-        connect(llama, served, **{name: CHANGES[name]})
+        served.connect(llama, **{name: CHANGES[name]})
 
 
 def test_an_option_that_says_what_the_checkpoint_says(served: Swarm, llama: Path) -> None:
     said = transformers.AutoConfig.from_pretrained(llama)
-    connect(llama, served, **{name: getattr(said, name) for name in CHANGES})
+    served.connect(llama, **{name: getattr(said, name) for name in CHANGES})
 
 
 def test_the_first_blocks_of_a_model(served: Swarm, llama: Path, models: Callable[[str], Path]) -> None:
@@ -83,10 +80,10 @@ def test_the_first_blocks_of_a_model(served: Swarm, llama: Path, models: Callabl
     options = {"num_hidden_layers": 3, "pad_token_id": 5, "use_cache": False}
     local = transformers.AutoModelForCausalLM.from_pretrained(llama, **options)
     with torch.no_grad():
-        ours = connect(llama, served, **options)(input_ids=IDS)
+        ours = served.connect(llama, **options)(input_ids=IDS)
         assert torch.equal(ours.logits, local(input_ids=IDS).logits)
     assert ours.past_key_values is None
-    assert connect(models("bloom"), served, n_layer=3).config.num_hidden_layers == 3
+    assert served.connect(models("bloom"), n_layer=3).config.num_hidden_layers == 3
 
 
 @pytest.mark.parametrize(
@@ -100,11 +97,11 @@ def test_outputs_that_a_configuration_asks_for(
     said = f"^{option} does not work through a swarm: .*; pass {option}=False, or set it so in model.config\\.$"
     folder = shutil.copytree(models(family), tmp_path / family)
     with pytest.raises(BadUsage, match=said):
-        connect(folder, served, **{option: True})
+        served.connect(folder, **{option: True})
     edit(CONFIG, **{option: True})(folder)
     with pytest.raises(BadUsage, match=said):
-        connect(folder, served)
-    model = connect(folder, served, **{option: False})
+        served.connect(folder)
+    model = served.connect(folder, **{option: False})
     setattr(model.config, option, True)
     with pytest.raises(BadUsage, match=said):
         model(input_ids=IDS)
@@ -112,8 +109,8 @@ def test_outputs_that_a_configuration_asks_for(
 
 def test_an_output_that_is_no_longer_asked_for(served: Swarm, llama: Path) -> None:
     with pytest.raises(BadUsage, match="output_attentions"):
-        connect(llama, served, output_attentions=True)
-    model = connect(llama, served, num_hidden_layers=3)
+        served.connect(llama, output_attentions=True)
+    model = served.connect(llama, num_hidden_layers=3)
     model.config.output_hidden_states = True
     with pytest.raises(BadUsage, match="output_hidden_states"):
         model(input_ids=IDS)

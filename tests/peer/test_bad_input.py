@@ -27,9 +27,10 @@ from protocol.errors import (
     WrongModel,
 )
 from tests.tools.command import Command
+from tests.tools.damage import CONFIG, INDEX, edit
+from tests.tools.members import SOMEBODY
 from tests.tools.swarm import ForkServer, Swarm, new_swarm
 
-SOMEBODY = "QmZLpNtJqNU3utELa92YAA5urQkAyqcg1GjRDbEqbZWBhP"
 IDS = torch.arange(3, 11)[None]
 
 
@@ -45,10 +46,6 @@ def served(fork_server: ForkServer, llama: Path) -> Iterator[Swarm]:
     with new_swarm(fork_server) as swarm:
         swarm.serve(llama, "0:3", options=["--max-length", "32", "--cache-tokens", "128"])
         yield swarm
-
-
-def connect(path: Path, swarm: Swarm, **options: Any) -> transformers.PreTrainedModel:
-    return swarm.connect(path, **options)
 
 
 # Options
@@ -208,16 +205,6 @@ def test_an_initial_peer_that_is_another(command: Command, served: Swarm) -> Non
 # Model folders
 
 
-def edit(name: str, **changes: Any) -> Callable[[Path], None]:
-    """Change a JSON file's entries; None removes one."""
-
-    def change(folder: Path) -> None:
-        content = json.loads((folder / name).read_text()) | changes
-        (folder / name).write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
-
-    return change
-
-
 def write(name: str, content: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text(content) and None
 
@@ -243,7 +230,6 @@ def misplace(folder: Path) -> None:
     edit(INDEX, weight_map=weight_map)(folder)
 
 
-CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 WEIGHT = "model.layers.1.self_attn.q_proj.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda folder: (folder / CONFIG).unlink(), "has no config.json"),
@@ -287,10 +273,10 @@ def test_a_model_that_is_not_there(command: Command, name: str) -> None:
 def test_a_client_of_a_damaged_model_folder(copy: Path, served: Swarm) -> None:
     shard_of(copy, "lm_head.weight").unlink()
     with pytest.raises(UnsupportedModel, match="lacks its shard"):
-        connect(copy, served)
+        served.connect(copy)
     (copy / CONFIG).write_text("{}")
     with pytest.raises(UnsupportedModel, match="does not describe a language model"):
-        connect(copy, served)
+        served.connect(copy)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"max_new_tokens": "many"}', "\xe9"])
@@ -299,7 +285,7 @@ def test_a_damaged_generation_config(copy: Path, served: Swarm, content: str) ->
     with pytest.raises(
         UnsupportedModel, match=r"generation_config\.json cannot be used \(.*\); download the model again"
     ):
-        connect(copy, served)
+        served.connect(copy)
 
 
 _TINY: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3}
@@ -333,7 +319,7 @@ def test_an_architecture_that_spans_cannot_serve(command: Command, tmp_path: Pat
 
 
 def test_a_client_of_another_model(served: Swarm, models: Callable[[str], Path], llama: Path) -> None:
-    model = connect(models("opt"), served)
+    model = served.connect(models("opt"))
     with pytest.raises(NoRoute, match="This swarm serves llama, and not opt"):
         model(input_ids=IDS)
 
@@ -343,14 +329,14 @@ def test_a_client_of_another_revision(served: Swarm, llama: Path, copy: Path) ->
         data = bytearray(file.read_bytes())
         data[-3] ^= 1
         file.write_bytes(data)
-    model = connect(copy, served)
+    model = served.connect(copy)
     with pytest.raises(WrongModel, match="same revision"):
         model.swarm.blocks(torch.zeros(1, 2, 32), 0, 3)
-    assert connect(llama, served).swarm.blocks(torch.zeros(1, 2, 32), 0, 3).shape == (1, 2, 32)
+    assert served.connect(llama).swarm.blocks(torch.zeros(1, 2, 32), 0, 3).shape == (1, 2, 32)
 
 
 def test_blocks_that_nobody_serves(served: Swarm, llama: Path, command: Command) -> None:
-    model = connect(llama, served)
+    model = served.connect(llama)
     for run in (lambda: model(input_ids=IDS), lambda: model.generate(input_ids=IDS), lambda: model.swarm.route()):
         with pytest.raises(NoRoute, match=r"Blocks 3:5 are served by nobody.*peer serve"):
             run()
@@ -368,7 +354,7 @@ def small(fork_server: ForkServer, llama: Path) -> Iterator[Swarm]:
 
 
 def test_a_prompt_that_is_too_long(small: Swarm, llama: Path) -> None:
-    model = connect(llama, small)
+    model = small.connect(llama)
     long = torch.arange(3, 43)[None]
     for run in (model.generate, lambda input_ids: model(input_ids=input_ids, use_cache=False)):
         with pytest.raises(TooLong, match=r"40 tokens are longer than this peer allows \(32\); shorten"):
@@ -380,7 +366,7 @@ def test_a_prompt_that_is_too_long(small: Swarm, llama: Path) -> None:
 
 
 def test_a_peer_that_is_full(small: Swarm, llama: Path) -> None:
-    model, other = connect(llama, small), connect(llama, small, max_attempts=2)
+    model, other = small.connect(llama), small.connect(llama, max_attempts=2)
     held = model(input_ids=IDS.expand(16, -1), use_cache=True).past_key_values
     with torch.no_grad():
         with pytest.raises(PeerFull, match=r"has 0 of 128 tokens free, \d+ more are needed; try again later"):
@@ -391,7 +377,7 @@ def test_a_peer_that_is_full(small: Swarm, llama: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_model_from_before_a_fork(small: Swarm, llama: Path) -> None:
-    model = connect(llama, small)
+    model = small.connect(llama)
     answers, answer = multiprocessing.Pipe(duplex=False)
 
     def call() -> None:

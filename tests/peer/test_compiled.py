@@ -17,7 +17,7 @@ from peer.span.span import Span
 from peer.start import compile_trial
 from peer.start.compile_trial import compile_steps
 from protocol.model.checkpoint import open_checkpoint
-from tests.peer.test_packing import Desk, play
+from tests.tools.desk import Desk, play
 from tests.tools.spans import END, START, assert_same
 
 _BACKEND = "aot_eager"

@@ -21,9 +21,8 @@ from protocol.stream import Carrier, Stream
 from protocol.transport import direct
 from protocol.transport.carriers import HEAD_START
 from protocol.transport.socket_stream import SocketStream
-from tests.bootstrap.test_directory import HASH, record
-from tests.bootstrap.test_member import member
 from tests.tools.arena import assert_close, batch, step, with_adapter
+from tests.tools.members import HASH, member, record
 from tests.tools.swarm import Swarm
 
 

@@ -14,7 +14,7 @@ from peer.training.joined.products import Products
 from protocol.machine import split_linear
 from protocol.machine.split_linear import SplitLinear, split_linears
 from protocol.model.checkpoint import open_checkpoint
-from tests.peer.test_packing import Desk, play
+from tests.tools.desk import Desk, play
 from tests.tools.spans import END, START
 from tests.tools.swarm import Both, Swarm
 

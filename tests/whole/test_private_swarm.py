@@ -41,14 +41,9 @@ from protocol.model.checkpoint import open_checkpoint
 from protocol.stream import Carrier, Stream
 from protocol.swarm_key import NO_KEY, OPEN, REFUSED
 from protocol.tensors import Limits
-from tests.bootstrap.test_directory import (
-    HASH,
-    record,
-    send_store,
-    stored_value,
-)
-from tests.bootstrap.test_member import member as any_member
 from tests.tools.command import Command
+from tests.tools.members import HASH, record, send_store, stored_value
+from tests.tools.members import member as any_member
 from tests.tools.swarm import ForkServer, Swarm, new_swarm
 
 Keys = dict[str, Path | None]
