@@ -13,37 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
-LONGEST = (
-    "whole/test_methods.py",
-    "whole/test_failover.py",
-    "whole/test_parity.py",
-    "whole/test_soak.py",
-    "whole/test_chaos.py",
-    "whole/test_cli.py",
-    "client/test_verify.py",
-    "whole/test_generate.py",
-    "whole/test_handover.py",
-    "client/test_prefill.py",
-    "peer/test_drain.py",
-    "whole/test_golden.py",
-    "whole/test_trl.py",
-    "peer/test_memory.py",
-    "peer/test_quantization.py",
-    "bootstrap/test_member.py",
-    "client/tune/test_resume.py",
-    "client/tune/test_run.py",
-    "client/tune/test_swarm.py",
-    "peer/test_joining.py",
-    "peer/test_quotas.py",
-    "client/test_factors.py",
-    "client/test_dynamic_rope.py",
-    "whole/test_private_swarm.py",
-    "whole/test_tutorial.py",
-    "whole/test_fuzz.py",
-    "client/merge/test_memory.py",
-)
-"""The files that take most of the time, in this order; the others follow."""
-
+from tests.tools.selection import is_quick, rank
 
 if TYPE_CHECKING:
     from peer.span.span import Span
@@ -53,10 +23,12 @@ if TYPE_CHECKING:
     from tests.tools.wire import Wire
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that at the end no process works alone."""
-    ranks = {file: rank for rank, file in enumerate(LONGEST)}
-    items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0].removeprefix("tests/"), len(ranks)))
+    for item in items:
+        if is_quick(item.nodeid):
+            item.add_marker("quick")
+    items.sort(key=lambda item: rank(item.nodeid))
 
 
 def pytest_collection_finish() -> None:

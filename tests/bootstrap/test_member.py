@@ -6,8 +6,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -24,6 +22,7 @@ from bootstrap.member import Member, MemberOptions, quiet_hivemind
 from protocol.errors import BadUsage, PeerUnreachable
 from protocol.stream import Stream
 from tests.tools.members import HASH, SOMEBODY, member, record
+from tests.tools.swarm import ForkServer, wait_for_line
 
 MIB = 2**20
 ROOT = Path(__file__).parents[2]
@@ -303,14 +302,14 @@ asyncio.run(main())
 """
 
 
-def test_p2pd_does_not_outlive_a_killed_process():
-    owner = subprocess.Popen([sys.executable, "-c", MEMBER_PROCESS], stdout=subprocess.PIPE, cwd=ROOT)
+def test_p2pd_does_not_outlive_a_killed_process(fork_server: ForkServer, tmp_path: Path):
+    (tmp_path / "member.py").write_text(MEMBER_PROCESS)
+    owner = psutil.Process(fork_server.start([], tmp_path / "out", tmp_path / "err", script=tmp_path / "member.py"))
     try:
-        daemon = psutil.Process(int(owner.stdout.readline()))
+        daemon = psutil.Process(int(wait_for_line(tmp_path / "out", 0)))
         assert daemon.is_running()
     finally:
         owner.kill()
-        owner.wait()
     gone, _ = psutil.wait_procs([daemon], timeout=5)
     assert gone
 

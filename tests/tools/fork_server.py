@@ -6,6 +6,7 @@ the child runs that file instead of the `peer` command. With a `lie`, the peer a
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -25,6 +26,8 @@ from peer.commands.app import app, main
 from protocol.errors import BadUsage
 from tests.tools.liars import begin_to_lie
 
+_PR_SET_PDEATHSIG = 1
+
 
 def _become(request: dict) -> None:
     """The process that was asked for. Its exit code goes into a file of its own, for whoever waits for its end."""
@@ -32,6 +35,8 @@ def _become(request: dict) -> None:
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", 1)
+    if sys.platform == "linux":  # it ends with the server, and that ends with the tests, even where those are killed
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the tests themselves may ignore, under nohup
     sys.argv = [request["script"] or "peer", *request["argv"]]

@@ -73,6 +73,17 @@ class ForkServer:
         self._process.wait(10)
 
 
+def wait_for_line(file: Path, number: int) -> str:
+    """A line that a process writes into a file, when it is there."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        lines = file.read_text().splitlines() if file.exists() else []
+        if len(lines) > number:
+            return lines[number]
+        time.sleep(0.02)
+    raise AssertionError(f"no line {number} in {file}")
+
+
 @dataclass
 class Peer:
     """A running `peer serve` or `peer bootstrap`."""

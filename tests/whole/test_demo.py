@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import psutil
@@ -15,7 +14,7 @@ from client.tune.errors import Interrupted
 from client.tune.running.trainer import TuneTrainer
 from peer.commands import demo
 from tests.tools.command import Command
-from tests.tools.swarm import ForkServer
+from tests.tools.swarm import ForkServer, wait_for_line
 
 
 @pytest.fixture
@@ -129,17 +128,6 @@ def test_a_stopped_demo_leaves_nothing(number: int, fork_server: ForkServer, tmp
         for left in (stopped, *family):
             if left.is_running():
                 left.kill()
-
-
-def wait_for_line(file: Path, number: int) -> str:
-    """A line that a process writes into a file, when it is there."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        lines = file.read_text().splitlines() if file.exists() else []
-        if len(lines) > number:
-            return lines[number]
-        time.sleep(0.02)
-    raise AssertionError(f"no line {number} in {file}")
 
 
 def test_a_demo_stopped_in_its_training_says_how_to_begin_again(

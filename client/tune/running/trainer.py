@@ -120,17 +120,19 @@ class RankAllocation(TrainerCallback):
         model.base_model.update_and_allocate(state.global_step)
 
 
-def training_arguments(
-    config: TuneConfig, folder: Path, steps: int, evaluates: bool, on_cpu: bool
-) -> TrainingArguments:
-    """The run's `TrainingArguments`: `steps` optimizer steps, checkpoints in `folder`, every step logged."""
+def training_arguments(config: TuneConfig, folder: Path, steps: int, validated: int, on_cpu: bool) -> TrainingArguments:
+    """The run's `TrainingArguments`: `steps` optimizer steps, checkpoints in `folder`, every step logged.
+
+    `validated` rows are validated on; 0: there is no validation.
+    """
     trainer = config.trainer
     warm_constant = trainer.schedule == "constant" and trainer.warmup > 0
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=trainer.batch_size,
-        per_device_eval_batch_size=trainer.batch_size,
+        # No more than there are: Trainer makes a tensor of that many losses for each batch.
+        per_device_eval_batch_size=min(trainer.batch_size, validated or 1),
         gradient_accumulation_steps=trainer.gradient_accumulation,
         learning_rate=trainer.learning_rate,
         lr_scheduler_type="constant_with_warmup" if warm_constant else trainer.schedule,
@@ -144,8 +146,8 @@ def training_arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="all" if config.data.packing else "non_padding",
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=(trainer.eval_every or steps) if evaluates else None,
+        eval_strategy="steps" if validated else "no",
+        eval_steps=(trainer.eval_every or steps) if validated else None,
         prediction_loss_only=True,
         save_strategy="steps",
         save_steps=trainer.save_every,

@@ -1,7 +1,5 @@
 """Merging takes the memory of a module, not of the model."""
 
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from client.merge.write import ShardWriter, Spec
+from tests.tools.swarm import ForkServer
 
 _MEASURE = """
     import re, sys, threading, time, torch
@@ -60,7 +59,7 @@ def _llama_of_400_mb(folder: Path) -> tuple[tf.PreTrainedModel, int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_memory(tmp_path: Path) -> None:
+def test_memory(fork_server: ForkServer, tmp_path: Path) -> None:
     """A LoRA of every linear module of a 400 MB model is merged in a third of that."""
     model, nbytes = _llama_of_400_mb(tmp_path / "base")
     assert nbytes > 380e6
@@ -70,11 +69,9 @@ def test_memory(tmp_path: Path) -> None:
     adapted.peft_config["default"].save_pretrained(tmp_path / "adapter")
     file = tmp_path / "adapter/adapter_model.safetensors"
     save_file({key: torch.full(tensor.shape, 0.1) for key, tensor in factors.items()}, file)
-    arguments = [tmp_path / name for name in ("adapter", "base", "out")]
-    command = [sys.executable, "-c", textwrap.dedent(_MEASURE), *arguments]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root)
-    assert int(done.stdout.split()[-1]) < nbytes / 3
+    (tmp_path / "measure.py").write_text(textwrap.dedent(_MEASURE))
+    arguments = [str(tmp_path / name) for name in ("adapter", "base", "out")]
+    assert int(fork_server.run(*arguments, script=tmp_path / "measure.py", cwd=tmp_path).split()[-1]) < nbytes / 3
     for file in (tmp_path / "out").glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118
