@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of what reads strangers' bytes; tests/test_fuzz.py is its short form. Needs `.[fuzz]`:
+"""Coverage-guided fuzzing of what reads strangers' bytes; tests/whole/test_fuzz.py is its short form. Needs `.[fuzz]`:
 
 python -m benchmarks.fuzz --inputs 1000000                       (all targets, one process after the other)
 python -m benchmarks.fuzz --inputs 100000 --target handlers --seed 1

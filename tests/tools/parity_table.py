@@ -1,4 +1,7 @@
-"""Writes docs/parity.md, which says what `test_methods.py` proves: `python -m tests.parity_table > docs/parity.md`."""
+"""Which methods equal plain PEFT on which families, as a page.
+
+`python -m tests.tools.parity_table > docs/parity.md`
+"""
 
 from collections.abc import Iterator
 
@@ -15,10 +18,10 @@ _CLOSE = f"{ROUNDING:g}".replace("e-0", "e-")
 _HEAD = f"""\
 # What equals one machine
 
-Made by `python -m tests.parity_table` from what `tests/test_methods.py` runs; do not edit.
+Made by `python -m tests.tools.parity_table` from what `tests/whole/test_methods.py` runs; do not edit.
 
-Every cell is one test, `tests/test_methods.py::test_equals_local[FAMILY-TASK-METHOD]`: a small random model of the
-family in float32, on a swarm of two real peers (blocks 0:2 and 2:5), and the same model on one machine in plain PEFT.
+Every cell is one test, `tests/whole/test_methods.py::test_equals_local[FAMILY-TASK-METHOD]`: a small random model of
+the family in float32 on a swarm of two real peers (blocks 0:2, 2:5), and the same model on one machine in plain PEFT.
 Both get the same adapter, moved away from its initial values, and train three optimizer steps on a batch with padding,
 without dropout. `tests/tools/methods.py` has each method's options.
 
@@ -30,7 +33,7 @@ without dropout. `tests/tools/methods.py` has each method's options.
 
 Then each adapter is saved on either side and loaded on the other, and gives the same logits within {_CLOSE}.
 `LoRA all-linear` on Mixtral is on the router and the fused experts too; OLoRA on GPT-2 is on square weights only, as
-PEFT takes its others for their transposes. Single tests of more methods are in `tests/test_adapters.py`.
+PEFT takes its others for their transposes. Single tests of more methods are in `tests/client/test_adapters.py`.
 """
 
 
