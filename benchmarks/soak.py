@@ -37,12 +37,7 @@ from protocol import swarm_pb2 as pb
 from protocol.channel import Message
 from protocol.errors import SwarmError
 from tests.tools.families import build_family
-from tests.tools.swarm import (
-    ForkServer,
-    Peer,
-    Swarm,
-    new_swarm,
-)
+from tests.tools.swarm import ForkServer, Peer, Swarm, new_swarm
 
 SPANS = ("0:5", "0:2", "2:5")
 REST = 7.0

@@ -27,12 +27,7 @@ from client import AutoDistributedModelForCausalLM
 from client.swarm.retries import Retries
 from peer.commands.sample_model import fetch_sample_model
 from tests.tools.families import build_llama
-from tests.tools.swarm import (
-    ForkServer,
-    Peer,
-    Swarm,
-    new_swarm,
-)
+from tests.tools.swarm import ForkServer, Peer, Swarm, new_swarm
 
 _TOKENS, _AT = 12, 6
 

@@ -8,12 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bootstrap.directory import Directory
-from protocol.records import (
-    ModelId,
-    PeerRecord,
-    PeerState,
-    holes,
-)
+from protocol.records import ModelId, PeerRecord, PeerState, holes
 
 Models = dict[ModelId, list[PeerRecord]]
 Complaints = dict[ModelId, Counter[str]]

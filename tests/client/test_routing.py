@@ -10,13 +10,7 @@ from client.swarm.health import Health
 from client.swarm.routes import Hop, find_route
 from peer.start.placement import choose_blocks
 from protocol.errors import NoRoute
-from protocol.records import (
-    ModelId,
-    PeerRecord,
-    PeerState,
-    Speed,
-    holes,
-)
+from protocol.records import ModelId, PeerRecord, PeerState, Speed, holes
 
 _ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 

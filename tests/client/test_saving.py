@@ -22,13 +22,7 @@ from client.ghosts.tensor import GhostTensor
 from peer.span.loading import load_span
 from protocol.errors import BadAdapter, BadUsage, UnsupportedModel
 from protocol.model.checkpoint import open_checkpoint
-from tests.tools.methods import (
-    TASKS,
-    load,
-    logits,
-    train,
-    trainable,
-)
+from tests.tools.methods import TASKS, load, logits, train, trainable
 from tests.tools.swarm import ForkServer, Swarm, new_swarm
 
 IDS = torch.randint(3, 128, (3, 10), generator=torch.Generator().manual_seed(0))

@@ -12,19 +12,9 @@ import transformers
 from client.requests.verify import Undecided, agree
 from protocol import swarm_pb2 as pb
 from protocol.codecs import round_trip
-from tests.tools.arena import (
-    assert_close,
-    batch,
-    step,
-    with_adapter,
-)
+from tests.tools.arena import assert_close, batch, step, with_adapter
 from tests.tools.command import Command
-from tests.tools.swarm import (
-    ForkServer,
-    Peer,
-    Swarm,
-    new_swarm,
-)
+from tests.tools.swarm import ForkServer, Peer, Swarm, new_swarm
 
 
 @pytest.fixture(scope="module")

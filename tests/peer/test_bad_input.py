@@ -17,15 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from client import AutoDistributedModelForCausalLM
-from protocol.errors import (
-    BadUsage,
-    NoRoute,
-    PeerFull,
-    PeerUnreachable,
-    TooLong,
-    UnsupportedModel,
-    WrongModel,
-)
+from protocol.errors import BadUsage, NoRoute, PeerFull, PeerUnreachable, TooLong, UnsupportedModel, WrongModel
 from tests.tools.command import Command
 from tests.tools.damage import CONFIG, INDEX, edit
 from tests.tools.members import SOMEBODY

@@ -13,19 +13,8 @@ import transformers
 from transformers import LogitsProcessorList
 
 from client.swarm.retries import Retries
-from tests.tools.arena import (
-    AtToken,
-    assert_close,
-    batch,
-    step,
-    with_adapter,
-)
-from tests.tools.swarm import (
-    ForkServer,
-    Peer,
-    Swarm,
-    new_swarm,
-)
+from tests.tools.arena import AtToken, assert_close, batch, step, with_adapter
+from tests.tools.swarm import ForkServer, Peer, Swarm, new_swarm
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,7 @@ from peer.adapters.store import AdapterStore
 from peer.span.loading import load_span
 from protocol.errors import BadAdapter
 from protocol.model.checkpoint import open_checkpoint
-from tests.tools.methods import (
-    adapted,
-    batch_for,
-    load,
-    logits,
-    train,
-    trainable,
-)
+from tests.tools.methods import adapted, batch_for, load, logits, train, trainable
 from tests.tools.swarm import ForkServer, new_swarm
 
 UP, DOWN = "experts.gate_up_proj", "experts.down_proj"

@@ -20,12 +20,7 @@ from peer.training.runner import Task, TrainingRunner
 from peer.training.trainer import Trainer, TrainingCall
 from protocol.errors import BadRequest, UnknownCall
 from tests.tools.lora import put_lora
-from tests.tools.spans import (
-    END,
-    START,
-    assert_same,
-    states,
-)
+from tests.tools.spans import END, START, assert_same, states
 
 CLIENTS = ("ann", "bob", "cid", "dan")
 

@@ -18,12 +18,7 @@ from peer.compute.scheduler import Priority, Scheduler
 from protocol.errors import SwarmError
 from tests.tools.swarm import Swarm
 from tests.tools.threads import run_at_once
-from tests.tools.wire import (
-    OPEN,
-    Wire,
-    forward,
-    step,
-)
+from tests.tools.wire import OPEN, Wire, forward, step
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 24, "eos_token_id": None, "do_sample": False}
 

@@ -23,12 +23,7 @@ from peer.span.loading import load_span
 from peer.span.span import Inputs, Mode, Span
 from peer.start.arena_trial import arena_for
 from protocol import swarm_pb2 as pb
-from protocol.errors import (
-    OverQuota,
-    PeerFull,
-    SessionLost,
-    TooLong,
-)
+from protocol.errors import OverQuota, PeerFull, SessionLost, TooLong
 from protocol.model.checkpoint import open_checkpoint
 from tests.tools.families import EXTRA_FAMILIES, FAMILIES, family_config
 

@@ -11,24 +11,14 @@ from peer.generation.joined.lockstep import Lockstep
 from peer.generation.joined.packing import Packer
 from peer.generation.steps import Step
 from peer.kv_cache.span_cache import SpanCache
-from peer.span.span import (
-    Inputs,
-    Mode,
-    Span,
-    find_module,
-)
+from peer.span.span import Inputs, Mode, Span, find_module
 from peer.start.block_types import blocks_of_each_type
 from peer.start.joining_trial import find_joiner
 from protocol import swarm_pb2 as pb
 from protocol.errors import BadRequest, PeerFull, SessionLost, TooLong
 from tests.tools.desk import Desk, play
 from tests.tools.families import EXTRA_FAMILIES, FAMILIES
-from tests.tools.spans import (
-    END,
-    START,
-    assert_same,
-    states,
-)
+from tests.tools.spans import END, START, assert_same, states
 
 IN_LOCKSTEP = {"bloom", "falcon", "falcon_alibi", "deepseek_v3", "llama4", "qwen3_next"}
 """Families that cannot be packed."""

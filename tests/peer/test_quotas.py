@@ -15,27 +15,11 @@ from client.swarm.loop import LOOP
 from peer.compute.scheduler import Priority, Scheduler
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
-from protocol.errors import (
-    BadAdapter,
-    BadRequest,
-    OverQuota,
-    PeerUnreachable,
-    SwarmError,
-    UnknownAdapter,
-)
+from protocol.errors import BadAdapter, BadRequest, OverQuota, PeerUnreachable, SwarmError, UnknownAdapter
 from protocol.tensors import Limits
 from tests.tools.spans import WIDTH
 from tests.tools.swarm import ForkServer, Swarm
-from tests.tools.wire import (
-    MAX_LENGTH,
-    OPEN,
-    Wire,
-    forward,
-    manifest,
-    open_wire,
-    put,
-    step,
-)
+from tests.tools.wire import MAX_LENGTH, OPEN, Wire, forward, manifest, open_wire, put, step
 
 QUOTA = {
     "streams": 6, "sessions": 3, "cache-tokens": 192, "calls": 2, "adapters": 2, "adapter-bytes": 4000, "rate": 100_000,

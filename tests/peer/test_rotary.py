@@ -11,12 +11,7 @@ import torch
 
 from peer.adapters.peft_trees import share_linears
 from peer.span.loading import load_span
-from peer.span.span import (
-    Adapted,
-    Inputs,
-    Mode,
-    Span,
-)
+from peer.span.span import Adapted, Inputs, Mode, Span
 from protocol.model.checkpoint import open_checkpoint
 from tests.tools.spans import END, START
 

@@ -18,15 +18,7 @@ from protocol.errors import OutOfMemory, PeerFull
 from protocol.tensors import Limits
 from tests.tools.spans import WIDTH
 from tests.tools.swarm import ForkServer
-from tests.tools.wire import (
-    MAX_LENGTH,
-    MIB,
-    OPEN,
-    Wire,
-    forward,
-    open_wire,
-    step,
-)
+from tests.tools.wire import MAX_LENGTH, MIB, OPEN, Wire, forward, open_wire, step
 
 
 @pytest.fixture(scope="module")

@@ -27,18 +27,7 @@ from protocol.errors import (
 from protocol.tensors import Limits
 from tests.tools.spans import END, START, WIDTH
 from tests.tools.swarm import ForkServer
-from tests.tools.wire import (
-    HIDDEN,
-    MAX_LENGTH,
-    MIB,
-    OPEN,
-    TARGET,
-    Wire,
-    context,
-    forward,
-    open_wire,
-    step,
-)
+from tests.tools.wire import HIDDEN, MAX_LENGTH, MIB, OPEN, TARGET, Wire, context, forward, open_wire, step
 
 # Frames that are none. The peer says what is wrong with them, and ends the stream: it is out of step.
 

@@ -12,26 +12,10 @@ import torch
 from protocol import swarm_pb2 as pb
 from protocol.adapters import METHODS, bundle_hash
 from protocol.channel import Message
-from protocol.errors import (
-    BadAdapter,
-    BadRequest,
-    SessionLost,
-    UnknownAdapter,
-)
+from protocol.errors import BadAdapter, BadRequest, SessionLost, UnknownAdapter
 from tests.tools.spans import START
 from tests.tools.swarm import ForkServer, Peer
-from tests.tools.wire import (
-    HIDDEN,
-    MIB,
-    OPEN,
-    TARGET,
-    Wire,
-    context,
-    forward,
-    manifest,
-    open_wire,
-    put,
-)
+from tests.tools.wire import HIDDEN, MIB, OPEN, TARGET, Wire, context, forward, manifest, open_wire, put
 
 
 def options(**more: Any) -> dict[str, Any]:

@@ -13,18 +13,13 @@ from peer.kv_cache.memory import CacheMemory
 from peer.kv_cache.session import Session
 from peer.kv_cache.span_cache import SpanCache
 from peer.service.generation import read_step
-from peer.span.span import (
-    Mode,
-    Span,
-)
+from peer.span.span import Mode, Span
 from peer.start.arena_trial import arena_for
 from peer.start.joining_trial import find_joiner
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message
 from tests.tools.lora import put_lora
-from tests.tools.spans import (
-    states,
-)
+from tests.tools.spans import states
 
 
 @dataclass

@@ -15,13 +15,7 @@ from typing import Any
 import torch
 
 from tests.tools.families import build_family
-from tests.tools.methods import (
-    METHODS,
-    adapted,
-    batch_for,
-    load,
-    trainable,
-)
+from tests.tools.methods import METHODS, adapted, batch_for, load, trainable
 from tests.tools.swarm import ForkServer, Swarm, new_swarm
 
 FILE = Path(__file__).with_name("golden.json")

@@ -5,14 +5,7 @@
 
 from collections.abc import Iterator
 
-from tests.tools.methods import (
-    METHODS,
-    ROUNDED,
-    ROUNDING,
-    TARGETS,
-    TASKS,
-    refusal_of,
-)
+from tests.tools.methods import METHODS, ROUNDED, ROUNDING, TARGETS, TASKS, refusal_of
 
 _CLOSE = f"{ROUNDING:g}".replace("e-0", "e-")
 _HEAD = f"""\

@@ -18,15 +18,7 @@ from client import AutoDistributedModelForCausalLM
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
 from protocol.errors import NoRoute
-from tests.tools.arena import (
-    Arena,
-    AtToken,
-    assert_close,
-    batch,
-    one,
-    step,
-    with_adapter,
-)
+from tests.tools.arena import Arena, AtToken, assert_close, batch, one, step, with_adapter
 from tests.tools.swarm import Peer, Swarm
 
 STALL = 8.0

@@ -5,13 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.golden import (
-    CASES,
-    FILE,
-    Case,
-    machine,
-    measure,
-)
+from tests.tools.golden import CASES, FILE, Case, machine, measure
 from tests.tools.swarm import Swarm
 
 GOLDEN = json.loads(FILE.read_text())

@@ -17,27 +17,9 @@ from peer.service.handover import Mailbox
 from protocol import swarm_pb2 as pb
 from protocol.channel import PUSH_TOKEN_BYTES, Message
 from protocol.errors import BadRequest, NotPushed
-from tests.tools.arena import (
-    AtToken,
-    assert_close,
-    batch,
-    step,
-    with_adapter,
-)
-from tests.tools.swarm import (
-    ForkServer,
-    Peer,
-    Swarm,
-    new_swarm,
-)
-from tests.tools.wire import (
-    HIDDEN,
-    OPEN,
-    Wire,
-    context,
-    forward,
-    open_wire,
-)
+from tests.tools.arena import AtToken, assert_close, batch, step, with_adapter
+from tests.tools.swarm import ForkServer, Peer, Swarm, new_swarm
+from tests.tools.wire import HIDDEN, OPEN, Wire, context, forward, open_wire
 
 SPANS = ("0:2", "2:3", "3:5")
 

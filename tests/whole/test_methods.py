@@ -7,18 +7,7 @@ import peft
 import pytest
 import torch
 
-from tests.tools.methods import (
-    METHODS,
-    ROUNDED,
-    ROUNDING,
-    TARGETS,
-    TASKS,
-    adapted,
-    load,
-    logits,
-    refusal_of,
-    train,
-)
+from tests.tools.methods import METHODS, ROUNDED, ROUNDING, TARGETS, TASKS, adapted, load, logits, refusal_of, train
 from tests.tools.swarm import ForkServer, Swarm, new_swarm
 
 

@@ -18,25 +18,14 @@ from hivemind.proto import dht_pb2
 
 from bootstrap.addresses import split_peer_address
 from bootstrap.gate import Bytes
-from bootstrap.key_file import (
-    add_key,
-    create_key,
-    drop_old_keys,
-    use_newest_key,
-)
+from bootstrap.key_file import add_key, create_key, drop_old_keys, use_newest_key
 from bootstrap.member import Member, MemberOptions
 from bootstrap.seal import Refusal, refusal_in
 from bootstrap.validator import model_key
 from client import AutoDistributedModelForCausalLM
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
-from protocol.errors import (
-    NoSwarm,
-    PeerFailed,
-    PeerUnreachable,
-    SwarmError,
-    WrongKey,
-)
+from protocol.errors import NoSwarm, PeerFailed, PeerUnreachable, SwarmError, WrongKey
 from protocol.model.checkpoint import open_checkpoint
 from protocol.stream import Carrier, Stream
 from protocol.swarm_key import NO_KEY, OPEN, REFUSED

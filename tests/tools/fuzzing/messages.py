@@ -11,14 +11,7 @@ from google.protobuf.message import Message as ProtoMessage
 from protocol import swarm_pb2 as pb
 from protocol.codecs import SUPPORTED
 from protocol.tensors import encode
-from tests.tools.fuzzing.choices import (
-    FLOATS,
-    INTEGERS,
-    TEXTS,
-    Choices,
-    mutate_bytes,
-    mutate_json,
-)
+from tests.tools.fuzzing.choices import FLOATS, INTEGERS, TEXTS, Choices, mutate_bytes, mutate_json
 
 _BODIES = {field.message_type.name: field.name for field in pb.Frame.DESCRIPTOR.oneofs_by_name["body"].fields}
 _BITS = {

@@ -22,50 +22,21 @@ from bootstrap.addresses import check_announced, for_others, split_peer_address
 from bootstrap.door import parse_announced
 from bootstrap.identity import Identity, signer_of
 from bootstrap.key_file import KeyFile, create_key
-from bootstrap.seal import (
-    Nonces,
-    Refused,
-    Route,
-    SealedRequest,
-    refusal_in,
-)
+from bootstrap.seal import Nonces, Refused, Route, SealedRequest, refusal_in
 from bootstrap.storage import RecordStorage
-from bootstrap.validator import (
-    MODELS_KEY,
-    SignedRecords,
-    complaints_key,
-    model_key,
-)
+from bootstrap.validator import MODELS_KEY, SignedRecords, complaints_key, model_key
 from protocol import swarm_pb2 as pb
 from protocol.adapters import Manifest
 from protocol.channel import Channel
 from protocol.codecs import SUPPORTED
-from protocol.errors import (
-    BadAdapter,
-    BadRequest,
-    BadUsage,
-    PeerUnreachable,
-    WrongKey,
-)
-from protocol.records import (
-    Accusation,
-    Complaint,
-    Door,
-    ModelId,
-    PeerRecord,
-    Speed,
-)
+from protocol.errors import BadAdapter, BadRequest, BadUsage, PeerUnreachable, WrongKey
+from protocol.records import Accusation, Complaint, Door, ModelId, PeerRecord, Speed
 from protocol.swarm_key import SwarmKey
 from protocol.tensors import Limits, nbytes
 from protocol.transport.introduction import Credentials, identify, introduce
 from tests.tools.fuzzing.carrier import connect
 from tests.tools.fuzzing.choices import Choices, mutate_bytes, mutate_json
-from tests.tools.fuzzing.messages import (
-    build_frame,
-    mutate_fields,
-    mutate_wire,
-    to_bytes,
-)
+from tests.tools.fuzzing.messages import build_frame, mutate_fields, mutate_wire, to_bytes
 from tests.tools.fuzzing.requests import Memory, pick_request
 from tests.tools.spans import START
 from tests.tools.wire import TARGET

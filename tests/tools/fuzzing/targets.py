@@ -10,12 +10,7 @@ import psutil
 
 from tests.tools.families import build_family
 from tests.tools.fuzzing.handlers import Handlers
-from tests.tools.fuzzing.parsers import (
-    Frames,
-    Introductions,
-    Records,
-    Seals,
-)
+from tests.tools.fuzzing.parsers import Frames, Introductions, Records, Seals
 
 NAMES = ("handlers", "frames", "introductions", "records", "seal")
 _MIB = 2**20
