@@ -5,7 +5,7 @@ wait while
 
     late / in time, averaged over the passes so far  >  0.3
 
-and a moment is 0.15 of the last pass's time, at most 20 ms.
+and a moment is a share of the last pass's time, at most so many seconds.
 
 Why: clients whose steps went through together send their next ones at about the same time. If the first of these were
 run at once, the others would find the device busy, and each round would take two passes (in the spirit of anticipatory
@@ -17,13 +17,16 @@ from dataclasses import dataclass
 _KEPT = 0.7
 """How much of the average stays from pass to pass."""
 _WORTH_IT = 0.3
-_SHARE, _MOST = 0.15, 0.02
 
 
 @dataclass
 class BatchingWindow:
     """What has been learnt from the passes so far. Times are `time.monotonic`, in seconds."""
 
+    share: float
+    """How long a moment is: this share of the last pass's time,"""
+    most: float
+    """and at most so many seconds."""
     moment: float = 0.0
     """How long the next pass may wait."""
     expected: int = 0
@@ -62,4 +65,4 @@ class BatchingWindow:
 
     def ended(self, now: float) -> None:
         """The pass has ended."""
-        self.moment = min(_MOST, _SHARE * (now - self._began))
+        self.moment = min(self.most, self.share * (now - self._began))

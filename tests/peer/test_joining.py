@@ -238,9 +238,34 @@ def test_a_call_waits_a_moment_for_those_who_come_just_after(
     assert asyncio.run(use()) > least
 
 
+def test_two_rounds_become_one() -> None:
+    """Four who send while the pass of four others runs would meet these for ever at the device, each round in turn."""
+
+    async def use() -> float:
+        scheduler, riders = Scheduler(), list[int]()
+        end = time.monotonic() + 1.5
+
+        def run(items: list[int]) -> list[int]:
+            riders.append(len(items))
+            time.sleep(0.03)
+            return items
+
+        async def talk(number: int) -> None:
+            await asyncio.sleep(0.02 * (number % 2))
+            while time.monotonic() < end:
+                await scheduler.submit_batched(Priority.STEP, run, number, f"client {number}", "steps")
+                await asyncio.sleep(0.015)
+
+        await asyncio.gather(*(talk(number) for number in range(8)))
+        scheduler.close()
+        return sum(riders) / len(riders)
+
+    assert asyncio.run(use()) > 6
+
+
 def learn(streams: int, think: float) -> BatchingWindow:
     """What is learnt from streams that all think for so long, their steps taking 40 ms in calls as they come."""
-    window, now, back = BatchingWindow(), 0.0, [0.0] * streams
+    window, now, back = BatchingWindow(share=0.15, most=0.02), 0.0, [0.0] * streams
     for _ in range(30):
         now = max(now, min(back))
         until = now + (window.moment if window.pays else 0.0)
