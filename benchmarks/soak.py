@@ -40,8 +40,10 @@ from tests.tools.families import build_family
 from tests.tools.swarm import ForkServer, Peer, Swarm, new_swarm
 
 SPANS = ("0:5", "0:2", "2:5")
-REST = 7.0
-"""Seconds after which an unused membership, its p2pd and what peers kept for it are gone."""
+LINGER = 60.0
+"""Seconds within which an unused membership and its p2pd must be gone."""
+REST = 1.5
+"""Seconds until what peers kept for it is gone as well."""
 FIGURES = ("MiB", "fds", "threads")
 
 
@@ -156,8 +158,13 @@ class Soak:
 
     def run_round(self, seconds: float) -> None:
         """Load for so long, then rest, then a sample."""
+        others = _own_p2pds()
         self._load(seconds)
         gc.collect()
+        deadline = time.monotonic() + LINGER
+        while _own_p2pds() - others:
+            assert time.monotonic() < deadline, "clients that are gone have left their p2pd behind"
+            time.sleep(0.1)
         time.sleep(REST)
         gc.collect()
         self.samples.append(self._measure())
@@ -199,6 +206,12 @@ class Soak:
         sample["clients: tasks"] = len(asyncio.all_tasks(LOOP._running()))
         sample["clients: objects"] = len(gc.get_objects())
         return sample
+
+
+def _own_p2pds() -> set[int]:
+    """The process IDs of this process's own memberships."""
+    found = psutil.process_iter(["ppid", "name"])
+    return {one.pid for one in found if one.info["ppid"] == os.getpid() and one.info["name"] == "p2pd"}
 
 
 def _figures(name: str, process: Peer) -> dict[str, float]:
