@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from client.certify.boundaries import Boundaries
 from client.certify.certificate import Certificate, Effect, Extent
-from client.tokenizer import load_tokenizer
+from client.tokenizer import load_tokenizer, vocabulary_size
 from client.tune.data.encode import Encoder
 from client.tune.data.files import read_rows
 from client.tune.data.formats import Converter
@@ -39,7 +39,7 @@ def measure(
     `data`: a file as for `peer tune`. Raises `BadUsage`, `UnsupportedModel`.
     """
     checkpoint = open_checkpoint(model, revision)
-    rows = _read_text(load_tokenizer(model, revision), data)
+    rows = _read_text(load_tokenizer(model, revision), data, vocabulary_size(checkpoint.config))
     checkpoint.state_dict(lambda _: True)  # says what is wrong with the files, which Transformers does in many ways
     local = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype).eval()
     boundaries = Boundaries(local, extent.spans)
@@ -60,9 +60,9 @@ def measure(
     return Certificate(model, name, measured, perplexity, loss, tuple(effects))
 
 
-def _read_text(tokenizer: Any, path: Path) -> torch.Tensor:
+def _read_text(tokenizer: Any, path: Path, vocabulary: int) -> torch.Tensor:
     """The file's records one after the other, in rows of equal length: (rows, tokens)."""
-    encoder, convert = Encoder(tokenizer, 2**31 - 1, train_on="all"), Converter("auto", {})
+    encoder, convert = Encoder(tokenizer, 2**31 - 1, vocabulary=vocabulary), Converter("auto", {})
     examples = (example for row in read_rows([path]) for example in encoder.encode(convert(row), row.place))
     ids = torch.cat([example.ids for example in examples]).long()
     if len(ids) < _WINDOW:

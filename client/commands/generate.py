@@ -22,18 +22,25 @@ def generate(
     seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="For sampling.")] = None,
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter: a folder or hub name.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of what this machine holds; default: the checkpoint's.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Revision of a hub model; default: the one that the adapter was trained on.")
+    ] = None,
 ) -> None:
     """Generate text through a swarm, streamed as it comes."""
     addresses = need_initial_peers(initial_peers)
     import torch
     from transformers import TextStreamer
 
-    from client.tokenizer import encode_prompt, load_tokenizer
+    from client.tokenizer import encode_prompt, load_adapted_tokenizer, load_tokenizer, vocabulary_size
+    from protocol.model.checkpoint import open_checkpoint
 
-    tokenizer = load_tokenizer(model, revision)
+    if adapter is None:
+        tokenizer = load_tokenizer(model, revision)
+    else:
+        revision = _revision(model, revision, adapter)
+        tokenizer = load_adapted_tokenizer(adapter, model, revision)
+    inputs = encode_prompt(tokenizer, prompt, chat, vocabulary_size(open_checkpoint(model, revision).config))
     swarm_model = _load_model(model, addresses, swarm_key, dtype=dtype, revision=revision, adapter=adapter)
-    inputs = encode_prompt(tokenizer, prompt, chat)
     if seed is not None:
         torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -42,6 +49,24 @@ def generate(
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.no_grad():
         swarm_model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=streamer)
+
+
+def _revision(model: str, revision: str | None, adapter: str) -> str | None:
+    """The revision of the model to put the adapter on; says on stderr what the adapter says otherwise."""
+    from client.merge.adapter import CONFIG_FILE
+    from client.merge.base import read_json
+    from client.merge.origin import choose_revision
+    from protocol.model.checkpoint import find_file
+
+    file = find_file(adapter, CONFIG_FILE)
+    try:
+        described = {} if file is None else read_json(file, "a PEFT adapter folder")
+    except BadUsage:
+        described = {}  # PEFT will say what is wrong with it
+    chosen, notes = choose_revision(described, model, revision)
+    for note in notes:
+        typer.echo(note, err=True)
+    return chosen
 
 
 def _load_model(

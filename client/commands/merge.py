@@ -8,10 +8,14 @@ import typer
 
 def merge(
     adapter: Annotated[str, typer.Argument(help="A PEFT adapter: a folder or hub name.")],
-    base: Annotated[str, typer.Option(help="The model it was trained on: a folder or hub name.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the merged model goes.")],
+    base: Annotated[
+        str | None, typer.Option(help="A folder or hub name; default: the model that the adapter was trained on.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: as the base is stored.")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub base.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Revision of a hub base; default: the one that the adapter was trained on.")
+    ] = None,
 ) -> None:
     """Merge an adapter into its base model, block by block, in bounded memory."""
     from client.merge.run import merge_adapter

@@ -54,7 +54,7 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
     from rich.console import Console
 
     from client.auto import AutoDistributedModelForCausalLM
-    from client.tokenizer import load_tokenizer
+    from client.tokenizer import load_tokenizer, vocabulary_size
     from client.tune.description.config import load_config
     from client.tune.errors import ConfigError
     from client.tune.running.dataset import prepare
@@ -67,7 +67,8 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
         raise ConfigError("initial_peers is empty; give the address of a member, which `peer serve` prints when ready")
     check_output(config, resume)
     tokenizer = load_tokenizer(config.model, config.revision)
-    prepared = prepare(config, tokenizer, context_length(open_checkpoint(config.model, config.revision).config))
+    described = open_checkpoint(config.model, config.revision).config
+    prepared = prepare(config, tokenizer, context_length(described), vocabulary_size(described))
     model = AutoDistributedModelForCausalLM.from_pretrained(
         config.model,
         revision=config.revision,

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from protocol.model.checkpoint import open_checkpoint
 from protocol.records import PeerRecord
 from protocol.tensors import Limits
 from tests.tools.command import Command
+from tests.tools.hub import keep_revisions
 from tests.tools.swarm import ForkServer, Swarm, new_swarm
 
 ROOT = Path(__file__).parents[2]
@@ -363,6 +365,36 @@ def test_generate_with_an_adapter_and_by_chance(spoken: Swarm, llama: Path, comm
     assert adapted != local_text(llama).split()
     sampled = [command(*ask, "--temperature", "1.5", "--seed", seed).stdout for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_generate_with_an_adapter_and_what_it_was_trained_with(
+    spoken: Swarm, llama: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its revision of the base, which the swarm serves, and its tokenizer with its chat template."""
+    main, adapter = shutil.copytree(llama, tmp_path / "main"), tmp_path / "adapter"
+    other = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    other.get_output_embeddings().weight.data.neg_()
+    other.save_pretrained(main, max_shard_size="60KB")
+    keep_revisions(tmp_path / "hub", "acme/llama", {"main": main, "dev": llama}, monkeypatch)
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, lora_alpha=64)
+    peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(llama), config).save_pretrained(adapter)
+    described = json.loads((adapter / "adapter_config.json").read_text())
+    described |= {"base_model_name_or_path": "acme/llama", "revision": "dev"}
+    (adapter / "adapter_config.json").write_text(json.dumps(described))
+    ask = ["--adapter", adapter, "--max-new-tokens", "15", "--initial-peers", spoken.initial_peers[0]]
+    told = command("generate", "acme/llama", PROMPT, *ask)
+    assert (told.code, told.stderr) == (0, ""), told
+    assert told.stdout.split() == local_text(llama, adapter).split()
+    assert "has no chat template" in command("generate", "acme/llama", PROMPT, "--chat", *ask).refusal()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(adapter)
+    asked = command("generate", llama, PROMPT, "--chat", *ask)
+    assert asked.stdout.split() == local_text(llama, adapter).split()
+    assert asked.stderr == "Note that the adapter was trained on revision dev of acme/llama; expected that in " + (
+        f"{llama}.\n"
+    )
 
 
 def test_every_command_explains_itself(command: Command) -> None:

@@ -40,9 +40,9 @@ MAY_IMPORT: dict[str, str] = {
     "bootstrap protocol/*",
     "client": "client/model client/swarm protocol/*",
     "client/tune": "protocol/*",
-    "client/tune/data": "client/tune protocol/*",
+    "client/tune/data": "client/tune client protocol/*",
     "client/tune/description": "client/tune/data client/tune client/swarm protocol/*",
-    "client/tune/running": "client/tune/description client/tune/data client/tune protocol/*",
+    "client/tune/running": "client/tune/description client/tune/data client/tune client protocol/*",
     "client/merge": "protocol/*",
     "client/certify": "client/tune/data client protocol/*",
     "client/commands": "client/certify client/merge client/tune/* client client/model client/swarm bootstrap "

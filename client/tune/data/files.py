@@ -121,9 +121,16 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(_PARQUET_BATCH):
                 for fields in batch.to_pylist():
                     number += 1
-                    yield Row(f"{path}: record {number}", fields)
+                    yield Row(f"{path}: record {number}", {name: _given(value) for name, value in fields.items()})
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _given(value: Any) -> Any:
+    """`value` without the nulls of its objects: Parquet gives every object of a column the keys of all of them."""
+    if isinstance(value, dict):
+        return {key: _given(held) for key, held in value.items() if held is not None}
+    return [_given(held) for held in value] if isinstance(value, list) else value
 
 
 def _read_text(path: Path) -> Iterator[Row]:

@@ -143,9 +143,19 @@ class TuneConfig(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word, and stumbles over a date or number that there can't be;
-    here both are errors like any other of its own.
+    """PyYAML keeps the last of two equal keys without a word, stumbles over a date or number that there can't be, and
+    leaves the two halves of a character apart that JSON's escapes write; here the halves are joined, and the rest are
+    errors like any other of its own.
     """
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
+        text = str(super().construct_scalar(node))
+        try:
+            return text.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError as error:
+            raise yaml.MarkedYAMLError(
+                problem=f"{text!r} holds half a character", problem_mark=node.start_mark
+            ) from error
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -214,7 +224,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not valid YAML") from error
+        raise ConfigError(f"{override!r}: the value is not valid YAML{_yaml_place(error)}") from error
     for key in keys[:-1]:
         values = values.setdefault(key, {})
         if not isinstance(values, dict):

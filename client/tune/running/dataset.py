@@ -49,7 +49,7 @@ class Prepared:
     """What a run learns from and is measured on.
 
     `records` and `validation_records` count records as read, without the `dropped` ones; `prompts` are the token ids
-    [length] of the samples.
+    [length] of the samples; `notes` say, for the plan, what of the data is read otherwise than it stands there.
     """
 
     train: Rows
@@ -59,6 +59,7 @@ class Prepared:
     dropped: int
     prompts: tuple[Tensor, ...]
     max_length: int
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 class Collator:
@@ -94,20 +95,24 @@ def _positions(row: BatchRow, width: int) -> Tensor:
     return torch.cat([torch.arange(length) for length in (*lengths, width - sum(lengths))])
 
 
-def prepare(config: TuneConfig, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Prepared:
+def prepare(
+    config: TuneConfig, tokenizer: PreTrainedTokenizerBase, context: int | None, vocabulary: int | None = None
+) -> Prepared:
     """Reads and encodes the data of a run. Needs the model's tokenizer, not the model.
 
     Args:
         config: the run.
         tokenizer: the model's.
         context: how many tokens the model reads (`max_position_embeddings`), None where it sets no limit.
+        vocabulary: rows of the model's table of embeddings; None: not known, and tokens are not checked against it.
 
     Raises:
         ConfigError: data.max_length exceeds the context.
-        DataError: a file can't be used, or nothing is left to learn from or to validate on.
+        DataError: a file can't be used or has tokens that the model lacks, or nothing is left to learn from or to
+            validate on.
     """
     data, max_length = config.data, config.max_length(context)
-    encoder = Encoder(tokenizer, max_length, data.train_on, data.too_long, data.system)
+    encoder = Encoder(tokenizer, max_length, data.train_on, data.too_long, data.system, vocabulary)
     groups, as_chat = _encode(data.path, config, encoder)
     if isinstance(data.validation, Path):
         held_out, _ = _encode([data.validation], config, encoder)
@@ -122,12 +127,13 @@ def prepare(config: TuneConfig, tokenizer: PreTrainedTokenizerBase, context: int
         dropped=encoder.dropped,
         prompts=_prompts(config, encoder, held_out or groups, as_chat),
         max_length=max_length,
+        notes=encoder.notes.lines(),
     )
 
 
 def _encode(paths: Sequence[Path], config: TuneConfig, encoder: Encoder) -> tuple[list[list[Example]], bool]:
     """Each record's examples, and whether the records are conversations. A text file's windows count as records."""
-    convert = Converter(config.data.format, config.data.columns)
+    convert = Converter(config.data.format, config.data.columns, encoder.notes)
     groups: list[list[Example]] = []
     record: Record | None = None
     for row in read_rows(paths):

@@ -17,7 +17,8 @@ class Plan:
     """The size of a run. Tokens are counted over one pass through the data, without padding.
 
     `rows`: sequences as the model sees them (packed: several records in one). `tokens_per_step`: the mean.
-    `widest_batch`: (rows, tokens per row) of the largest micro-batch there can be.
+    `widest_batch`: (rows, tokens per row) of the largest micro-batch there can be. `notes`: what of the data is read
+    otherwise than it stands there, or not at all, a line for each kind.
     """
 
     model: str
@@ -35,12 +36,13 @@ class Plan:
     epochs: float
     tokens_per_step: float
     widest_batch: tuple[int, int]
+    notes: tuple[ExtraRow, ...] = ()
     extra: tuple[ExtraRow, ...] = ()
 
     def table(self) -> Table:
         """The plan as a table of two columns, the caller's extra rows last."""
         table = Table(title=f"{self.method} on {self.model}", title_justify="left", show_header=False, box=None)
-        for name, value in (*self._lines(), *self.extra):
+        for name, value in (*self._lines(), *self.notes, *self.extra):
             table.add_row(name, value)
         return table
 
@@ -94,6 +96,7 @@ def make_plan(
         epochs=steps / per_epoch,
         tokens_per_step=sum(lengths) / per_epoch,
         widest_batch=(min(trainer.batch_size, len(rows)), max(lengths)),
+        notes=prepared.notes,
         extra=tuple(extra),
     )
 

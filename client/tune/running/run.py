@@ -2,7 +2,7 @@
 
 config = load_config(Path("tune.yaml"))
 check_output(config, resume)
-prepared = prepare(config, tokenizer, context_length(model_config))
+prepared = prepare(config, tokenizer, context_length(model_config), vocabulary_size(model_config))
 run = TuneRun(config, model, tokenizer, prepared, resume=resume)
 console.print(run.plan(extra=[("peers", "3")]))
 result = run.train(console)
@@ -20,6 +20,7 @@ from rich.console import Console
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from client.tokenizer import vocabulary_size
 from client.tune.data.packing import check_packing
 from client.tune.description.config import TuneConfig
 from client.tune.description.peft_methods import attach, peft_config
@@ -198,9 +199,14 @@ class TuneRun:
             args=args,
             train_dataset=data.train,
             eval_dataset=data.validation,
-            data_collator=Collator(config.data.packing, self._tokenizer.pad_token_id or 0),
+            data_collator=Collator(config.data.packing, self._pad()),
             callbacks=callbacks,
         )
+
+    def _pad(self) -> int:
+        """The tokenizer's, unless the model has no embedding for it: any id that can be looked up will do."""
+        pad = self._tokenizer.pad_token_id
+        return pad if pad is not None and pad < vocabulary_size(self.model.config) else 0
 
     def _tensorboard(self) -> TensorBoardCallback:
         from torch.utils.tensorboard import SummaryWriter

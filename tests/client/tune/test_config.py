@@ -112,6 +112,11 @@ def test_no_section_takes_an_unknown_key(tmp_path: Path, section: str) -> None:
     assert f"{section}: unknown key 'zzz'; known are" in sentence(tmp_path, {**MINIMAL, section: unknown})
 
 
+def test_a_character_in_two_halves_is_one(tmp_path: Path) -> None:
+    """As `json.dumps` writes it, and JSON is YAML."""
+    assert load_config(write(tmp_path, json.dumps({**MINIMAL, "output": "😀"}))).output == Path("😀")
+
+
 def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
     text = sentence(tmp_path, {**MINIMAL, "trainer": {"stps": 3, "seed": -1}})
     assert "'stps'" in text
@@ -126,6 +131,7 @@ def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
         ("output: o\nmodel: {{MODEL}}\n", "is not valid YAML on line 2: found unhashable key"),
         ("? [a]\n: b\n", "is not valid YAML on line 1: found unhashable key"),
         ("model: m\nd: 2024-99-99\n", "is not valid YAML on line 2: '2024-99-99' is no value"),
+        ('model: m\noutput: "hi \\ud83d"\n', "is not valid YAML on line 2: 'hi \\ud83d' holds half a character"),
         ("model: !!bool maybe\n", "is not valid YAML on line 1: 'maybe' is no value"),
         ("just words", "must hold keys and values"),
         ("", "must hold keys and values"),
@@ -140,6 +146,10 @@ def test_a_file_that_is_no_description(tmp_path: Path, text: str, expected: str)
     [
         ("steps", "'steps' is not an override; write it as section.key=value"),
         ("trainer..steps=1", "'trainer..steps=1' is not an override"),
+        (
+            'data.system="\\ude00"',
+            """'data.system="\\\\ude00"': the value is not valid YAML on line 1: '\\ude00' holds half a""",
+        ),
         ("trainer.steps=[", "'trainer.steps=[': the value is not valid YAML"),
         ("trainer.seed=2024-99-99", "'trainer.seed=2024-99-99': the value is not valid YAML"),
         ("trainer.seed={{SEED}}", "'trainer.seed={{SEED}}': the value is not valid YAML"),

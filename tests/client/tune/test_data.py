@@ -9,6 +9,7 @@ import pytest
 
 from client.tune.data.files import Row, read_rows
 from client.tune.data.formats import Completion, Conversation, Converter, Record, Text
+from client.tune.data.notes import Notes
 from client.tune.errors import DataError
 
 RECORDS = [{"instruction": "a", "output": "b"}, {"instruction": "ü\nc", "output": "d, e"}]
@@ -92,6 +93,14 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     assert failure(tmp_path / "d.json") == "can't be read: Is a directory"
 
 
+def test_parquet_has_no_keys_that_a_record_did_not_have(tmp_path: Path) -> None:
+    """It gives every object of a column the keys of all of them, with nulls."""
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    records = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [{"id": "1"}]}]}]
+    parquet.write_table(arrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    assert fields(tmp_path / "a.parquet") == records
+
+
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert failure(save(tmp_path, "a.parquet", "")).startswith("reading Parquet needs the package pyarrow")
@@ -107,7 +116,15 @@ def convert(values: dict[str, Any], name: Any = "auto", columns: dict[str, str] 
 def turns(values: dict[str, Any], **keywords: Any) -> list[tuple[str, str, bool]]:
     record = convert(values, **keywords)
     assert isinstance(record, Conversation)
-    return [(turn.role, turn.content, turn.learned) for turn in record.turns]
+    return [(turn.role, turn.text, turn.learned) for turn in record.turns]
+
+
+def noted(*records: dict[str, Any]) -> dict[str, str]:
+    notes = Notes()
+    converter = Converter("auto", {}, notes)
+    for values in records:
+        converter(Row("place", values))
+    return dict(notes.lines())
 
 
 ASKED = [("user", "q", False), ("assistant", "a", True)]
@@ -181,11 +198,39 @@ def test_the_first_record_settles_the_format() -> None:
         ({"messages": "hello"}, "place: 'messages' must be a list, not str"),
         ({"messages": []}, "place has no message of the assistant"),
         ({"messages": [{"role": "user", "content": "q"}]}, "place has no message of the assistant"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "place begins with a message of the assistant"),
         ({"messages": [{"role": "assistant", "content": ""}]}, "place has an empty answer (a message of 'assistant')"),
-        ({"messages": [{"role": "robot", "content": "a"}]}, "place: unknown role 'robot'; known are system, user,"),
+        (
+            {"messages": [{"role": "robot", "content": "a"}]},
+            "place: unknown role 'robot'; known are system, developer, user,",
+        ),
         ({"messages": [{"role": ["x"], "content": "a"}]}, "place: unknown role ['x']"),
-        ({"messages": [{"role": "user", "content": [1]}]}, "place: the content of a message must be text, not list"),
+        ({"messages": [{"role": "user", "content": [1]}]}, "place: a part of a message must be text, "),
+        ({"messages": [{"role": "user", "content": 1}]}, "place: the content of a message must be text, not int"),
+        ({"messages": [{"role": "user", "content": None}]}, "place: the content of a message must be text, not NoneT"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "place: the content of a message must be text, not"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": []}]}, "place has an empty answer"),
+        ({"messages": [{"role": "assistant", "tool_calls": "f()"}]}, "place: 'tool_calls' of a message must be a list"),
+        ({"messages": [{"from": "function_call", "value": "f(1)"}]}, "place: a message of 'function_call' must hold J"),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]},
+            "place: 'weight' of a message must be 0",
+        ),
+        ({"messages": [{"role": "assistant", "content": "a", "train": "no"}]}, "place: 'train' of a message must be 0"),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "train_detail": [1]}]},
+            "place: 'train_detail' learns par",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "weight": 0}]},
+            "place learns no message, by its own mark",
+        ),
+        ({"messages": [], "tools": "nonsense"}, "place has no message of the assistant"),
+        ({"instruction": "q", "output": "a", "tools": "nonsense"}, "place: 'tools' is not valid JSON: Expecting value"),
+        (
+            {"instruction": "q", "output": "a", "tools": "[" * 100_000},
+            "place: 'tools' is not valid JSON: maximum recurs",
+        ),
+        ({"instruction": "q", "output": "a", "tools": ["f"]}, "place: 'tools' must be a list of JSON schemas"),
         ({"messages": ["hi"]}, "place: a message must have 'role' and 'content', or 'from' and 'value'"),
         ({"messages": [{"role": "user"}]}, "place: a message must have 'role' and 'content'"),
         ({"prompt": "p", "completion": [{"role": "assistant", "content": "a"}]}, "place: 'prompt' must be a list"),
@@ -200,3 +245,102 @@ def test_a_wrong_record_is_one_sentence(values: dict[str, Any], expected: str) -
 def test_a_format_that_was_asked_for_is_checked() -> None:
     with pytest.raises(DataError, match="place has the columns 'text'; known are alpaca"):
         convert({"text": "t"}, name="alpaca")
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+SPOKEN_CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+
+
+def test_a_message_keeps_all_its_keys() -> None:
+    """Arguments as OpenAI writes them, a JSON text, are the object that templates expect."""
+    said = [
+        {"role": "user", "content": "q", "name": "Eve"},
+        {"role": "assistant", "content": None, "tool_calls": [SPOKEN_CALL], "reasoning_content": "hm", "refusal": None},
+        {"role": "tool", "content": "5", "tool_call_id": "1"},
+        {"role": "assistant", "content": "a"},
+    ]
+    record = convert({"messages": said, "tools": [{"name": "add"}]})
+    assert isinstance(record, Conversation)
+    assert [dict(turn.more) for turn in record.turns] == [
+        {"name": "Eve"}, {"tool_calls": [CALL], "reasoning_content": "hm"}, {"tool_call_id": "1"}, {}
+    ]  # fmt: skip
+    assert [turn.content for turn in record.turns] == ["q", None, "5", "a"]
+    assert record.tools == [{"name": "add"}]
+    assert convert({"messages": said, "tools": '[{"name": "add"}]'}) == record
+    for nothing in (None, "", "[]", []):
+        assert convert({"messages": said, "tools": nothing}).tools is None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
+        {"from": "function-call", "value": '[{"name": "add", "arguments": "{\\"a\\": 2}"}]'},
+        {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 2}'}},
+        {"role": "assistant", "tool_calls": [SPOKEN_CALL]},
+    ],
+)
+def test_every_spelling_of_a_tool_call(message: dict[str, Any]) -> None:
+    record = convert({"messages": [{"role": "user", "content": "q"}, message]})
+    assert isinstance(record, Conversation)
+    assert (record.turns[1].role, record.turns[1].text, record.turns[1].learned) == ("assistant", "", True)
+    assert record.turns[1].more == {"tool_calls": [CALL]}
+
+
+def test_roles_as_people_write_them() -> None:
+    said = [("System ", "s"), ("User", "q"), ("chatgpt", "a"), ("function", "5"), ("Bot", "b"), ("developer", "d")]
+    values = {"conversations": [{"from": who, "value": what} for who, what in said]}
+    assert [turn[0] for turn in turns(values)] == ["system", "user", "assistant", "tool", "assistant", "developer"]
+    assert noted(values, values) == {
+        "roles": "'System ' read as system (2), 'User' read as user (2), 'chatgpt' read as assistant (2),"
+        " 'function' read as tool (2), 'Bot' read as assistant (2)"
+    }
+    assert noted({"messages": TWO}) == {}
+
+
+TWO = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def test_an_assistant_who_begins_is_noted() -> None:
+    said = [{"role": "assistant", "content": "hello"}, *TWO]
+    assert turns({"messages": said}) == [("assistant", "hello", True), *ASKED]
+    assert noted({"messages": said}, {"messages": TWO}) == {"conversations": "begin with the assistant (1)"}
+
+
+@pytest.mark.parametrize(
+    ("marks", "learned"),
+    [
+        ([{}, {}], [False, True]),
+        ([{}, {"weight": 1}], [False, True]),
+        ([{"weight": 1}, {"train": None}], [False, True]),  # OpenAI's weight makes no answer of a question
+        ([{"train": True}, {"weight": 0}], [True, False]),  # Axolotl's mark does
+        ([{"training": True}, {"train": False}], [True, False]),
+        ([{"loss": 1}, {"loss_weight": 0.0}], [True, False]),
+        ([{"train": True}, {"train": True, "weight": 0}], [True, False]),
+    ],
+)
+def test_what_a_message_says_of_the_loss(marks: list[dict[str, Any]], learned: list[bool]) -> None:
+    said = [{**message, **mark} for message, mark in zip(TWO, marks, strict=True)]
+    record = convert({"messages": said})
+    assert isinstance(record, Conversation)
+    assert [turn.learned for turn in record.turns] == learned
+    assert not any(turn.more for turn in record.turns)
+
+
+def test_a_system_message_alone_can_be_learned() -> None:
+    assert turns({"messages": [{"role": "system", "content": "s", "train": True}]}) == [("system", "s", True)]
+
+
+def test_an_answer_that_is_not_learned_may_be_empty() -> None:
+    said = [TWO[0], {"role": "assistant", "content": "", "weight": 0}, *TWO]
+    assert [turn[2] for turn in turns({"messages": said})] == [False, False, False, True]
+
+
+def test_columns_that_are_not_read_are_noted() -> None:
+    assert noted(
+        {"messages": TWO, "id": 7, "source": None, "label": False}, {"messages": TWO, "id": 8, "tags": []}
+    ) == {"not read": "the column 'id' (2), the column 'label' (1)"}
+    assert noted({"prompt": "p", "completion": "c", "tools": "[]"}) == {"not read": "the column 'tools' (1)"}
+    many = noted({"text": "t", **{f"c{index}": 1 for index in range(9)}})["not read"]
+    assert many.count("the column") == 6
+    assert many.endswith(", and 3 more")

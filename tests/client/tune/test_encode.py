@@ -1,5 +1,6 @@
 """Records to token ids and labels: what the loss counts, to the character (in these tests a token is a byte)."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -176,6 +177,228 @@ def test_a_text_file_is_cut_in_windows() -> None:
 def test_a_conversation_that_the_template_refuses() -> None:
     with pytest.raises(DataError, match="place: the model's chat template refuses this conversation: only users may"):
         encode(ALPACA, REFUSING)
+
+
+# ---- what a chat template shows
+
+FULL = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m['content'] }}"
+    "{% for call in m.tool_calls or [] %}"
+    "<call>{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% for part in m['content'] %}{{ part.text }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
+WITH_TOOLS = {
+    "messages": [
+        {"role": "developer", "content": "rule"},
+        {"role": "user", "content": "q"},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "hm",
+            "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}],
+        },
+        {"role": "tool", "content": "5"},
+        {"role": "assistant", "content": "five"},
+    ],
+    "tools": TOOLS,
+}
+
+
+def encode_noting(values: dict[str, Any], template: str | None, **options: Any) -> tuple[list[Example], dict[str, str]]:
+    encoder = Encoder(byte_tokenizer(template), **{"max_length": 900, **options})
+    examples = encoder.encode(Converter("auto", {}, encoder.notes)(Row("place", values)), "place")
+    return examples, dict(encoder.notes.lines())
+
+
+def test_the_template_gets_the_whole_message_and_the_tools() -> None:
+    """The same ids as Transformers makes of the same record."""
+    template = FULL + "{# developer #}"
+    (example,), notes = encode_noting(WITH_TOOLS, template)
+    theirs = byte_tokenizer(template).apply_chat_template(WITH_TOOLS["messages"], tools=TOOLS, return_dict=True)
+    assert example.ids.tolist() == theirs["input_ids"]
+    assert show(example)[1] == '|<think>hm</think><call>add{"a": 2}<|im_end|>|five<|im_end|>|'
+    assert notes == {}
+
+
+@pytest.mark.parametrize(
+    ("family", "learned"),
+    [
+        (
+            "qwen3",
+            [
+                '|<think>\nhm\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call><|im_end|>|'
+                "<think>\n\n</think>\n\nfive<|im_end|>|"
+            ],
+        ),
+        ("llama3_1", ['|{"name": "add", "parameters": {"a": 2}}<|eot_id|>|five<|eot_id|>']),
+        (
+            "gptoss",  # drops the thinking when the last answer has come
+            [
+                "|<|channel|>analysis<|message|>hm<|end|><|start|>assistant to=functions.add<|channel|>commentary json"
+                '<|message|>{"a": 2}<|call|>',
+                "|<|channel|>final<|message|>five<|return|>",
+            ],
+        ),
+    ],
+)
+def test_tool_calls_in_the_templates_of_models(family: str, learned: list[str]) -> None:
+    """As they come with TRL."""
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    tokenizer = byte_tokenizer((folder / f"{family}.jinja").read_text())
+    tokenizer.bos_token = "<eos>"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<|eot_id|>", "<|call|>", "<|return|>"]})
+    record = Converter("auto", {})(Row("place", WITH_TOOLS))
+    examples = Encoder(tokenizer, max_length=9000).encode(record, "place")
+    assert [show(example, tokenizer)[1] for example in examples] == learned
+
+
+def test_what_the_template_does_not_show_is_noted() -> None:
+    values = {**WITH_TOOLS, "messages": [{**message, "mood": "gay"} for message in WITH_TOOLS["messages"]]}
+    (example,), notes = encode_noting(values, byte_tokenizer().chat_template)
+    assert show(example)[0].startswith("<|im_start|>system\nrule<|im_end|>")
+    assert notes.pop("roles") == "'developer' read as system (1)"
+    assert notes == {"not shown by the template": "'mood' (1), 'reasoning_content' (1), 'tool_calls' (1), 'tools' (1)"}
+    assert sorted(encode_noting(WITH_TOOLS, None)[1]) == ["not shown by the template", "roles"]
+
+
+@pytest.mark.parametrize("template", [None, byte_tokenizer().chat_template, PARTS])
+def test_content_in_parts_is_what_it_is_as_text(template: str | None) -> None:
+    """Whichever of the two the template can show."""
+    said = [
+        {**message, "content": [{"type": "text", "text": letter} for letter in message["content"]]}
+        for message in TWO_TURNS["messages"]
+    ]
+    (parts,), notes = encode_noting({"messages": said}, template)
+    (text,), _ = encode_noting(TWO_TURNS, template)
+    assert show(parts) == show(text)
+    assert show(text) == show(encode(TWO_TURNS, template and byte_tokenizer().chat_template)[0])
+    assert notes == {}
+
+
+def test_a_template_that_understands_both_gets_what_the_record_has() -> None:
+    both = PARTS.replace(
+        "{% for part", "{% if m['content'] is string %}{{ m['content'] }}{% else %}[{% for part"
+    ).replace("{% endfor %}<|im_end|>", "{% endfor %}]{% endif %}<|im_end|>")
+    said = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in TWO_TURNS["messages"]]
+    assert show(encode({"messages": said}, both)[0])[1] == "|[a1]<|im_end|>|[a2]<|im_end|>|"
+    assert show(encode(TWO_TURNS, both)[0])[1] == "|a1<|im_end|>|a2<|im_end|>|"
+
+
+@pytest.mark.parametrize("template", [None, byte_tokenizer().chat_template, FULL])
+def test_an_assistant_who_begins_is_learned_from_its_first_word(template: str | None) -> None:
+    end = "<|im_end|>" if template else "<eos>"
+    values = {"messages": [{"role": "assistant", "content": "0 hello"}, *TWO_TURNS["messages"]]}
+    (example,) = encode(values, template)
+    assert show(example)[1] == f"|0 hello{end}|a1{end}|a2{end}|".removesuffix("" if template else "|")
+
+
+def test_messages_that_a_record_takes_out_of_the_loss() -> None:
+    said = [dict(message) for message in TWO_TURNS["messages"]]
+    said[1]["weight"], said[2]["train"] = 0, True
+    for template, end in ((byte_tokenizer().chat_template, "<|im_end|>"), (REWRITING, "<|im_end|>")):
+        examples = encode({"messages": said}, template)
+        assert "".join(show(example)[1] for example in examples).replace("<think></think>", "").replace("||", "|") == (
+            f"|q2{end}|a2{end}|"
+        )
+    with pytest.raises(DataError, match=r"place takes a message out of the loss, and data\.train_on: all counts"):
+        encode({"messages": said}, None, train_on="all")
+
+
+def test_a_template_that_fails_on_a_record() -> None:
+    """With whatever error its expressions make."""
+    (example,) = encode(TWO_TURNS, "{% for m in messages %}{{ m.content + m.get('name', '') }}<|im_end|>{% endfor %}")
+    assert "a1" in show(example)[0]
+    for template in ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "{{ messages[0].name.strip() }}"):
+        with pytest.raises(DataError, match="place: the model's chat template refuses this conversation: "):
+            encode(TWO_TURNS, template)
+
+
+def test_a_tokenizer_with_several_chat_templates() -> None:
+    tokenizer = byte_tokenizer()
+    plain = tokenizer.chat_template
+    tokenizer.chat_template = {"default": plain, "tool_use": FULL}
+    record = Converter("auto", {})(Row("place", WITH_TOOLS))
+    assert "<call>add" in show(Encoder(tokenizer, max_length=900).encode(record, "place")[0])[1]
+    tokenizer.chat_template = {"one": plain, "other": FULL}
+    with pytest.raises(ConfigError, match="has several chat templates and no default: one, other"):
+        Encoder(tokenizer, max_length=900)
+
+
+def test_rows_that_learn_next_to_nothing_are_noted() -> None:
+    blind = byte_tokenizer().chat_template.replace("m['content']", "m['words']")
+    (example,), notes = encode_noting(TWO_TURNS, blind)
+    assert show(example)[1] == "|<|im_end|>|<|im_end|>|"
+    assert notes == {
+        "warning": "records with one token an answer or less in the loss: look whether the chat template shows them (1)"
+    }
+    assert encode_noting({"prompt": "p", "completion": "c"}, None)[1] == {}
+
+
+# ---- text and tokens
+
+
+def begun(add_eos: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts <eos> before each text, and (`add_eos`) <pad> behind it."""
+    fast = byte_tokenizer()
+    fast.bos_token, fast.eos_token = "<eos>", "<pad>"
+    ends = [("<eos>", fast.bos_token_id), ("<pad>", fast.eos_token_id)]
+    template = "<eos> $A <pad>" if add_eos else "<eos> $A"
+    fast.backend_tokenizer.post_processor = processors.Sequence(
+        [processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing(single=template, special_tokens=ends)]
+    )
+    return fast
+
+
+@pytest.mark.parametrize("add_eos", [False, True])
+def test_special_tokens_that_a_text_brings_are_not_added_again(add_eos: bool) -> None:
+    tokenizer = begun(add_eos)
+    for values in (
+        {"prompt": "p", "completion": "cd"},
+        {"prompt": "<eos>p", "completion": "cd"},
+        {"prompt": "<eos>p", "completion": "cd<pad>"},
+    ):
+        record = Converter("auto", {})(Row("place", values))
+        (example,) = Encoder(tokenizer, max_length=50).encode(record, "place")
+        assert show(example, tokenizer) == ("<eos>pcd<pad>", "|cd<pad>")
+        assert example.prompt == 2
+    twice = Converter("auto", {})(Row("place", {"text": "<eos><eos>p"}))
+    assert show(Encoder(byte_tokenizer(), max_length=50).encode(twice, "place")[0])[0] == "<eos><eos>p<eos>"
+
+
+def test_half_a_character() -> None:
+    expected = (
+        r"place holds half a character \('\\ud83d'\), as text that was cut within an emoji does; mend or remove it"
+    )
+    for values in (
+        {"text": "hi \ud83d"},
+        {"messages": [{"role": "user", "content": "\ud83d"}, TWO_TURNS["messages"][1]]},
+    ):
+        for template in (byte_tokenizer().chat_template, None):
+            with pytest.raises(DataError, match=expected):
+                encode(values, template)
+    with pytest.raises(DataError, match=r"samples\.prompts holds half a character"):
+        Encoder(byte_tokenizer(), max_length=9).question("\udc00", as_chat=False)
+
+
+def test_a_token_that_the_model_has_no_embedding_for() -> None:
+    expected = (
+        r"holds the token '<\|im_end\|>' with the id 259, and the model has embeddings for ids up to 258; use the"
+    )
+    assert encode(ALPACA, byte_tokenizer().chat_template, vocabulary=260)
+    with pytest.raises(DataError, match=f"place {expected}"):
+        encode(ALPACA, byte_tokenizer().chat_template, vocabulary=259)
+    with pytest.raises(DataError, match=rf"samples\.prompts {expected}"):
+        Encoder(byte_tokenizer(), max_length=9, vocabulary=259).question("<|im_end|>", as_chat=False)
 
 
 def test_a_slow_tokenizer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from transformers import BloomConfig, GPT2Config, LlamaConfig, Trainer, TrainingArguments, set_seed
 
 from client.commands.tune import run_tune
+from client.tokenizer import vocabulary_size
 from client.tune.description.config import TuneConfig
 from client.tune.errors import ConfigError, DataError, Interrupted
 from client.tune.running.dataset import Collator, prepare
@@ -203,6 +205,58 @@ def test_the_plan(tmp_path: Path) -> None:
     Console(file=screen, width=120).print(plan)
     for part in ("lora on tiny", "9 to train on, 3 to validate on", "(2.00 epochs)", "peers on the route", "3"):
         assert part in screen.getvalue()
+
+
+def test_the_plan_says_what_of_the_data_is_read_otherwise(tmp_path: Path) -> None:
+    said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "mood": "gay"}]
+    write_jsonl(tmp_path / "data.jsonl", [{"conversations": said, "id": 7}] * 2)
+    write_jsonl(tmp_path / "held.jsonl", [{"conversations": said}])
+    screen = io.StringIO()
+    Console(file=screen, width=200).print(
+        start(describe(tmp_path, data={"validation": str(tmp_path / "held.jsonl")})).plan()
+    )
+    shown = [re.split(r"\s{2,}", line.strip()) for line in screen.getvalue().splitlines()]
+    for line in (
+        ["roles", "'human' read as user (3), 'gpt' read as assistant (3)"],
+        ["not read", "the column 'id' (2)"],
+        ["not shown by the template", "'mood' (3)"],
+    ):
+        assert line in shown
+
+
+def test_a_padding_token_that_the_model_was_not_resized_for(tmp_path: Path) -> None:
+    """Padding is never looked up in the model's table of embeddings: the losses are those with another one."""
+    config = describe(tmp_path / "known")
+    start(config).train(silent())
+    added = describe(tmp_path / "added")
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
+    assert tokenizer.pad_token_id == model.config.vocab_size
+    prepared = prepare(added, tokenizer, 256, vocabulary_size(model.config))
+    TuneRun(added, model, tokenizer, prepared).train(silent())
+    assert losses(added) == losses(config)
+
+
+def test_a_record_with_a_token_that_the_model_lacks(command: Command, tmp_path: Path) -> None:
+    """Said before any peer is asked."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_llama().config.save_pretrained(tmp_path / "model")
+    file = described(tmp_path, model=str(tmp_path / "model"))
+    write_jsonl(tmp_path / "data.jsonl", [*ALPACA[:2], {"instruction": "q", "output": "<tool>"}])
+    assert command("tune", file).stderr == (
+        f"error: {tmp_path}/data.jsonl: line 3 holds the token '<tool>' with the id 260, and the model has embeddings"
+        " for ids up to 259; use the model's own tokenizer, or a model resized for this one\n"
+    )
+
+
+def test_half_a_character_is_found_where_it_stands(command: Command, tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    tiny_llama().config.save_pretrained(tmp_path / "model")
+    file = described(tmp_path, model=str(tmp_path / "model"))
+    write_jsonl(tmp_path / "data.jsonl", [*ALPACA[:2], {"instruction": "hi \ud83d", "output": "a"}])
+    assert command("tune", file).stderr.startswith(f"error: {tmp_path}/data.jsonl: line 3 holds half a character")
 
 
 def test_steps_are_counted_as_trainer_counts_them(tmp_path: Path) -> None:
