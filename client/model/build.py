@@ -23,7 +23,7 @@ from protocol.errors import UnsupportedModel
 from protocol.machine.split_linear import split_linears
 from protocol.model.anatomy import BlockList, find_blocks, find_form, hidden_size
 from protocol.model.checkpoint import Checkpoint, block_of
-from protocol.model.loading import load_part
+from protocol.model.loading import LOADING, load_part
 
 _REMOTE = "remote"
 ALL_ATTENTION_FUNCTIONS.register(_REMOTE, lambda *args, **kwargs: None)
@@ -37,7 +37,7 @@ def build_model(
 
     Raises `UnsupportedModel` for an architecture without like blocks, or for missing weights.
     """
-    with torch.device("meta"):
+    with LOADING, torch.device("meta"):
         donor = cls._from_config(config, dtype=dtype)
     where = find_blocks(donor)
 
