@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from bootstrap.options import InitialPeers, SwarmKeyFile, need_initial_peers
+from bootstrap.options import InitialPeers, SwarmKeyFile, as_model, need_initial_peers
 from protocol.errors import BadUsage, first_line
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub name.")],
+    model: Annotated[str, typer.Argument(parser=as_model, help="A Hugging Face folder or hub name.")],
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
     initial_peers: InitialPeers = None,
     swarm_key: SwarmKeyFile = None,
@@ -20,7 +20,9 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="For sampling.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="A PEFT adapter: a folder or hub name.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(parser=as_model, metavar="ADAPTER", help="A PEFT adapter: a folder or hub name.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of what this machine holds; default: the checkpoint's.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
 ) -> None:

@@ -5,11 +5,15 @@ from typing import Annotated
 
 import typer
 
+from bootstrap.options import as_model, as_path
+
 
 def merge(
-    adapter: Annotated[str, typer.Argument(help="A PEFT adapter: a folder or hub name.")],
-    base: Annotated[str, typer.Option(help="The model it was trained on: a folder or hub name.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the merged model goes.")],
+    adapter: Annotated[str, typer.Argument(parser=as_model, help="A PEFT adapter: a folder or hub name.")],
+    base: Annotated[
+        str, typer.Option(parser=as_model, metavar="MODEL", help="The model it was trained on: a folder or hub name.")
+    ],
+    out: Annotated[Path, typer.Option(parser=as_path, metavar="DIR", help="Where the merged model goes.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: as the base is stored.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub base.")] = None,
 ) -> None:
