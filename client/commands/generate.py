@@ -29,7 +29,6 @@ def generate(
     """Generate text through a swarm, streamed as it comes."""
     addresses = need_initial_peers(initial_peers)
     import torch
-    from transformers import TextStreamer
 
     from client.tokenizer import encode_prompt, load_tokenizer
 
@@ -41,9 +40,32 @@ def generate(
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with torch.no_grad():
-        swarm_model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=streamer)
+    print_text(swarm_model, tokenizer, inputs, **sampling, max_new_tokens=max_new_tokens)
+
+
+def print_text(model: Any, tokenizer: Any, inputs: dict[str, Any], **options: Any) -> Any:
+    """Have `model` go on from `inputs`, and print the text as it comes; beams are known at the end only.
+
+    Returns the tokens (1, all tokens). `options` of `generate` come before what the checkpoint's generation_config.json
+    says. Raises `BadUsage` where that says what cannot be done.
+    """
+    import torch
+    from transformers import TextStreamer
+
+    from client.tune.running.samples import one_text
+
+    has_beams = (model.generation_config.num_beams or 1) > 1
+    streamer = None if has_beams else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    try:
+        with torch.no_grad():
+            tokens = model.generate(**inputs, **options, **one_text(model, tokenizer), streamer=streamer)
+    except ValueError as error:  # Transformers' for what a generation cannot be
+        raise BadUsage(
+            f"This model's generation_config.json asks for what cannot be done here ({first_line(error)})."
+        ) from error
+    if has_beams:
+        print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return tokens
 
 
 def _load_model(
