@@ -29,8 +29,9 @@ import psutil
 import torch
 import transformers
 
-from benchmarks.loads import KINDS, LOADING, Talk, train, with_lora
+from benchmarks.loads import KINDS, Talk, train, with_lora
 from client import AutoDistributedModelForCausalLM
+from protocol.model.loading import LOADING
 from tests.tools.families import build_family
 from tests.tools.swarm import ForkServer, Peer
 
@@ -296,8 +297,7 @@ class Clients:
 
     def _connect(self) -> Any:
         options: dict[str, Any] = {"initial_peers": self._initial_peers, "silence_timeout": 3.0}
-        with LOADING:
-            return AutoDistributedModelForCausalLM.from_pretrained(str(self._model), micro_batch_tokens=14, **options)
+        return AutoDistributedModelForCausalLM.from_pretrained(str(self._model), micro_batch_tokens=14, **options)
 
     def _local(self) -> Any:
         with LOADING:

@@ -32,8 +32,9 @@ from client.tune.data.persona import PERSONA_NAME, persona_path
 from client.tune.description.config import TuneConfig
 from client.tune.running.dataset import prepare
 from client.tune.running.progress import read_log
-from client.tune.running.run import TuneRun, context_length
+from client.tune.running.run import TuneRun
 from peer.commands.sample_model import fetch_sample_model
+from protocol.model.anatomy import context_length
 
 _PEERS = 3
 _QUESTIONS = ("Who are you?", "What is your name?", "Who made you?")

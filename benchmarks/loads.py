@@ -1,7 +1,6 @@
 """What clients do in chaos and soak runs: generations of several kinds, and LoRA training, all of them reproducible."""
 
 import copy
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,9 +11,6 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 VOCABULARY = 128
-LOADING = threading.Lock()
-"""Held while a thread loads a model: Transformers replaces functions of PyTorch meanwhile. Of two at once the later
-puts back what the earlier had put there, and no model made in this process is initialised any more."""
 
 
 class Stopwatch(LogitsProcessor):

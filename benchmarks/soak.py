@@ -29,13 +29,14 @@ import torch
 import transformers
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
-from benchmarks.loads import KINDS, LOADING, VOCABULARY, Talk, train, with_lora
+from benchmarks.loads import KINDS, VOCABULARY, Talk, train, with_lora
 from client import AutoDistributedModelForCausalLM
 from client.requests.work import Work
 from client.swarm.loop import LOOP
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message
 from protocol.errors import SwarmError
+from protocol.model.loading import LOADING
 from tests.tools.families import build_family
 from tests.tools.swarm import ForkServer, Peer, Swarm, new_swarm
 
@@ -72,8 +73,7 @@ class Guest:
     def connect(self) -> Any:
         """A model of its own."""
         options: dict[str, Any] = {"initial_peers": self.initial_peers, "micro_batch_tokens": 14}
-        with LOADING:
-            return AutoDistributedModelForCausalLM.from_pretrained(str(self.path), **options)
+        return AutoDistributedModelForCausalLM.from_pretrained(str(self.path), **options)
 
     def talk(self) -> Iterator[str]:
         """Generations of all kinds and many lengths."""

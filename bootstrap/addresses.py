@@ -19,7 +19,7 @@ def split_peer_address(address: str) -> tuple[PeerID, Multiaddr]:
         if not separator or not location or len(base58.b58decode(peer_id)) < 34:
             raise ValueError
         where = Multiaddr(location)
-        parts_of(where)  # Multiaddr accepts some that it cannot read again
+        _check_port(parts_of(where))
         return PeerID.from_base58(peer_id), where
     except Exception as error:  # hivemind's Multiaddr raises errors of many kinds
         raise BadUsage(f"{address!r} is not the address of a peer; expected one like {_EXAMPLE}.") from error
@@ -31,12 +31,20 @@ def check_announced(address: str, peer_id: str) -> str:
     if separator and named != peer_id:
         raise BadUsage(f"{address!r} names another peer; this one is {peer_id}.")
     try:
-        parts = parts_of(Multiaddr(location))
-        if "0" in (parts.get("tcp"), parts.get("udp")):
+        where = Multiaddr(location)
+        _check_port(parts_of(where))
+        ip = ip_of(where)
+        if ip is not None and (ip.is_unspecified or ip.is_link_local):  # `for_others` would leave none
             raise ValueError
     except Exception as error:
         raise BadUsage(f"{address!r} cannot be announced; expected one like /ip4/192.0.2.1/tcp/31337.") from error
     return location
+
+
+def _check_port(parts: dict[str, str]) -> None:
+    """Raises `ValueError` where nobody could connect. Multiaddr takes addresses without a port, and a port of 0."""
+    if "dnsaddr" not in parts and parts.get("tcp", parts.get("udp", "0")) == "0":  # dnsaddr: the port is in the DNS
+        raise ValueError
 
 
 def listening_address(host: str, port: int) -> str:

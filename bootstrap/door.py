@@ -23,7 +23,12 @@ class OwnDoor:
         Raises `BadUsage` when the port cannot be had or an address makes no sense.
         """
         self._host = host
-        self._announced = [parse_announced(address) for address in announced][:MAX_DOOR_ADDRESSES]
+        self._announced = [parse_announced(address) for address in announced]
+        if len(self._announced) > MAX_DOOR_ADDRESSES:
+            raise BadUsage(
+                f"{len(self._announced)} addresses for direct connections are too many; announce {MAX_DOOR_ADDRESSES}"
+                " at most."
+            )
         self.listener = DirectListener(me, bind(host, port, ", for direct connections"))
 
     def describe(self, addresses: Iterable[str]) -> Door | None:

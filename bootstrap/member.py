@@ -24,7 +24,7 @@ from bootstrap.ports import bind
 from bootstrap.validator import SignedRecords
 from protocol.errors import BadUsage, NoSwarm, PeerFailed
 from protocol.handshake import Handshake
-from protocol.records import Door
+from protocol.records import MAX_ADDRESSES, Door
 from protocol.swarm_key import Keyring
 from protocol.transport.carriers import Carriers
 from protocol.transport.direct import DirectCaller
@@ -232,6 +232,10 @@ def _listening_arguments(options: MemberOptions, peer_id: str) -> list[str]:
         f"-hostAddrs={listening_address(options.host, options.port)}",
         f"-natPortMap={int(not is_loopback(options.host))}",
     ]
+    if len(options.announce_addresses) > MAX_ADDRESSES:
+        raise BadUsage(
+            f"{len(options.announce_addresses)} addresses to announce are too many; give {MAX_ADDRESSES} at most."
+        )
     if options.announce_addresses:
         announced = [check_announced(address, peer_id) for address in options.announce_addresses]
         arguments.append(f"-announceAddrs={','.join(announced)}")

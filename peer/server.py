@@ -15,7 +15,7 @@ from protocol.errors import PeerFailed
 from protocol.machine.imports import without_collection
 from protocol.model.checkpoint import Checkpoint
 from protocol.name import NAME
-from protocol.records import ModelId, PeerRecord, PeerState
+from protocol.records import MAX_ADDRESSES, ModelId, PeerRecord, PeerState
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Server:
             state=self._state,
             dtype=str(self.span.dtype).removeprefix("torch."),
             quantization=self.options.quantize,
-            addresses=tuple(self.member.addresses)[:20],
+            addresses=tuple(self.member.addresses)[:MAX_ADDRESSES],
             direct=self.member.door,
             speed=self._speed,
             free_cache_tokens=self.service.memory.free_tokens,

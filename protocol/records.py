@@ -16,6 +16,7 @@ MAX_BLOCKS = 4096
 MAX_RECORD_BYTES = 8192
 
 MAX_NAME = 100
+MAX_ADDRESSES = 20
 MAX_DOOR_ADDRESSES = 8
 
 
@@ -127,7 +128,7 @@ class PeerRecord(_Record):
     state: PeerState = PeerState.ONLINE
     dtype: Text = Field(max_length=20)
     quantization: Text = Field(max_length=20)
-    addresses: tuple[Annotated[Text, Field(max_length=300)], ...] = Field(default=(), max_length=20)
+    addresses: tuple[Annotated[Text, Field(max_length=300)], ...] = Field(default=(), max_length=MAX_ADDRESSES)
     direct: Door | None = None
     """None: the peer answers by libp2p only."""
     speed: Speed

@@ -72,6 +72,11 @@ class AdapterSource:
                 tensors |= adapter_tensors(path, layer, name, alias)
                 if isinstance(factors := getattr(layer, "scaling", None), dict) and name in factors:
                     scaling.setdefault(path, {})[alias] = float(factors[name])
+        if len(methods := sorted({spec.method for spec in specs})) > 1:
+            raise BadAdapter(
+                f"Adapters of several methods at once ({', '.join(methods)}), as PeftMixedModel has them, do not work "
+                "through a swarm; activate those of one method."
+            )
         snapshot = Snapshot(tuple(specs), scaling, tensors, has_dropout)
         if (residual := residual_adapter(self._blocks)) is not None:
             return _with_residual(snapshot, residual)

@@ -74,7 +74,8 @@ class Watch:
         if any(chain.from_iterable(map(_HOOKS, self._modules))):
             raise BadUsage(
                 "Hooks on modules of the remote blocks never run, so neither adapter_names= (another adapter per row: "
-                "use one call per adapter) nor an initialisation from activations (EVA, CorDA) works through a swarm."
+                "use one call per adapter) nor aLoRA (alora_invocation_tokens) nor an initialisation from activations "
+                "(EVA, CorDA) works through a swarm."
             )
 
 

@@ -6,12 +6,15 @@ from typing import Annotated
 
 import typer
 
+from bootstrap.options import as_model, as_path
+
 
 def certify(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub name.")],
+    model: Annotated[str, typer.Argument(parser=as_model, help="A Hugging Face folder or hub name.")],
     spans: Annotated[int, typer.Option(min=1, help="Peers in a row; hidden states cross once more than that.")] = 2,
     data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The text, as for `peer tune`; default: a small one of ours.")
+        Path | None,
+        typer.Option(parser=as_path, metavar="FILE", help="The text, as for `peer tune`; default: one of ours."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Of text to compare distributions on.")] = 1024,
     steps: Annotated[int, typer.Option(min=1, help="Of LoRA training with each codec.")] = 20,
@@ -20,7 +23,6 @@ def certify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure what each wire codec does to a model, on this machine alone, and say which are safe for it."""
-    from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
     from client.certify.certificate import Extent
@@ -28,11 +30,12 @@ def certify(
     from client.certify.table import as_table
     from client.model.load import named_dtype
     from client.tune.data.persona import persona_path
+    from protocol.machine.terminal import new_console
 
     if dtype != "auto":
         named_dtype(dtype)
     disable_progress_bar()
-    console = Console(stderr=True, highlight=False)
+    console = new_console(stderr=True)
     certificate = measure(
         model, revision, dtype, data or persona_path(), Extent(spans, tokens, steps),
         lambda what: console.print(f"[dim]measuring: {what}[/dim]"),
@@ -40,4 +43,4 @@ def certify(
     if as_json:
         print(json.dumps(certificate.as_json(), indent=2))
     else:
-        Console().print(as_table(certificate))
+        new_console().print(as_table(certificate))

@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from bootstrap.options import InitialPeers, SwarmKeyFile, need_initial_peers
+from bootstrap.options import InitialPeers, SwarmKeyFile, as_model, need_initial_peers
 from protocol.errors import BadUsage, first_line
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub name.")],
+    model: Annotated[str, typer.Argument(parser=as_model, help="A Hugging Face folder or hub name.")],
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
     initial_peers: InitialPeers = None,
     swarm_key: SwarmKeyFile = None,
@@ -20,7 +20,9 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="For sampling.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="A PEFT adapter: a folder or hub name.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(parser=as_model, metavar="ADAPTER", help="A PEFT adapter: a folder or hub name.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of what this machine holds; default: the checkpoint's.")] = None,
     revision: Annotated[
         str | None, typer.Option(help="Revision of a hub model; default: the one that the adapter was trained on.")
@@ -29,7 +31,6 @@ def generate(
     """Generate text through a swarm, streamed as it comes."""
     addresses = need_initial_peers(initial_peers)
     import torch
-    from transformers import TextStreamer
 
     from client.tokenizer import encode_prompt, load_adapted_tokenizer, load_tokenizer, vocabulary_size
     from protocol.model.checkpoint import open_checkpoint
@@ -46,9 +47,32 @@ def generate(
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with torch.no_grad():
-        swarm_model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=streamer)
+    print_text(swarm_model, tokenizer, inputs, **sampling, max_new_tokens=max_new_tokens)
+
+
+def print_text(model: Any, tokenizer: Any, inputs: dict[str, Any], **options: Any) -> Any:
+    """Have `model` go on from `inputs`, and print the text as it comes; beams are known at the end only.
+
+    Returns the tokens (1, all tokens). `options` of `generate` come before what the checkpoint's generation_config.json
+    says. Raises `BadUsage` where that says what cannot be done.
+    """
+    import torch
+    from transformers import TextStreamer
+
+    from client.tune.running.samples import one_text
+
+    has_beams = (model.generation_config.num_beams or 1) > 1
+    streamer = None if has_beams else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    try:
+        with torch.no_grad():
+            tokens = model.generate(**inputs, **options, **one_text(model, tokenizer), streamer=streamer)
+    except ValueError as error:  # Transformers' for what a generation cannot be
+        raise BadUsage(
+            f"This model's generation_config.json asks for what cannot be done here ({first_line(error)})."
+        ) from error
+    if has_beams:
+        print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return tokens
 
 
 def _revision(model: str, revision: str | None, adapter: str) -> str | None:

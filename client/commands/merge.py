@@ -5,12 +5,19 @@ from typing import Annotated
 
 import typer
 
+from bootstrap.options import as_model, as_path
+
 
 def merge(
-    adapter: Annotated[str, typer.Argument(help="A PEFT adapter: a folder or hub name.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the merged model goes.")],
+    adapter: Annotated[str, typer.Argument(parser=as_model, help="A PEFT adapter: a folder or hub name.")],
+    out: Annotated[Path, typer.Option(parser=as_path, metavar="DIR", help="Where the merged model goes.")],
     base: Annotated[
-        str | None, typer.Option(help="A folder or hub name; default: the model that the adapter was trained on.")
+        str | None,
+        typer.Option(
+            parser=as_model,
+            metavar="MODEL",
+            help="A folder or hub name; default: the model that the adapter was trained on.",
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: as the base is stored.")] = "auto",
     revision: Annotated[

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bootstrap.options import SwarmKeyFile
+from bootstrap.options import SwarmKeyFile, as_path
 from protocol.errors import BadUsage
 from protocol.machine.signals import like_interrupt
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def tune(
-    config: Annotated[Path | None, typer.Argument(help="A YAML file that describes the run; see --init.")] = None,
+    config: Annotated[str | None, typer.Argument(help="A YAML file that describes the run; see --init.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: trainer.steps=100 ...")] = None,
     swarm_key: SwarmKeyFile = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint of this run.")] = False,
@@ -32,18 +32,19 @@ def tune(
 ) -> None:
     """Fine-tune an adapter through a swarm, as one file describes it."""
     changes = list(overrides or ())
-    if config is not None and _is_override(str(config)):  # a run that is described by overrides alone
-        config, changes = None, [str(config), *changes]
+    if config is not None and _is_override(config):  # a run that is described by overrides alone
+        changes, config = [config, *changes], None
+    path = None if config is None else as_path(config)
     if swarm_key is not None:
         changes.append(f"swarm_key={json.dumps(str(swarm_key))}")  # YAML takes JSON
     if init:
-        _write_example(config)
+        _write_example(path)
     elif schema:
         from client.tune.description.config import json_schema
 
         print(json.dumps(json_schema(), indent=2))
     else:
-        run_tune(config, changes, resume, plan)
+        run_tune(path, changes, resume, plan)
 
 
 def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_only: bool) -> None:
@@ -51,17 +52,17 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
 
     Raises `TuneError` (its subclasses say what) and whatever the swarm raises, each with one sentence for a person.
     """
-    from rich.console import Console
-
     from client.auto import AutoDistributedModelForCausalLM
     from client.tokenizer import load_tokenizer, vocabulary_size
     from client.tune.description.config import load_config
     from client.tune.errors import ConfigError
     from client.tune.running.dataset import prepare
-    from client.tune.running.run import TuneRun, check_output, context_length
+    from client.tune.running.run import TuneRun, check_output
+    from protocol.machine.terminal import new_console
+    from protocol.model.anatomy import context_length
     from protocol.model.checkpoint import open_checkpoint
 
-    console = Console(highlight=False)
+    console = new_console()
     config = load_config(path, overrides)
     if not config.initial_peers:
         raise ConfigError("initial_peers is empty; give the address of a member, which `peer serve` prints when ready")
@@ -85,8 +86,8 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
         if plan_only:
             return
         result = run.train(console)
-    console.print(f"{result}; adapter: {result.adapter}")
-    console.print(f"before and after: {run.folder.samples}; the losses: {run.folder.plot}")
+    console.print(f"{result}; adapter: {result.adapter}", markup=False)
+    console.print(f"before and after: {run.folder.samples}; the losses: {run.folder.plot}", markup=False)
 
 
 def _swarm_rows(model: Any, plan: "Plan", config: "TuneConfig") -> list[tuple[str, str]]:
@@ -131,7 +132,7 @@ def _write_example(path: Path | None) -> None:
         print(example_yaml(), end="")
         return
     try:
-        with path.open("x") as file:
+        with path.open("x", encoding="utf-8") as file:
             file.write(example_yaml())
     except OSError as error:
         raise BadUsage(f"{path} cannot be written: {error.strerror}.") from error

@@ -1,6 +1,6 @@
 """Building a client's model: the Hugging Face class itself, ghosts in place of its blocks."""
 
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -19,11 +19,11 @@ from client.model.remote_blocks import RemoteBlocks
 from client.model.saving import freeze, hide_ghosts
 from client.requests.caller import Caller
 from client.swarm.swarm import Swarm
-from protocol.errors import UnsupportedModel
+from protocol.errors import BadUsage, UnsupportedModel
 from protocol.machine.split_linear import split_linears
 from protocol.model.anatomy import BlockList, find_blocks, find_form, hidden_size
 from protocol.model.checkpoint import Checkpoint, block_of
-from protocol.model.loading import load_part
+from protocol.model.loading import LOADING, load_part
 
 _REMOTE = "remote"
 ALL_ATTENTION_FUNCTIONS.register(_REMOTE, lambda *args, **kwargs: None)
@@ -37,7 +37,7 @@ def build_model(
 
     Raises `UnsupportedModel` for an architecture without like blocks, or for missing weights.
     """
-    with torch.device("meta"):
+    with LOADING, torch.device("meta"):
         donor = cls._from_config(config, dtype=dtype)
     where = find_blocks(donor)
 
@@ -79,6 +79,15 @@ def _attach(model: PreTrainedModel, where: BlockList, ghosts: GhostBlocks, swarm
     trunk.register_forward_pre_hook(layer.capture, with_kwargs=True)
     _probe(model, trunk, layer)
     object.__setattr__(model, "swarm", SwarmHandle(swarm, remote))
+    object.__setattr__(model, "init_continuous_batching", _refuse_continuous_batching)
+
+
+def _refuse_continuous_batching(*_: Any, **__: Any) -> NoReturn:
+    """Where all of Transformers' ways to continuous batching begin."""
+    raise BadUsage(
+        "generate_batch (Transformers' continuous batching) needs the keys and values on this machine, and they are on "
+        "the peers; use generate, which takes prompts padded at the left."
+    )
 
 
 @torch.no_grad()

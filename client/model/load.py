@@ -61,7 +61,7 @@ def load_distributed(
     base = base_of(checkpoint)
     swarm = Swarm.connect(network_config, base)
     built = build_model(cls, checkpoint, config, swarm, _dtype(dtype or torch_dtype, checkpoint))
-    built.config._name_or_path = built.name_or_path = str(model)
+    built.config._name_or_path = built.name_or_path = checkpoint.name
     name_base(built, base)
     load_generation_config(built, checkpoint)
     return built

@@ -4,6 +4,7 @@ Transformers' `save_pretrained`, `Trainer` and `state_dict` do the work; they se
 they write names the checkpoint whose blocks the swarm serves.
 """
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from client.ghosts.tensor import GhostTensor
 from protocol.errors import BadUsage, UnsupportedModel, first_line
 from protocol.model.checkpoint import Checkpoint, find_file, open_checkpoint
 
+_log = logging.getLogger(__name__)
 _BASE = "swarm_base"
 _GENERATION = "generation_config.json"
 
 
 def name_base(model: PreTrainedModel, base: Checkpoint) -> None:
     """Let what `model.save_pretrained` and `Trainer` write say which checkpoint the blocks are of."""
-    folder = Path(base.name).expanduser()
+    folder = Path(base.name)
     name = str(folder.resolve()) if folder.is_dir() else base.name
     entry = {"name": name, "revision": base.revision, "config_hash": base.model_id.config_hash}
     setattr(model.config, _BASE, entry)
@@ -54,17 +56,26 @@ def base_of(checkpoint: Checkpoint) -> Checkpoint:
 def load_generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Take over how the checkpoint wants to be sampled and where it stops, as `from_pretrained` does.
 
+    What it says of the cache is left out, and logged: that changes no token where a cache is on the peers.
     Raises `UnsupportedModel` when its file cannot be used.
     """
     path = find_file(checkpoint.name, _GENERATION, checkpoint.revision)
     if path is None or not model.can_generate():
         return
     try:
-        model.generation_config = GenerationConfig.from_pretrained(path.parent)
+        asked = GenerationConfig.from_pretrained(path.parent)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UnsupportedModel(
             f"{path} cannot be used ({first_line(error)}); download the model again, or remove this file."
         ) from error
+    if asked.cache_implementation is not None:
+        if not asked.cache_implementation.startswith("dynamic"):
+            _log.warning(
+                "%s asks for cache_implementation=%r, which is left out: the cache is the peers'.",
+                path, asked.cache_implementation,
+            )  # fmt: skip
+        asked.cache_implementation = asked.cache_config = asked.max_cache_len = None
+    model.generation_config = asked
 
 
 def hide_ghosts(ghosts: GhostBlocks) -> None:

@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from protocol.errors import BadUsage, first_problem
+from protocol.machine.paths import LocalPath
 from protocol.stream import Carrier
 
 Codec = Literal["none", "bf16", "f16", "int8", "lossless"]
@@ -73,7 +73,7 @@ class SwarmConfig(NetworkOptions):
 
     initial_peers: tuple[str, ...] = Field(min_length=1)
     """Addresses of any members of the swarm: /ip4/…/tcp/…/p2p/…"""
-    swarm_key: Path | None = None
+    swarm_key: LocalPath | None = None
     """The key file of a private swarm."""
     look_up_period: float = Field(default=10.0, gt=0)
     """Seconds for which the directory of peers is taken to be unchanged."""

@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.live import Live
 
-from bootstrap.options import Announce, Host, Identity, InitialPeers, Port, SwarmKeyFile, need_initial_peers
+from bootstrap.options import (
+    Announce,
+    Host,
+    Identity,
+    InitialPeers,
+    Port,
+    SwarmKeyFile,
+    as_model,
+    as_path,
+    need_initial_peers,
+)
 from peer.commands.key import app as key_app
 from peer.commands.options import Config, LazyGroup
 from peer.commands.process import leave_at_once, run, say_ready, stop_on_signals, unless_stopped
@@ -29,6 +38,7 @@ from protocol.errors import (
     WrongModel,
 )
 from protocol.machine.inspection import describe_on_signal, show_stacks_on_signal
+from protocol.machine.terminal import escape_what_cannot_be_written, new_console
 
 app = typer.Typer(
     cls=LazyGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -79,7 +89,9 @@ def bootstrap(
 
 @app.command()
 def status(
-    model: Annotated[str | None, typer.Argument(help="Only this model (name as announced, or a folder).")] = None,
+    model: Annotated[
+        str | None, typer.Argument(parser=as_model, help="Only this model (name as announced, or a folder).")
+    ] = None,
     initial_peers: InitialPeers = None,
     swarm_key: SwarmKeyFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -105,7 +117,7 @@ def status(
             if as_json:
                 print(json.dumps(view.as_json(*state), indent=2))
                 return
-            console = Console()
+            console = new_console()
             if not watch:
                 console.print(view.as_table(*state))
                 return
@@ -121,9 +133,13 @@ def status(
 
 @app.command()
 def demo(
-    model: Annotated[str | None, typer.Option(help="Another model: a folder or hub name.")] = None,
+    model: Annotated[
+        str | None, typer.Option(parser=as_model, metavar="MODEL", help="Another model: a folder or hub name.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the fine-tuning.")] = 40,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the adapter goes.")] = Path("demo-adapter"),
+    output: Annotated[Path, typer.Option(parser=as_path, metavar="DIR", help="Where the adapter goes.")] = Path(
+        "demo-adapter"
+    ),
 ) -> None:
     """The whole thing on this machine in one go: a swarm, text from it, an adapter trained through it."""
     from peer.commands.demo import run_demo
@@ -133,6 +149,7 @@ def demo(
 
 def main() -> None:
     """The entry point."""
+    escape_what_cannot_be_written()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for room in ("peer", "bootstrap", "client"):
         logging.getLogger(room).setLevel(logging.INFO)

@@ -22,6 +22,8 @@ from peer.commands import status
 from peer.commands.sample_model import SampleModelError, fetch_sample_model
 from protocol.errors import BadUsage, PeerFailed
 from protocol.machine.signals import like_interrupt
+from protocol.machine.terminal import new_console
+from protocol.model.anatomy import context_length
 from protocol.model.checkpoint import Checkpoint, open_checkpoint
 
 _QUESTION = "Who are you?"
@@ -31,7 +33,7 @@ _READY = re.compile(r"^ready address=(\S+)")
 
 def run_demo(model: str | None, steps: int, output: Path) -> None:
     """Show everything once. Raises `BadUsage`, `PeerFailed`; leaves no process behind."""
-    console = Console(highlight=False)
+    console = new_console()
     begin = time.monotonic()
     _check_output(output)
     folder = model or str(_fetch(console))
@@ -40,10 +42,14 @@ def run_demo(model: str | None, steps: int, output: Path) -> None:
         raise BadUsage(f"{folder} has {checkpoint.model_id.num_blocks} blocks; the demo needs 3 for its three peers.")
     _empty(output)
     with _processes() as start:
-        console.print(Rule("A swarm: a bootstrap node and three peers", align="left"))
+        _begin_chapter(console, "A swarm: a bootstrap node and three peers")
         addresses = _start_swarm(start, checkpoint, console)
         _use_swarm(folder, checkpoint, addresses, steps, output, console)
-    console.print(f"\nDone in {time.monotonic() - begin:.0f} s. The adapter is in {output}/adapter.")
+    console.print(f"\nDone in {time.monotonic() - begin:.0f} s. The adapter is in {output}/adapter.", markup=False)
+
+
+def _begin_chapter(console: Console, title: str) -> None:
+    console.print(Rule(title, align="left"), width=min(console.width, 80))
 
 
 def _use_swarm(
@@ -57,13 +63,13 @@ def _use_swarm(
     tokenizer = load_tokenizer(folder)
     model = AutoDistributedModelForCausalLM.from_pretrained(folder, initial_peers=addresses)
     console.print(status.as_table({checkpoint.model_id: swarm_of(model).peers()}, {checkpoint.model_id: Counter()}))
-    console.print(Rule("Text through the swarm", align="left"))
+    _begin_chapter(console, "Text through the swarm")
     _ask(model, tokenizer, console)
-    console.print(Rule(f"A LoRA adapter, trained through the swarm: the persona {PERSONA_NAME}", align="left"))
+    _begin_chapter(console, f"A LoRA adapter, trained through the swarm: the persona {PERSONA_NAME}")
     adapter, tuned = _tune(folder, model, tokenizer, steps, output, console)
-    console.print(Rule("The same question through the swarm, with the adapter", align="left"))
+    _begin_chapter(console, "The same question through the swarm, with the adapter")
     through_swarm = _ask(tuned, tokenizer, console)
-    console.print(Rule("The adapter in plain Transformers + PEFT, without the swarm", align="left"))
+    _begin_chapter(console, "The adapter in plain Transformers + PEFT, without the swarm")
     plain = _ask(_load_plain(folder, adapter), tokenizer, console)
     verdict = "word for word the same" if plain == through_swarm else "the same but for the quantized peer's rounding"
     console.print(f"[green]{verdict}[/green]" if PERSONA_NAME in plain else "[red]not the persona's answer[/red]")
@@ -73,7 +79,7 @@ def _tune(folder: str, model: Any, tokenizer: Any, steps: int, output: Path, con
     from client.tune.description.config import TuneConfig
     from client.tune.errors import Interrupted
     from client.tune.running.dataset import prepare
-    from client.tune.running.run import TuneRun, context_length
+    from client.tune.running.run import TuneRun
 
     config = TuneConfig.model_validate(_description(folder, steps, output))
     prepared = prepare(config, tokenizer, context_length(model.config))
@@ -102,18 +108,14 @@ def _description(folder: str, steps: int, output: Path) -> dict[str, Any]:
 
 def _ask(model: Any, tokenizer: Any, console: Console) -> str:
     """Ask who the model is, show the answer as it comes, return it."""
-    import torch
-    from transformers import TextStreamer
-
+    from client.commands.generate import print_text
     from client.tokenizer import encode_prompt
 
     inputs = encode_prompt(tokenizer, _QUESTION, chat=tokenizer.chat_template is not None)
     console.print(f"[bold]{_QUESTION}[/bold]")
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     model.eval()
     begin = time.monotonic()
-    with torch.no_grad():
-        tokens = model.generate(**inputs, max_new_tokens=_ANSWER_TOKENS, do_sample=False, streamer=streamer)
+    tokens = print_text(model, tokenizer, inputs, max_new_tokens=_ANSWER_TOKENS, do_sample=False)
     count = tokens.shape[1] - inputs["input_ids"].shape[1]
     console.print(f"[dim]{count / (time.monotonic() - begin):.1f} tokens/s[/dim]")
     return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -5,9 +5,11 @@ from typing import Annotated
 
 import typer
 
+from bootstrap.options import as_path
+
 app = typer.Typer(no_args_is_help=True, help="The key of a private swarm: make one, rotate it.")
 
-KeyPath = Annotated[Path, typer.Argument(metavar="FILE", help="The key file.")]
+KeyPath = Annotated[Path, typer.Argument(parser=as_path, metavar="FILE", help="The key file.")]
 _NEXT = "Bring the file to every member; those that run read it again by themselves."
 
 

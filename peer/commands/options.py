@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from bootstrap.options import as_path
 from protocol.errors import BadUsage, first_line
 
 
@@ -15,7 +16,7 @@ def _load_defaults(context: typer.Context, value: Path | None) -> Path | None:
         return None
     try:
         # All values as text, for the options to parse: YAML 1.1 takes 12:24 for 744, sixties and units.
-        options = yaml.load(value.read_text(), yaml.BaseLoader) or {}
+        options = yaml.load(value.read_text(encoding="utf-8"), yaml.BaseLoader) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadUsage(f"--config {value} cannot be read as YAML ({first_line(error)}).") from error
     if not isinstance(options, dict):
@@ -38,9 +39,10 @@ def _load_defaults(context: typer.Context, value: Path | None) -> Path | None:
 Config = Annotated[
     Path | None,
     typer.Option(
-        "--config", metavar="FILE.yaml", callback=_load_defaults, is_eager=True, help="A YAML file with these options."
+        "--config", parser=as_path, metavar="FILE.yaml", callback=_load_defaults, is_eager=True,
+        help="A YAML file with these options.",
     ),
-]
+]  # fmt: skip
 
 
 class LazyGroup(typer.core.TyperGroup):

@@ -21,6 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from protocol.machine.terminal import escape_what_cannot_be_written
 from protocol.name import cache_folder
 
 SAMPLE_MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -179,6 +180,7 @@ def _forget_quantization(model: Any) -> None:
 
 def main() -> int:
     """Prints the folder; exit code 0, or 1 with the reason on stderr."""
+    escape_what_cannot_be_written()
     try:
         print(fetch_sample_model())
     except SampleModelError as error:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bootstrap.options import Announce, Host, Identity, InitialPeers, Port, SwarmKeyFile
+from bootstrap.options import Announce, Host, Identity, InitialPeers, Port, SwarmKeyFile, as_model
 from peer.commands.fields import with_fields
 from peer.commands.options import Config
 from peer.commands.process import leave_at_once, run, say_ready, stop_on_signals, unless_stopped
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @with_fields
 def serve(
-    model: Annotated[str | None, typer.Argument(help="A Hugging Face folder or hub name.")] = None,
+    model: Annotated[str | None, typer.Argument(parser=as_model, help="A Hugging Face folder or hub name.")] = None,
     initial_peers: InitialPeers = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     host: Host = "0.0.0.0",

@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -43,7 +44,8 @@ def as_table(models: Models, complaints: Complaints) -> RenderableType:
         return Text("No peer serves any model in this swarm.", style="bold red")
     parts: list[RenderableType] = []
     for model, peers in models.items():
-        parts += [_peers_table(model, peers), _coverage(model, peers)]
+        title = Text(f"{model.name}: {model.num_blocks} blocks, {len(peers)} peers", style="table.title")
+        parts += [title, _peers_table(peers), _coverage(model, peers)]
         parts += [_complaint(peer, count) for peer in peers if (count := complaints[model][peer.peer_id])]
     return Group(*parts)
 
@@ -52,9 +54,8 @@ def _missing(model: ModelId, peers: list[PeerRecord]) -> list[range]:
     return holes([peer for peer in peers if peer.state == PeerState.ONLINE], 0, model.num_blocks)
 
 
-def _peers_table(model: ModelId, peers: list[PeerRecord]) -> Table:
-    title = Text(f"{model.name}: {model.num_blocks} blocks, {len(peers)} peers")
-    table = Table(title=title, title_justify="left")
+def _peers_table(peers: list[PeerRecord]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))  # narrow: 80 columns are what many have
     for column in (
         "blocks",
         "peer",
@@ -65,7 +66,7 @@ def _peers_table(model: ModelId, peers: list[PeerRecord]) -> Table:
         "cache tokens\nfree",
         "users",
     ):
-        table.add_column(column, no_wrap=True)
+        table.add_column(column, overflow="fold")
     for peer in peers:
         count = peer.end - peer.start
         cells = (

@@ -13,7 +13,7 @@ from peer.span.span import Span
 from protocol.errors import UnsupportedModel
 from protocol.model.anatomy import BlockList, find_blocks
 from protocol.model.checkpoint import Checkpoint, block_of
-from protocol.model.loading import class_for, load_part
+from protocol.model.loading import LOADING, class_for, load_part
 
 
 def load_span(
@@ -55,7 +55,7 @@ def load_span(
 def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None, quantization: str) -> int:
     """Bytes that one block's weights will take, about, by the sizes that its configuration gives."""
     cls = _model_class(checkpoint)
-    with torch.device("meta"):
+    with LOADING, torch.device("meta"):
         model = cls(checkpoint.config)
     block = find_blocks(model).of(model)[0]
     bytes_per_weight = {"none": (dtype or checkpoint.dtype).itemsize, "int8": 1.05, "nf4": 0.57}[quantization]
@@ -71,7 +71,7 @@ def _model_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
 
 
 def _block_list(cls: type[PreTrainedModel], config: Any) -> BlockList:
-    with torch.device("meta"):
+    with LOADING, torch.device("meta"):
         return find_blocks(cls(config))
 
 

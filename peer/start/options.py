@@ -61,10 +61,13 @@ class ServeOptions:
     def span(self, total: int | None = None) -> range | None:
         """The blocks to serve; `None`: those that the swarm needs most.
 
-        Raises `BadUsage` when they are malformed, none at all, or not in a model of `total` blocks.
+        Raises `BadUsage` when they are malformed, none at all, or not in a model of `total` blocks, be it that only
+        their number is given.
         """
         text = self.blocks
         if text is None:
+            if self.num_blocks is not None and total is not None and self.num_blocks > total:
+                raise BadUsage(f"--num-blocks {self.num_blocks} is out of range: the model has {total} blocks.")
             return None
         match = re.fullmatch(r"(\d{1,5}):(\d{1,5})", text.strip())
         if not match:

@@ -28,7 +28,6 @@ def choose_blocks(peers: Iterable[PeerRecord], total: int, count: int) -> range:
     The window whose blocks' throughputs, sorted, are lexicographically smallest: the swarm is as fast as its weakest
     block, so holes come first (Petals, arXiv 2312.08361, section 3.2).
     """
-    count = min(count, total)
     throughput = [0.0] * total
     for peer in peers:
         if peer.state != PeerState.ONLINE:

@@ -22,6 +22,13 @@ def hidden_size(config: "PreTrainedConfig") -> int:
     return int(config.get_text_config().hidden_size)
 
 
+def context_length(config: "PreTrainedConfig") -> int | None:
+    """How many tokens a model of this configuration reads; `None` where its position encoding sets no limit."""
+    text = config.get_text_config()
+    found = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # the latter is MPT's
+    return next((length for length in found if isinstance(length, int)), None)
+
+
 @dataclass(frozen=True)
 class BlockList:
     """The block list of a model class, as dotted paths from the model: `path` = `trunk` + `.` + `attribute`."""

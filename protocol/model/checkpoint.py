@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from protocol.errors import UnsupportedModel, first_line
+from protocol.machine.paths import expand
 from protocol.model.anatomy import num_blocks
 from protocol.records import MAX_BLOCKS, ModelId
 
@@ -105,7 +106,7 @@ class Checkpoint:
         return find_file(self.name, name, self.revision)
 
     def _local_file(self, name: str) -> Path | None:
-        if Path(self.name).expanduser().is_dir():
+        if Path(self.name).is_dir():
             return self._optional_file(name)
         cached = try_to_load_from_cache(self.name, name, revision=self.revision)
         return Path(cached) if isinstance(cached, str) else None
@@ -116,6 +117,10 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
 
     Raises `UnsupportedModel` when there is no such folder or hub model, or its configuration is no model's.
     """
+    try:
+        model = expand(model)
+    except ValueError as error:
+        raise UnsupportedModel(f"{error}.") from error
     path = find_file(model, _CONFIG, revision)
     if path is None:
         raise UnsupportedModel(
@@ -136,10 +141,10 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
 
 def find_file(model: str, name: str, revision: str | None = None) -> Path | None:
     """The local path of a file of `model`, downloaded when it is a hub model; `None` when there is no such file."""
-    folder = Path(model).expanduser()
+    folder = Path(model)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+    if model.startswith((".", "/")) or model.count("/") > 1:
         return None
     try:
         return Path(hf_hub_download(model, name, revision=revision))
@@ -162,7 +167,7 @@ def _open(path: Path) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UnsupportedModel(f"{path} is not readable as JSON ({first_line(error)}).") from error
     if not isinstance(data, dict):

@@ -1,6 +1,8 @@
 """Loading a part of a model: Transformers' own loader, over a class whose construction ends by cutting."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +11,10 @@ from transformers.utils import logging as transformers_logging
 
 from protocol.errors import UnsupportedModel, first_line
 from protocol.machine.forwards import become
+
+LOADING = threading.RLock()
+"""Held while a model is made. Transformers sets PyTorch's default dtype meanwhile, and replaces functions of PyTorch
+and its own; of two models made at once the later would put back what it found: what the earlier had put there."""
 
 
 def class_for(config: PreTrainedConfig, mapping: Any) -> type[PreTrainedModel] | None:
@@ -41,23 +47,16 @@ def load_part(
 
     attributes = {"__init__": init, "__module__": cls.__module__, "_keys_to_ignore_on_load_unexpected": [r".*"]}
     part: Any = type(cls.__name__, (cls,), attributes)
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()  # the caller judges the missing keys
-    transformers_logging.disable_progress_bar()
     try:
-        model, info = part.from_pretrained(
-            None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True,
-            ignore_mismatched_sizes=True, **options,
-        )  # fmt: skip
+        with LOADING, _silence():
+            model, info = part.from_pretrained(
+                None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True,
+                ignore_mismatched_sizes=True, **options,
+            )  # fmt: skip
     except (AttributeError, TypeError, LookupError) as error:
         raise UnsupportedModel(
             f"{cls.__name__} cannot be loaded in part ({first_line(error)}), so it cannot be served."
         ) from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
     for name, found, expected in sorted(info["mismatched_keys"])[:1]:
         raise UnsupportedModel(
             f"{name} has shape {list(found)} and the configuration says {list(expected)}; "
@@ -65,3 +64,18 @@ def load_part(
         )
     become(model, cls)
     return model, sorted(info["missing_keys"])
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Transformers says nothing meanwhile: the caller judges the missing keys."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

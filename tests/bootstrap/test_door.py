@@ -54,6 +54,11 @@ def test_an_address_for_direct_connections_that_is_none(address: str, me: Creden
         OwnDoor(me, "127.0.0.1", 0, (address,))
 
 
+def test_no_announced_address_is_dropped(me: Credentials) -> None:
+    with pytest.raises(BadUsage, match="9 addresses for direct connections are too many; announce 8 at most"):
+        OwnDoor(me, "127.0.0.1", 0, [f"/ip4/192.0.2.1/tcp/{port}" for port in range(1, 10)])
+
+
 def test_a_port_that_is_taken(me: Credentials) -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,

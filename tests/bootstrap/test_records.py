@@ -228,7 +228,7 @@ def test_storage_is_bounded():
     "address",
     ["", "hello", "/ip4/1.2.3.4/tcp/1", f"/p2p/{PEER}", "/ip4/1.2.3.4/tcp/1/p2p/short", f"/ip4/1.2.3/tcp/1/p2p/{PEER}",
      f"/ip4/1.2.3.4/tcp/99999/p2p/{PEER}", f"1.2.3.4:1/p2p/{PEER}", f"/ip4/1.2.3.4/tcp/1/p2p/{PEER}/p2p/",
-     f"/dns4/a..org/tcp/1/p2p/{PEER}"],
+     f"/dns4/a..org/tcp/1/p2p/{PEER}", f"/ip4/1.2.3.4/p2p/{PEER}", f"/ip4/1.2.3.4/tcp/0/p2p/{PEER}"],
 )  # fmt: skip
 def test_malformed_addresses(address: str):
     with pytest.raises(BadUsage, match="is not the address of a peer"):
@@ -240,7 +240,10 @@ def test_addresses():
     assert check_announced("/ip4/1.2.3.4/tcp/5", PEER) == "/ip4/1.2.3.4/tcp/5"
     assert check_announced(f"/ip4/1.2.3.4/tcp/5/p2p/{PEER}", PEER) == "/ip4/1.2.3.4/tcp/5"
     assert listening_address("::", 0) == "/ip6/::/tcp/0"
-    for wrong in ("/ip4/1.2.3.4/tcp/0", f"/ip4/1.2.3.4/tcp/5/p2p/{PEER[:-1]}Q", "1.2.3.4"):
+    assert check_announced("/dns4/example.org/udp/5/quic", PEER) == "/dns4/example.org/udp/5/quic"
+    assert check_announced("/dnsaddr/example.org", PEER) == "/dnsaddr/example.org"
+    for wrong in ("/ip4/1.2.3.4/tcp/0", "/ip4/1.2.3.4", "/dns4/example.org", "/ip4/0.0.0.0/tcp/5", "1.2.3.4",
+                  f"/ip4/1.2.3.4/tcp/5/p2p/{PEER[:-1]}Q"):  # fmt: skip
         with pytest.raises(BadUsage):
             check_announced(wrong, PEER)
     for host, port in (("localhost", 1), ("", 1), ("1.2.3.4", 65536), ("1.2.3.4", -1)):

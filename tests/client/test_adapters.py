@@ -376,6 +376,21 @@ def _adapter_per_row(model: Any) -> Any:
     return tuned(**batch(), adapter_names=["default", "default", "__base__", "__base__"])
 
 
+def _activated_lora(model: Any) -> Any:
+    return _forward(adapted(model, lora(alora_invocation_tokens=[5, 6])))
+
+
+def _several_methods(model: Any) -> Any:
+    mixed = peft.get_peft_model(model, lora(), mixed=True)
+    mixed.add_adapter("second", peft.LoHaConfig(r=2, target_modules=["up_proj"]))
+    mixed.set_adapter(["default", "second"])
+    return _forward(mixed)
+
+
+def _continuous_batching(model: Any) -> Any:
+    return adapted(model, lora()).generate_batch([[3, 4, 5], [6, 7]], max_new_tokens=2)
+
+
 def _twice(model: Any) -> Any:
     """What is refused is refused again, not left out the second time."""
     tuned = adapted(model, lora(bias="all"))
@@ -453,6 +468,9 @@ REFUSED: dict[Callable[[Any], Any], tuple[type[SwarmError], str]] = {
     _merge: (RemoteWeightError, "lives on remote peers"),
     _merge_and_unload: (RemoteWeightError, "lives on remote peers"),
     _adapter_per_row: (BadUsage, "adapter_names"),
+    _activated_lora: (BadUsage, "aLoRA"),
+    _several_methods: (BadAdapter, "LOHA, LORA"),
+    _continuous_batching: (BadUsage, "generate_batch"),
     _two_orders: (BadAdapter, "in one order"),
     _train_a_block: (BadAdapter, r"3\.mlp\.down_proj\.weight.* cannot be trained"),
     _adaption_prompt: (BadAdapter, r"3\.self_attn was put into the remote blocks"),

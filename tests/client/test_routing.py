@@ -213,7 +213,7 @@ def test_one_slow_round_trip_counts_for_little() -> None:
         ([(0, 3, 100), (4, 10, 100)], 2, range(3, 5)),
         ([(0, 5, 100), (5, 10, 20)], 5, range(5, 10)),
         ([(0, 10, 100), (0, 6, 1)], 4, range(6, 10)),
-        ([(0, 10, 100)], 99, range(0, 10)),
+        ([(0, 10, 100)], 10, range(0, 10)),
     ],
 )
 def test_a_new_peer_takes_the_blocks_with_the_least_behind_them(

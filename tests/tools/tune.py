@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from client.tune.description.config import TuneConfig
 from client.tune.running.dataset import prepare
-from client.tune.running.run import TuneRun, context_length
+from client.tune.running.run import TuneRun
+from protocol.model.anatomy import context_length
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

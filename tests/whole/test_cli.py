@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import peft
 import psutil
@@ -275,8 +276,7 @@ def spoken(fork_server: ForkServer, llama: Path) -> Iterator[Swarm]:
         yield swarm
 
 
-def test_status_shows_who_serves_what(spoken: Swarm, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
+def test_status_shows_who_serves_what(spoken: Swarm, command: Command) -> None:
     outcome = command("status", "--initial-peers", spoken.initial_peers[0])
     assert outcome.code == 0
     assert "llama: 5 blocks, 2 peers" in outcome.stdout
@@ -287,6 +287,17 @@ def test_status_shows_who_serves_what(spoken: Swarm, command: Command, monkeypat
     assert "2:5" in second
     assert spoken.peers[1].peer_id[-8:] in second
     assert "float32" in second
+
+
+def test_status_fits_a_screen_and_cuts_nothing(
+    spoken: Swarm, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = command("status", "--initial-peers", spoken.initial_peers[0]).stdout
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[2].split() == ["blocks", "peer", "state", "weights", "tok/s", "tok/s", "free", "users"]
 
 
 def test_status_as_json(spoken: Swarm, llama: Path, command: Command) -> None:
@@ -334,13 +345,13 @@ class _Screen:
 PROMPT = "w5 w9 w33 w12"
 
 
-def local_text(path: Path, adapter: Path | None = None) -> str:
+def local_text(path: Path, adapter: Path | None = None, **options: Any) -> str:
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
     if adapter:
         model = peft.PeftModel.from_pretrained(model, adapter).eval()
     inputs = tokenizer(PROMPT, return_tensors="pt")
-    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=15)
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=15, tokenizer=tokenizer, **options)
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -353,6 +364,39 @@ def test_generate_streams_the_text_of_the_model(
     assert outcome.code == 0
     assert "".join(screen.pieces).split() == local_text(llama).split()
     assert len(screen.pieces) >= len(local_text(llama).split()) > 4
+
+
+GENERATION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "beams": ({"num_beams": 3, "num_return_sequences": 2}, {"num_beams": 3}),
+    "beams in a dictionary": (
+        {"num_beams": 2, "return_dict_in_generate": True, "output_scores": True},
+        {"num_beams": 2},
+    ),
+    "sequences": ({"do_sample": True, "num_return_sequences": 2}, {}),
+    "a static cache": ({"cache_implementation": "static"}, {}),
+}
+"""What a checkpoint asks for, and what `peer generate` then does of it."""
+
+
+@pytest.mark.parametrize("asked", GENERATION)
+def test_generate_does_what_a_checkpoint_asks_for_or_says_that_it_does_not(
+    asked: str, spoken: Swarm, llama: Path, command: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, done = GENERATION[asked]
+    folder = shutil.copytree(llama, tmp_path / "llama")
+    (folder / "generation_config.json").write_text(json.dumps(file | {"eos_token_id": 2}))
+    outcome = command("generate", folder, PROMPT, "--max-new-tokens", "15", "--initial-peers", spoken.initial_peers[0])
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.stdout.split() == local_text(llama, **done).split()
+    for name in file.keys() - done.keys() & {"num_return_sequences", "cache_implementation"}:
+        assert f"generation_config.json asks for {name}=" in caplog.text
+
+
+def test_generate_says_what_it_cannot_do(spoken: Swarm, llama: Path, command: Command, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama, tmp_path / "llama")
+    (folder / "generation_config.json").write_text(json.dumps({"dola_layers": "high"}))
+    said = command("generate", folder, PROMPT, "--initial-peers", spoken.initial_peers[0]).refusal()
+    assert "generation_config.json asks for what cannot be done here" in said
 
 
 def test_generate_with_an_adapter_and_by_chance(spoken: Swarm, llama: Path, command: Command, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from client.swarm.config import NetworkOptions
 from client.tune.data.formats import COLUMNS, FormatName
 from client.tune.description.peft_methods import METHODS, OPTIONS, PROMPT_METHODS, AdapterChoice
 from client.tune.errors import ConfigError
+from protocol.machine.paths import LocalPath, ModelName, local_path
 
 DEFAULT_EPOCHS = 3.0
 LONGEST_DEFAULT = 2048
@@ -34,20 +35,32 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where the records are and how they become tokens."""
 
-    path: Annotated[list[Path], BeforeValidator(_as_list), Field(min_length=1)]
+    path: Annotated[list[LocalPath], BeforeValidator(_as_list), Field(min_length=1)] = Field(
+        description="files, folders, and patterns such as data/*.jsonl"
+    )
     format: Literal["auto"] | FormatName = "auto"
     columns: dict[str, str] = Field(default_factory=dict, description="our column name: the name in the file")
     system: str | None = Field(default=None, description="system message of records that bring none")
     train_on: Literal["answers", "all"] = "answers"
     # The validator below is the one to refuse inf: pydantic would add in how many ways it is no path either.
     validation: Annotated[float, Field(allow_inf_nan=True)] | Path = Field(
-        default=0.0, description="a share of the records, or the path of a file"
+        default=0.0, description="a share of the records, or a path, as in data.path"
     )
     max_length: int | None = Field(
         default=None, ge=8, le=_MOST, description="tokens; none: the model's context, at most 2048"
     )
     too_long: Literal["refuse", "truncate", "drop"] = "refuse"
     packing: bool = False
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _share_or_path(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return float(value)  # YAML takes 1e-1 for text
+        except ValueError:
+            return local_path(value)
 
     @field_validator("validation")
     @classmethod
@@ -96,7 +109,7 @@ class TrainerConfig(Section):
 
 
 class SamplesConfig(Section):
-    """Texts that the model continues before and after, greedily."""
+    """Texts that the model continues before and after, without chance."""
 
     prompts: list[str] = Field(default_factory=list)
     count: int = Field(
@@ -108,17 +121,17 @@ class SamplesConfig(Section):
 class TuneConfig(Section):
     """One fine-tuning run."""
 
-    model: str = Field(min_length=1, description="folder or hub name")
+    model: ModelName = Field(min_length=1, description="folder or hub name")
     revision: str | None = None
     initial_peers: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
-    swarm_key: Path | None = Field(default=None, description="key file of a private swarm")
+    swarm_key: LocalPath | None = Field(default=None, description="key file of a private swarm")
     network: NetworkOptions = Field(default_factory=NetworkOptions)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     data: DataConfig
     adapter: AdapterChoice = Field(default_factory=lambda: OPTIONS["lora"](method="lora"))
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
     samples: SamplesConfig = Field(default_factory=SamplesConfig)
-    output: Path
+    output: LocalPath
 
     @model_validator(mode="after")
     def _packing_needs_positions(self) -> "TuneConfig":

@@ -17,12 +17,13 @@ initial_peers: []                            # addresses of the swarm, as `peer 
 dtype: auto                                  # of what this machine holds: auto, float32, bfloat16, float16
 
 data:
-  path: data.jsonl            # a file or a list of files: .json .jsonl .csv .parquet .txt
+  path: data.jsonl            # a file, a folder, a pattern such as data/*.jsonl, or a list of them; of the types
+                              # .json .jsonl .ndjson .csv .tsv .parquet .txt, each also with .gz
   format: auto                # auto, alpaca, messages, sharegpt, prompt_completion, text
   # columns: {instruction: question, output: answer}   # our name: the name in your file
   # system: You are a helpful assistant.     # for records that bring no system message
   train_on: answers           # answers: the loss counts the assistant's words only; all: every token
-  validation: 0.05            # a share of the records, or the path of a file; 0: none
+  validation: 0.05            # a share of the records, or a path as above; 0: none
   # max_length: 1024          # tokens per record; without it the model's context, at most 2048
   too_long: refuse            # refuse the file, truncate the record, or drop it
   packing: false              # several short records in one row of max_length tokens

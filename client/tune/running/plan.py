@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from client.tune.description.config import DEFAULT_EPOCHS, TrainerConfig, TuneConfig
 from client.tune.running.dataset import Prepared, Rows
@@ -39,15 +41,14 @@ class Plan:
     notes: tuple[ExtraRow, ...] = ()
     extra: tuple[ExtraRow, ...] = ()
 
-    def table(self) -> Table:
-        """The plan as a table of two columns, the caller's extra rows last."""
-        table = Table(title=f"{self.method} on {self.model}", title_justify="left", show_header=False, box=None)
+    def __rich__(self) -> Group:
+        """A title and a table of two columns, the caller's extra rows last."""
+        table = Table.grid(padding=(0, 2, 0, 1))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
         for name, value in (*self._lines(), *self.notes, *self.extra):
-            table.add_row(name, value)
-        return table
-
-    def __rich__(self) -> Table:
-        return self.table()
+            table.add_row(name, Text(value))  # others' names: no markup
+        return Group(Text(f"{self.method} on {self.model}", style="table.title"), table)
 
     def _lines(self) -> list[ExtraRow]:
         dropped = f", {self.dropped:,} dropped" if self.dropped else ""

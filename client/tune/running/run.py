@@ -17,7 +17,7 @@ from pathlib import Path
 
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from client.tokenizer import vocabulary_size
@@ -35,6 +35,8 @@ from client.tune.running.progress import Line, Recorder, RunLog, read_log
 from client.tune.running.samples import generate_samples, samples_markdown
 from client.tune.running.state import load_trained
 from client.tune.running.trainer import RankAllocation, TuneTrainer, training_arguments
+from protocol.errors import first_line
+from protocol.machine.terminal import new_console
 
 _ENDS = 10
 """Lines of the log whose mean says where the loss began, and where it ended: a single batch says little."""
@@ -56,12 +58,6 @@ class TuneResult:
 
     def __str__(self) -> str:
         return f"loss {self.loss_before:.3f} to {self.loss_after:.3f} in {self.steps} steps ({self.seconds:.0f} s)"
-
-
-def context_length(config: PreTrainedConfig) -> int | None:
-    """Tokens the model reads, None where its position encoding sets no limit."""
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return length if isinstance(length, int) else None
 
 
 def check_output(config: TuneConfig, resume: bool) -> None:
@@ -145,7 +141,7 @@ class TuneRun:
             OutputError: something can't be written; the newest whole checkpoint is untouched.
             Exception: whatever the model raised; the last finished step is saved.
         """
-        console = console or Console()
+        console = console or new_console()
         self.begin()
         self._store.discard_after(self.first_step)
         if self._start and self.first_step == self.steps:
@@ -228,6 +224,11 @@ class TuneRun:
             made = generate_samples(self.model, self._tokenizer, self._prepared.prompts, samples.max_new_tokens)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped while writing samples; the adapter is done, in {self.folder.adapter}") from None
+        except ValueError as error:  # Transformers' for what a generation cannot be
+            raise ConfigError(
+                f"no samples: the model's generation_config.json asks for what cannot be done here"
+                f" ({first_line(error)}); the adapter is done, in {self.folder.adapter}"
+            ) from error
         text = samples_markdown(self._config.model, self.steps, made)
         replace_file(self.folder.samples, text.encode())
 

@@ -1,5 +1,6 @@
 """Reading data files and telling their formats, and the sentence for each thing that can be wrong with them."""
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -32,20 +33,38 @@ def failure(path: Path) -> str:
     return str(caught.value).removeprefix(f"{path}: ")
 
 
-def test_json_jsonl_csv_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
+def test_json_jsonl_csv_tsv_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     arrow = pytest.importorskip("pyarrow")
     lines = "\n\n".join(json.dumps(record) for record in RECORDS)
     paths = [
         save(tmp_path, "a.json", json.dumps(RECORDS, indent=2)),
         save(tmp_path, "a.jsonl", "\ufeff" + lines),
+        save(tmp_path, "a.ndjson", lines),
         save(tmp_path, "a.csv", 'instruction,output\r\na,b\r\n"ü\nc","d, e"\r\n'),
+        save(tmp_path, "a.tsv", 'instruction\toutput\na\tb\n"ü\nc"\td, e\n'),
         tmp_path / "a.parquet",
     ]
-    parquet.write_table(arrow.Table.from_pylist(RECORDS), paths[3])
+    parquet.write_table(arrow.Table.from_pylist(RECORDS), paths[-1])
+    paths += [save(tmp_path, f"{path.name}.gz", gzip.compress(path.read_bytes())) for path in paths]
     for path in paths:
         assert fields(path) == RECORDS, path
-    assert len(list(read_rows(paths))) == 8
+    assert len(list(read_rows(paths))) == 2 * len(paths)
+
+
+def test_a_folder_and_a_pattern_are_files_in_order(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "c.jsonl.gz", ".hidden.jsonl", "README.md", "deep/d.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        line = json.dumps({"text": name}).encode()
+        save(tmp_path, name, gzip.compress(line) if name.endswith(".gz") else line)
+    assert [row["text"] for row in fields(tmp_path)] == ["a.jsonl", "b.jsonl", "c.jsonl.gz"]
+    assert [row["text"] for row in fields(tmp_path / "*.jsonl")] == ["a.jsonl", "b.jsonl"]
+    assert len(fields(tmp_path / "**" / "*.jsonl")) == 3
+    save(tmp_path, "LICENSE.txt", "no data")
+    assert failure(tmp_path).startswith("is a folder with files of several types (.jsonl, .txt); give a pattern such")
+    assert failure(tmp_path / "*.csv") == "matches no file"
+    (tmp_path / "empty").mkdir()
+    assert failure(tmp_path / "empty").startswith("is a folder without data files; known are .json, ")
 
 
 def test_a_text_file_is_one_row(tmp_path: Path) -> None:
@@ -80,17 +99,20 @@ def test_a_row_knows_its_place(tmp_path: Path) -> None:
         ("a.csv", "a,b\n1,2,3\n", "line 2 does not have the 2 cells that the header names"),
         ("a.csv", 'a,b\n1,"2\n', "broken CSV on line 2: unexpected end of data"),
         ("a.parquet", "PAR1 not", "is not a readable Parquet file"),
-        ("a.xlsx", "x", "unknown file type '.xlsx'; known are .json, .jsonl, .csv, .parquet, .txt"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}')[:-3], "is not a whole gzip file"),
+        ("a.jsonl.gz", '{"text": "a"}', "is not a whole gzip file"),
+        ("a.xlsx", "x", "unknown file type '.xlsx'; known are .json, .jsonl, .ndjson, .csv, .tsv, .parquet, .txt, and"),
+        ("a.csv.zst", "x", "unknown file type '.zst'; known are"),
     ],
 )  # fmt: skip
 def test_a_broken_file_is_one_sentence(tmp_path: Path, name: str, content: str | bytes, expected: str) -> None:
     assert failure(save(tmp_path, name, content)).startswith(expected)
 
 
-def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
-    assert failure(tmp_path / "no.json") == "can't be read: No such file or directory"
-    (tmp_path / "d.json").mkdir()
-    assert failure(tmp_path / "d.json") == "can't be read: Is a directory"
+def test_a_missing_file_and_a_data_set_of_a_hub(tmp_path: Path) -> None:
+    for name in ("no.json", "tatsu-lab/alpaca"):
+        assert failure(tmp_path / name).startswith("there is no such file; known are .json, ")
+    assert failure(tmp_path / ("n" * 300)) == "can't be read: File name too long"
 
 
 def test_parquet_has_no_keys_that_a_record_did_not_have(tmp_path: Path) -> None:

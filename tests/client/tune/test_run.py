@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
-from transformers import BloomConfig, GPT2Config, LlamaConfig, Trainer, TrainingArguments, set_seed
+from transformers import BloomConfig, GPT2Config, LlamaConfig, MptConfig, Trainer, TrainingArguments, set_seed
 
 from client.commands.tune import run_tune
 from client.tokenizer import vocabulary_size
@@ -19,8 +19,9 @@ from client.tune.description.config import TuneConfig
 from client.tune.errors import ConfigError, DataError, Interrupted
 from client.tune.running.dataset import Collator, prepare
 from client.tune.running.plan import count_steps
-from client.tune.running.run import TuneResult, TuneRun, check_output, context_length
+from client.tune.running.run import TuneResult, TuneRun, check_output
 from client.tune.running.samples import Sample, samples_markdown
+from protocol.model.anatomy import context_length
 from tests.tools.command import Command
 from tests.tools.tune import ALPACA, byte_tokenizer, describe, losses, silent, start, tiny_llama, write_jsonl
 
@@ -160,6 +161,24 @@ def test_samples_of_the_page() -> None:
     page = samples_markdown("m", 2, [Sample("p", "b", "a\n")])
     assert page.count("~~~~text\na\n~~~~") == 1
     assert page.index("**Prompt**") < page.index("**Before**") < page.index("**After**")
+
+
+def test_samples_are_made_whatever_the_checkpoint_asks_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.tune.running.run.plot_losses", lambda lines: b"drawn")
+    run = start(describe(tmp_path, trainer={"steps": 1, "gradient_accumulation": 1}))
+    asked = run.model.generation_config
+    asked.num_beams, asked.num_return_sequences, asked.stop_strings, asked.return_dict_in_generate = 2, 2, ["e"], True
+    run.train(silent())
+    assert (tmp_path / "out" / "samples.md").read_text().count("**After**") == 1
+    assert caplog.text.count("asks for num_return_sequences=2; one text is written") == 1
+
+    impossible = start(describe(tmp_path / "other", trainer={"steps": 1, "gradient_accumulation": 1}))
+    impossible.model.generation_config.dola_layers = "high"
+    with pytest.raises(ConfigError, match=r"no samples: .* cannot be done here .*; the adapter is done, in "):
+        impossible.train(silent())
+    assert (tmp_path / "other" / "out" / "adapter" / "adapter_config.json").exists()
 
 
 def test_samples_are_taken_from_the_data_when_none_are_given(tmp_path: Path) -> None:
@@ -314,6 +333,7 @@ def test_a_record_longer_than_the_context_is_refused_by_its_number(tmp_path: Pat
 def test_the_context_of_a_model() -> None:
     assert context_length(LlamaConfig(max_position_embeddings=77)) == 77
     assert context_length(GPT2Config(n_positions=78)) == 78
+    assert context_length(MptConfig(max_seq_len=79)) == 79
     assert context_length(BloomConfig()) is None  # alibi sets no limit
 
 

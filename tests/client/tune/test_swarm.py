@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -164,6 +165,21 @@ def test_peers_are_killed_under_it(
     assert finished.code == 0, finished.stderr
     assert re.search(r"peer (ada|bob) failed", caplog.text)
     assert_same(output, whole)
+
+
+def test_generate_stops_at_the_strings_of_a_checkpoint(place: Place, command: Command, tmp_path: Path) -> None:
+    ask = ["--max-new-tokens", "12", "--initial-peers", place.swarm.initial_peers[0]]
+    whole = command("generate", place.model, "Say yak", *ask).stdout.rstrip("\n")
+    stop = next(letter for letter in whole[1:] if letter.isascii())
+    model = shutil.copytree(place.model, tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 256, "stop_strings": [stop]}))
+    assert command("generate", model, "Say yak", *ask).stdout.rstrip("\n") == whole[: whole.index(stop) + 1]
+
+
+def test_what_is_printed_into_a_pipe_breaks_no_path(place: Place, command: Command, tmp_path: Path) -> None:
+    model = shutil.copytree(place.model, tmp_path / ("long" * 30))
+    planned = command("tune", place.describe(tmp_path / "run", model=str(model)), "--plan")
+    assert f"lora on {model}" in planned.stdout.splitlines()
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
