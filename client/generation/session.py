@@ -1,6 +1,8 @@
 """A generation: KV caches on the peers of a route, and the way of a step through them."""
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -13,7 +15,6 @@ from client.generation.step import Step
 from client.requests.caller import Caller
 from client.requests.handover import should_hand_over
 from client.requests.work import Work
-from client.swarm.loop import LOOP
 from protocol import swarm_pb2 as pb
 from protocol.errors import SwarmError
 
@@ -22,10 +23,11 @@ class InferenceSession:
     """The KV caches of one generation. Used from the user's thread; its work is done on the loop."""
 
     def __init__(self, caller: Caller, blocks: range, rope: DynamicRope):
-        self._caller, self._blocks = caller, blocks
+        self._caller, self.blocks = caller, blocks
         self._past = Past(rope)
         self._stages: list[Stage] = []
-        weakref.finalize(self, LOOP.call, close_stages, self._stages)
+        self._loop = caller.swarm.loop
+        weakref.finalize(self, self._loop.call, close_stages, self._stages)
 
     def step(
         self, work: Work, hidden: torch.Tensor, edits: list[pb.CacheEdit], keep_past: bool, start: int
@@ -36,15 +38,26 @@ class InferenceSession:
         Raises `NoRoute`, and what the last peer that was tried refused the step with; the caches are then as after
         `edits`.
         """
-        return LOOP.run(self._step(work, hidden, edits, keep_past, start))
+        return self._loop.run(self._step(work, hidden, edits, keep_past, start))
 
     def fork(self) -> "InferenceSession":
         """A copy of the caches as they are now."""
-        return LOOP.run(self._fork())
+        return self._loop.run(self._fork())
 
     def close(self) -> None:
         """End the sessions on the peers."""
-        LOOP.call(close_stages, self._stages)
+        self._loop.call(close_stages, self._stages)
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Within the block the caches do not give way to others."""
+        for stage in self._stages:
+            stage.is_idle = False
+        try:
+            yield
+        finally:
+            for stage in self._stages:
+                stage.rest()
 
     async def _step(
         self, work: Work, hidden: torch.Tensor, edits: list[pb.CacheEdit], keep_past: bool, start: int
@@ -55,7 +68,8 @@ class InferenceSession:
                 stage.history = stage.history.edited(edits)
         before = [(stage.hop, stage.history) for stage in self._stages]
         try:
-            output = await self._run(step, hidden)
+            with self._in_use():
+                output = await self._run(step, hidden)
         except BaseException:
             # Some peers did the step and some did not: all are made again from what was before, if it goes on at all.
             close_stages(self._stages)
@@ -70,7 +84,7 @@ class InferenceSession:
         stages, replacement = self._stages, None
         if not stages:
             replacement = Replacement(self._caller, self._past, stages)
-            stages += await replacement.open(self._blocks.start, self._blocks.stop)
+            stages += await replacement.open(self.blocks.start, self.blocks.stop)
         done = await self._in_flight(step, hidden) if self._may_be_in_flight(step) else {}
         index = 0
         while index < len(stages):
@@ -107,8 +121,9 @@ class InferenceSession:
         return not any([await stage.should_move() for stage in self._stages])
 
     async def _fork(self) -> "InferenceSession":
-        twin = InferenceSession(self._caller, self._blocks, self._past.rope)
+        twin = InferenceSession(self._caller, self.blocks, self._past.rope)
         twin._past = self._past.fork()
-        for stage in self._stages:
-            twin._stages.append(await stage.fork(twin._past))
+        with self._in_use(), twin._in_use():
+            for stage in self._stages:
+                twin._stages.append(await stage.fork(twin._past))
         return twin

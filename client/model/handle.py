@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from client.model.pseudo_layer import PseudoLayer
 from client.model.remote_blocks import RemoteBlocks
 from client.swarm.config import SwarmConfig
 from client.swarm.health import Health
-from client.swarm.loop import LOOP
 from client.swarm.routes import Hop
 from client.swarm.swarm import Purpose, Swarm
 from protocol.records import PeerRecord
@@ -14,19 +14,21 @@ from protocol.records import PeerRecord
 class SwarmHandle:
     """The swarm as a model uses it. A copy of the model has a handle of its own blocks to the same membership."""
 
-    def __init__(self, network: Swarm, blocks: RemoteBlocks):
+    def __init__(self, network: Swarm, layer: PseudoLayer, blocks: RemoteBlocks):
         self.network = network
         """The membership itself; its coroutines are for this process's loop."""
+        self.layer = layer
+        """What the model's trunk runs in the place of its blocks."""
         self.blocks = blocks
         """All blocks of the model, callable on hidden states, with autograd."""
 
     def peers(self) -> list[PeerRecord]:
         """The peers that serve this model now. Raises `PeerUnreachable`."""
-        return LOOP.run(self.network.fetch_peers(fresh=True))
+        return self.network.loop.run(self.network.fetch_peers(fresh=True))
 
     def route(self, purpose: Purpose = "decode") -> list[Hop]:
         """The hops that work would take now. Raises `NoRoute`."""
-        return LOOP.run(self.network.find_route(0, self.network.model_id.num_blocks, purpose))
+        return self.network.loop.run(self.network.find_route(0, self.network.model_id.num_blocks, purpose))
 
     @property
     def health(self) -> Health:

@@ -7,6 +7,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from client.model.build import build_model
+from client.model.options import rename, take_loading_options
+from client.model.petals import with_prompts
 from client.model.pseudo_layer import refuse_outputs
 from client.model.saving import base_of, load_generation_config, name_base
 from client.swarm.config import SwarmConfig
@@ -34,15 +36,19 @@ def load_distributed(
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
     torch_dtype: torch.dtype | str | None = None,
+    tuning_mode: str | None = None,
+    pre_seq_len: int = 0,
     **options: Any,
 ) -> PreTrainedModel:
     """A Transformers model whose blocks run on a swarm; see `AutoDistributedModelForCausalLM.from_pretrained`.
 
     `cls` None: the class that Transformers' auto mapping of the name `mapping` has for the model.
     """
+    options = rename(options)
     network = {name: options.pop(name) for name in SwarmConfig.model_fields if name in options}
     network_config = SwarmConfig.make(swarm_config, **network)
-    checkpoint = open_checkpoint(str(model), revision)
+    hub, device = take_loading_options(options)
+    checkpoint = open_checkpoint(str(model), revision, hub)
     config = checkpoint.config
     for name, value in options.items():
         _override(config, name, value)
@@ -64,7 +70,9 @@ def load_distributed(
     built.config._name_or_path = built.name_or_path = checkpoint.name
     name_base(built, base)
     load_generation_config(built, checkpoint)
-    return built
+    if device is not None:
+        built.to(device)  # type: ignore[arg-type]
+    return with_prompts(built, tuning_mode, pre_seq_len) if tuning_mode else built
 
 
 def named_dtype(name: str) -> torch.dtype:

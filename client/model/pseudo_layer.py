@@ -3,6 +3,7 @@
 import inspect
 import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from client.ghosts.blocks import GhostBlocks
+from client.ghosts.blocks import BlockRange, GhostBlocks
+from client.model.petals import PetalsSession, active_session, new_session
 from client.model.remote_blocks import RemoteBlocks
 from client.model.remote_cache import RemoteLayer, adopt
 from client.requests.work import Work
@@ -43,7 +45,6 @@ class PseudoLayer:
 
     def __init__(self, remote: RemoteBlocks, ghosts: GhostBlocks):
         self._remote, self._ghosts = remote, ghosts
-        self._blocks = range(len(ghosts))
         self._caught = threading.local()
         """The mask and positions of the forward that runs now, as the user gave them; one per thread."""
         self.returns_tuple = False
@@ -71,13 +72,45 @@ class PseudoLayer:
         self._caught.mask, self._caught.positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, blocks: range, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.probing:
             cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-            hidden_states = self._run(hidden_states, cache)
+            hidden_states = self._run(blocks, hidden_states, cache)
         return (hidden_states, None) if self.returns_tuple else hidden_states
 
-    def _run(self, hidden: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+    @property
+    def whole(self) -> BlockRange:
+        """All blocks."""
+        return self._ghosts[:]  # type: ignore[no-any-return]
+
+    @property
+    def active_session(self) -> PetalsSession | None:
+        """The session of this model that is in use in this thread."""
+        return active_session(self)
+
+    def run(self, blocks: range, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states after `blocks`, differentiably; in a session of these blocks, on its caches."""
+        session = self.active_session
+        if session is not None and session.blocks == blocks:
+            return session.step(hidden)
+        return self._remote(hidden, blocks.start, blocks.stop)
+
+    def step(self, blocks: range, hidden: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Hidden states after `blocks`, of tokens that come behind those of `cache`."""
+        self._caught.mask = self._caught.positions = None
+        return self._run(blocks, hidden, cache)
+
+    def inference_session(self, blocks: range) -> AbstractContextManager[PetalsSession]:
+        """A session over `blocks`."""
+        return new_session(self, blocks)
+
+    def _run(self, blocks: range, hidden: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+        session = self.active_session
+        if session is not None and session.blocks == blocks and cache is not session.past_key_values:
+            raise BadUsage(
+                "Within inference_session the model goes on from the session: use generate or session.step, or pass "
+                "past_key_values=session.past_key_values."
+            )
         layer: RemoteLayer | None = None
         prefix: KvPrefix = {}
         if cache is not None:
@@ -87,34 +120,38 @@ class PseudoLayer:
         is_decoding = goes_on and hidden.shape[1] == 1  # more at once may be a prompt on a cache from before training
         work = self._remote.describe(self._caught.mask, self._caught.positions, fresh=not is_decoding)
         if layer is None:
-            return self._remote.apply(work, self._blocks, hidden)
+            return self._remote.apply(work, blocks, hidden)
         layer.rows = len(hidden)
         if prefix:
             work = replace(work, prefix=prefix)
         is_first = bool(prefix) or not layer.length
         sources = (*layer.sources, *_sources(work, hidden)) if torch.is_grad_enabled() else ()
         if not sources:
-            return self._generate(work, hidden, layer)
+            return self._generate(work, blocks, hidden, layer)
         if is_first:
             layer.sources = sources
-            return self._train(work, hidden, layer)
+            return self._train(work, blocks, hidden, layer)
         if self._ghosts.training:
             raise BadUsage(_NO_BACKWARD)
-        return _EarlierCache.apply(self._generate(work, hidden, layer), *sources)  # type: ignore[no-any-return]
+        return _EarlierCache.apply(self._generate(work, blocks, hidden, layer), *sources)  # type: ignore[no-any-return]
 
-    def _train(self, work: Work, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
+    def _train(self, work: Work, blocks: range, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
         """A forward with gradients. Transformers made a cache for it, which is filled only if it comes to be used."""
         layer.unsent = (work.detached(), hidden.detach(), layer.length)
         layer.length += hidden.shape[1]
-        return self._remote.apply(work, self._blocks, hidden)
+        return self._remote.apply(work, blocks, hidden)
 
-    def _generate(self, work: Work, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
+    def _generate(self, work: Work, blocks: range, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
         if layer.session is None:
-            layer.session = self._remote.new_session()
+            layer.session = self._remote.new_session(blocks)
             if layer.unsent is not None:
                 earlier, states, start = layer.unsent
                 layer.session.step(earlier, states, [], layer.keep_past, start)
                 layer.unsent = None
+        elif layer.session.blocks != blocks:
+            raise BadUsage(
+                f"This cache is of {len(layer.session.blocks)} blocks, and the model has {len(blocks)} now; begin anew."
+            )
         edits, layer.edits = layer.edits, []
         work = work.detached() if work.prefix else work
         output = layer.session.step(work, hidden.detach(), edits, layer.keep_past, layer.length)

@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from bootstrap.member import Member, MemberOptions
+from client.swarm.sessions import OpenSessions
 
 _LINGER = 5.0
 """Seconds that an unused membership is kept, in case that the next model joins the same swarm."""
@@ -18,6 +20,7 @@ class Membership:
 
     def __init__(self, initial_peers: tuple[str, ...], swarm_key: Path | None, member: Member):
         self.member, self.users = member, 0
+        self.sessions = OpenSessions()
         self._initial_peers, self._swarm_key = initial_peers, swarm_key
         self._joining = asyncio.Lock()
 
@@ -48,6 +51,14 @@ class Memberships:
         self._shared: dict[tuple[tuple[str, ...], Path | None], Membership] = {}
         """By initial peers and the file with the swarm's key."""
         self._joining = asyncio.Lock()
+        self._inherited = list[Membership]()
+        """The parent's, in a fork. Kept: their end would be that of the parent's p2pd."""
+        os.register_at_fork(after_in_child=self._begin_anew)
+
+    def _begin_anew(self) -> None:
+        """A fork is a member of nothing yet."""
+        self._inherited += self._shared.values()
+        self._shared, self._joining = {}, asyncio.Lock()
 
     async def acquire(self, initial_peers: tuple[str, ...], swarm_key: Path | None) -> Membership:
         """Join, or share a membership that is there. Raises as `Member.join`."""

@@ -4,13 +4,13 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
@@ -27,6 +27,17 @@ _VOLATILE = {
     "quantization_config", "auto_map", "_attn_implementation", "attn_implementation", "task_specific_params",
 }  # fmt: skip
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What safetensors call the dtypes that a model may be loaded in."""
+
+
+@dataclass(frozen=True)
+class Hub:
+    """How files come from the Hugging Face hub; the fields are arguments of `hf_hub_download`."""
+
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,12 +49,35 @@ class Checkpoint:
     revision: str | None
     config: PreTrainedConfig
     raw_config: dict[str, Any]
+    hub: Hub = Hub()
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype that the weights are stored in."""
+        """The dtype that Transformers loads the weights in: the configuration's, or else their own.
+
+        Raises `UnsupportedModel` when it takes the weights to know it and they are missing or broken.
+        """
         stored = self.config.dtype
-        return stored if isinstance(stored, torch.dtype) else torch.float32
+        return stored if isinstance(stored, torch.dtype) else self._dtype_of_weights()
+
+    def _dtype_of_weights(self) -> torch.dtype:
+        """That of the first floating-point weight; only the header of its file is fetched."""
+        name = min(self.weight_map.values())
+        local = self._local_file(name)
+        if local is not None:
+            with _open(local) as file:
+                names = sorted(file.keys())
+                found = [file.get_slice(tensor).get_dtype() for tensor in names]
+        else:
+            try:
+                api = HfApi(token=self.hub.token)
+                header = api.parse_safetensors_file_metadata(self.name, name, revision=self.revision)
+            except (HfHubHTTPError, OSError, ValueError) as error:
+                raise UnsupportedModel(
+                    f"{self.name}: the header of {name} cannot be fetched ({first_line(error)})."
+                ) from error
+            found = [header.tensors[tensor].dtype for tensor in sorted(header.tensors)]
+        return next((_FLOATS[dtype] for dtype in found if dtype in _FLOATS), torch.float32)
 
     @cached_property
     def model_id(self) -> ModelId:
@@ -103,16 +137,16 @@ class Checkpoint:
         return path
 
     def _optional_file(self, name: str) -> Path | None:
-        return find_file(self.name, name, self.revision)
+        return find_file(self.name, name, self.revision, self.hub)
 
     def _local_file(self, name: str) -> Path | None:
         if Path(self.name).is_dir():
             return self._optional_file(name)
-        cached = try_to_load_from_cache(self.name, name, revision=self.revision)
+        cached = try_to_load_from_cache(self.name, name, cache_dir=self.hub.cache_dir, revision=self.revision)
         return Path(cached) if isinstance(cached, str) else None
 
 
-def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(model: str, revision: str | None = None, hub: Hub = Hub()) -> Checkpoint:
     """The checkpoint in the folder, or of the hub name, `model`.
 
     Raises `UnsupportedModel` when there is no such folder or hub model, or its configuration is no model's.
@@ -121,7 +155,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         model = expand(model)
     except ValueError as error:
         raise UnsupportedModel(f"{error}.") from error
-    path = find_file(model, _CONFIG, revision)
+    path = find_file(model, _CONFIG, revision, hub)
     if path is None:
         raise UnsupportedModel(
             f"{model!r} has no {_CONFIG}; expected a Hugging Face model folder, or a hub name that can be reached."
@@ -136,10 +170,10 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         ) from error
     if not 0 < blocks <= MAX_BLOCKS:
         raise UnsupportedModel(f"{path} describes a model of {blocks} blocks; expected 1 to {MAX_BLOCKS}.")
-    return Checkpoint(model, revision, config, raw)
+    return Checkpoint(model, revision, config, raw, hub)
 
 
-def find_file(model: str, name: str, revision: str | None = None) -> Path | None:
+def find_file(model: str, name: str, revision: str | None = None, hub: Hub = Hub()) -> Path | None:
     """The local path of a file of `model`, downloaded when it is a hub model; `None` when there is no such file."""
     folder = Path(model)
     if folder.is_dir():
@@ -147,7 +181,7 @@ def find_file(model: str, name: str, revision: str | None = None) -> Path | None
     if model.startswith((".", "/")) or model.count("/") > 1:
         return None
     try:
-        return Path(hf_hub_download(model, name, revision=revision))
+        return Path(hf_hub_download(model, name, revision=revision, **asdict(hub)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
         return None
 
