@@ -34,6 +34,8 @@ class GhostTensor(torch.Tensor):
     source: Source | None
     transposed: bool
     subtracted: Subtracted | None
+    ds_optim_param = True
+    """DeepSpeed's own mark for weights that it must not send from the first process to the others."""
 
     @staticmethod
     def __new__(

@@ -1,4 +1,4 @@
-"""What `tests/whole/test_data_parallel.py` has torchrun and accelerate run: one of several processes that train together.
+"""What `tests/whole/test_data_parallel.py` has torchrun and accelerate run: a process that trains along with others.
 
     data_parallel MODEL ADDRESS FOLDER SCENARIO...
 
@@ -35,6 +35,10 @@ Figures = dict[str, list[float]]
 QUIET: dict[str, Any] = {
     "max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 5e-3,
     "report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "seed": 1, "bf16": False,
+}  # fmt: skip
+ZERO_2 = {
+    "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
+    "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
 }  # fmt: skip
 
 
@@ -105,16 +109,16 @@ def figures(trainer: Trainer, resume: Path | None = None) -> Figures:
 
 
 def trainer(model: Any, folder: Path, resume: Path | None = None, **options: Any) -> Figures:
-    """`Trainer` with checkpoints, one of which is gone on from."""
+    """`Trainer` with two checkpoints; `resume`: one to go on from."""
     rows = torch.randint(3, VOCABULARY, (64, 12), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in rows]
-    arguments = TrainingArguments(str(folder), save_steps=2, **QUIET | options)
+    arguments = TrainingArguments(str(folder), save_steps=2, gradient_checkpointing=True, **QUIET | options)
     model = tuned(model, init_lora_weights=True, use_dora=True)
     return figures(Trainer(model, arguments, train_dataset=data), resume)
 
 
-def resumed(model: Any, folder: Path) -> Figures:
-    return trainer(model, folder, resume=folder.with_name("trainer") / "checkpoint-2")
+def resumed(model: Any, folder: Path, before: str, **options: Any) -> Figures:
+    return trainer(model, folder, folder.with_name(before) / "checkpoint-2", **options)
 
 
 def sft(model: Any, folder: Path) -> Figures:
@@ -156,8 +160,9 @@ SCENARIOS: dict[str, Callable[[Any, Path], Figures]] = {
     "PiSSA": partial(loop, adapter={"init_lora_weights": "pissa_niter_2"}),
     "unused": unused,
     "trainer": trainer,
-    "resumed": resumed,
-    "checkpointing": partial(trainer, gradient_checkpointing=True),
+    "resumed": partial(resumed, before="trainer"),
+    "DeepSpeed": partial(trainer, deepspeed=ZERO_2),
+    "DeepSpeed resumed": partial(resumed, before="DeepSpeed", deepspeed=ZERO_2),
     "sft": sft,
     "accelerator": accelerator,
 }

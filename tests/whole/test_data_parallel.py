@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
 LOOPS = ("loop", "static graph", "unused", "PiSSA")
-TRAINERS = ("trainer", "resumed", "checkpointing")
+TRAINERS = ("trainer", "resumed")
 Found = dict[str, list[list[dict[str, list[float]]]]]
 """Scenario -> of each process [the figures without a swarm, those through it]."""
 
@@ -99,6 +99,15 @@ def test_a_checkpoint(by_torchrun: Found, folder: Path) -> None:
     )
     assert ours == theirs >= {"adapter_model.safetensors", "rng_state_0.pth", "rng_state_1.pth"}
     assert by_torchrun["resumed"] == by_torchrun["trainer"]
+
+
+def test_deepspeed(launch: Callable[..., Found], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO 2, with a checkpoint; where DeepSpeed is installed, which builds a part of itself for minutes."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    found = launch(tmp_path, TORCHRUN, "DeepSpeed", "DeepSpeed resumed")
+    assert_equal(found["DeepSpeed"])
+    assert_equal(found["DeepSpeed resumed"])
 
 
 @pytest.fixture
