@@ -62,6 +62,11 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
     from protocol.model.anatomy import context_length
     from protocol.model.checkpoint import open_checkpoint
 
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise BadUsage(
+            "`peer tune` trains in one process, and a launcher such as torchrun has started several; run it without "
+            "one, or use Trainer in a script of your own (docs/compatibility.md)."
+        )
     console = new_console()
     config = load_config(path, overrides)
     if not config.initial_peers:

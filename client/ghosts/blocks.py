@@ -107,6 +107,12 @@ def matrix_names(blocks: nn.ModuleList) -> frozenset[str]:
     return frozenset(name for name, parameter in blocks.named_parameters() if parameter.ndim == 2)
 
 
+def ghost_names(module: nn.Module) -> Iterator[str]:
+    """The parameters and buffers of `module` whose values are on remote peers, by their names in it."""
+    members = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return (name for name, tensor in members if isinstance(tensor.data, GhostTensor))
+
+
 def make_ghosts(blocks: nn.ModuleList, reader: WeightReader) -> GhostBlocks:
     """Put ghosts in the place of all parameters and buffers of `blocks`, which are on the meta device."""
     for index, block in blocks._modules.items():

@@ -35,6 +35,8 @@ class GhostTensor(torch.Tensor):
     source: Source | None
     transposed: bool
     subtracted: Subtracted | None
+    ds_optim_param = True
+    """DeepSpeed's own mark for weights that it must not send from the first process to the others."""
 
     @staticmethod
     def __new__(
@@ -232,7 +234,10 @@ def _refusal(func: Any, ghost: Any) -> RemoteWeightError:
             f"{func} needs a weight that PiSSA or OLoRA has changed and that lives on remote peers; neither DoRA nor "
             "merging works together with them on this machine."
         )
+    advice = ""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        advice = "; to train in several processes use DistributedDataParallel, as torchrun and accelerate do by default"
     return RemoteWeightError(
         f"{func} needs a weight of the transformer blocks, and this weight lives on remote peers; "
-        "only adapters and what lies outside of the blocks can be computed with on this machine."
+        f"only adapters and what lies outside of the blocks can be computed with on this machine{advice}."
     )

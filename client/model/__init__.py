@@ -8,5 +8,6 @@ pseudo_layer    what the trunk's loop over blocks runs: all of them at once, rem
 remote_blocks   `RemoteBlocks`: the blocks as a differentiable function; training calls and sessions start here
 remote_cache    the KV cache as Transformers sees it: a length, and edits that travel with the next step
 petals          Petals' sessions and trained prompts
+parallel        several processes that train one adapter, by DistributedDataParallel
 saving          what this machine holds of the model, saved and loaded without PEFT
 """

@@ -15,6 +15,7 @@ from client.ghosts.norms import NormCache
 from client.ghosts.questions import WeightReader
 from client.model.handle import SwarmHandle
 from client.model.petals import add_sessions
+from client.model.parallel import leave_out_ghosts
 from client.model.pseudo_layer import PseudoLayer
 from client.model.remote_blocks import RemoteBlocks
 from client.model.saving import freeze, hide_ghosts
@@ -53,6 +54,7 @@ def build_model(
     ghosts = make_ghosts(where.of(donor), reader)
     setattr(where.trunk_of(model), where.attribute, ghosts)
     hide_ghosts(ghosts)
+    leave_out_ghosts()
     _attach(model, where, ghosts, swarm)
     if (head := model.get_output_embeddings()) is not None:
         split_linears(head)

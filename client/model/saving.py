@@ -5,7 +5,6 @@ they write names the checkpoint whose blocks the swarm serves.
 """
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from client.ghosts.blocks import GhostBlocks
+from client.ghosts.blocks import GhostBlocks, ghost_names
 from client.ghosts.tensor import GhostTensor
 from protocol.errors import BadUsage, UnsupportedModel, first_line
 from protocol.model.checkpoint import Checkpoint, find_file, open_checkpoint
@@ -95,18 +94,13 @@ def freeze(model: PreTrainedModel) -> None:
     model.register_forward_hook(_refuse_idle_training)
 
 
-def _ghost_names(blocks: nn.Module) -> Iterator[str]:
-    members = (*blocks.named_parameters(remove_duplicate=False), *blocks.named_buffers(remove_duplicate=False))
-    return (name for name, tensor in members if isinstance(tensor.data, GhostTensor))
-
-
 def _leave_out(blocks: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    for name in _ghost_names(blocks):
+    for name in ghost_names(blocks):
         state_dict.pop(prefix + name, None)
 
 
 def _expect(blocks: nn.Module, state_dict: dict[str, Any], prefix: str, *_rest: Any) -> None:
-    absent = {prefix + name for name in _ghost_names(blocks)}
+    absent = {prefix + name for name in ghost_names(blocks)}
     given = sorted(absent & state_dict.keys())
     if given:
         raise BadUsage(

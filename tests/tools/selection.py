@@ -13,6 +13,7 @@ LONGEST = (
     "client/test_prefill.py",
     "peer/test_drain.py",
     "whole/test_golden.py",
+    "whole/test_data_parallel.py",
     "whole/test_trl.py",
     "peer/test_memory.py",
     "peer/test_quantization.py",
