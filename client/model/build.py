@@ -14,8 +14,8 @@ from client.ghosts.factors import FactorCache
 from client.ghosts.norms import NormCache
 from client.ghosts.questions import WeightReader
 from client.model.handle import SwarmHandle
-from client.model.petals import add_sessions
 from client.model.parallel import leave_out_ghosts
+from client.model.petals import add_sessions
 from client.model.pseudo_layer import PseudoLayer
 from client.model.remote_blocks import RemoteBlocks
 from client.model.saving import freeze, hide_ghosts
