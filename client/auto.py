@@ -9,13 +9,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CAUSAL_LM = "MODEL_FOR_CAUSAL_LM_MAPPING"
+_OTHER_NAMES = {"use_auth_token": "token", "allowed_servers": "allowed_peers", "blocked_servers": "blocked_peers"}
+"""Earlier names of Transformers, and Petals' names."""
 
 
-def _load(cls: "type[PreTrainedModel] | None", mapping: str, model: str, options: dict[str, Any]) -> "PreTrainedModel":
+def _load(cls: "type[PreTrainedModel] | None", mapping: str, model: str, given: dict[str, Any]) -> "PreTrainedModel":
     with without_collection():
-        from client.model.load import load_distributed
+        from client.swarm.config import SwarmConfig
+        from client.swarm.membership import joining
 
-    return load_distributed(cls, mapping, model, **options)
+    options = {_OTHER_NAMES.get(name, name): value for name, value in given.items()}
+    if len(options) < len(given):
+        name = next(name for name in _OTHER_NAMES if name in given and _OTHER_NAMES[name] in given)
+        raise BadUsage(f"{name} is another name of {_OTHER_NAMES[name]}; give one of them.")
+    fields = {name: options.pop(name) for name in SwarmConfig.model_fields if name in options}
+    network = SwarmConfig.make(options.pop("swarm_config", None), **fields)
+    with joining(network) as joined:
+        with without_collection():
+            from client.model.load import load_distributed
+
+        return load_distributed(cls, mapping, model, network, joined, **options)
 
 
 class _AutoDistributed:

@@ -1,5 +1,6 @@
 """Making the model that a user asked for."""
 
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -7,11 +8,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from client.model.build import build_model
-from client.model.options import rename, take_loading_options
+from client.model.options import take_loading_options
 from client.model.petals import with_prompts
 from client.model.pseudo_layer import refuse_outputs
 from client.model.saving import base_of, load_generation_config, name_base
 from client.swarm.config import SwarmConfig
+from client.swarm.membership import Membership
 from client.swarm.swarm import Swarm
 from protocol.errors import BadUsage, UnsupportedModel
 from protocol.model.checkpoint import Checkpoint, open_checkpoint
@@ -31,8 +33,9 @@ def load_distributed(
     cls: type[PreTrainedModel] | None,
     mapping: str,
     model: str,
+    network: SwarmConfig,
+    joining: Future[Membership],
     *,
-    swarm_config: SwarmConfig | None = None,
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
     torch_dtype: torch.dtype | str | None = None,
@@ -44,9 +47,6 @@ def load_distributed(
 
     `cls` None: the class that Transformers' auto mapping of the name `mapping` has for the model.
     """
-    options = rename(options)
-    network = {name: options.pop(name) for name in SwarmConfig.model_fields if name in options}
-    network_config = SwarmConfig.make(swarm_config, **network)
     hub, device = take_loading_options(options)
     checkpoint = open_checkpoint(str(model), revision, hub)
     config = checkpoint.config
@@ -65,7 +65,7 @@ def load_distributed(
             "use the class of its family, or an AutoDistributedModel."
         )
     base = base_of(checkpoint)
-    swarm = Swarm.connect(network_config, base)
+    swarm = Swarm.connect(network, base, joining)
     built = build_model(cls, checkpoint, config, swarm, _dtype(dtype or torch_dtype, checkpoint))
     built.config._name_or_path = built.name_or_path = checkpoint.name
     name_base(built, base)

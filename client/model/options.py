@@ -11,8 +11,6 @@ from protocol.model.checkpoint import Hub
 
 logger = logging.getLogger(__name__)
 
-_OTHER_NAMES = {"use_auth_token": "token", "allowed_servers": "allowed_peers", "blocked_servers": "blocked_peers"}
-"""Earlier names of Transformers, and Petals' names."""
 _ALWAYS = ("low_cpu_mem_usage", "weights_only")
 """What is done whether it is asked for or not."""
 _NO_EFFECT = {
@@ -25,15 +23,6 @@ _NO_EFFECT = {
 }
 _QUANTIZED = ("quantization_config", "load_in_4bit", "load_in_8bit")
 _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
-
-
-def rename(options: dict[str, Any]) -> dict[str, Any]:
-    """The options under this library's names. Raises `BadUsage` for one that is given under both."""
-    renamed = {_OTHER_NAMES.get(name, name): value for name, value in options.items()}
-    if len(renamed) < len(options):
-        name = next(name for name in _OTHER_NAMES if name in options and _OTHER_NAMES[name] in options)
-        raise BadUsage(f"{name} is another name of {_OTHER_NAMES[name]}; give one of them.")
-    return renamed
 
 
 def take_loading_options(options: dict[str, Any]) -> tuple[Hub, torch.device | None]:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 try:
@@ -35,12 +36,16 @@ class BackgroundLoop:
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` on the loop and wait for it. Ctrl-C cancels it."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._running())
+        future = self.start(coroutine)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
+
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run `coroutine` on the loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._running())
 
     def call(self, function: Any, *arguments: Any) -> None:
         """Have the loop call `function`; does nothing when it has stopped. May be called from a finalizer."""

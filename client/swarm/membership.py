@@ -3,10 +3,14 @@
 import asyncio
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 
 from bootstrap.member import Member, MemberOptions
+from client.swarm.config import SwarmConfig
+from client.swarm.loop import LOOP
 from client.swarm.sessions import OpenSessions
 
 _LINGER = 5.0
@@ -87,6 +91,30 @@ class Memberships:
         for name in [name for name, shared in self._shared.items() if shared is membership]:
             del self._shared[name]
             self._ending = asyncio.create_task(membership.member.shutdown())
+
+
+MEMBERSHIPS = Memberships()
+LOOP.at_exit(MEMBERSHIPS.close)
+
+
+@contextmanager
+def joining(config: SwarmConfig) -> Iterator[Future[Membership]]:
+    """A membership that begins in the background, to be held by others (`users`) before the block ends.
+
+    The result raises as `Member.join`. What is imported and read within the block takes this process's time, and a join
+    p2pd's.
+    """
+    future = LOOP.start(MEMBERSHIPS.acquire(config.initial_peers, config.swarm_key))
+    try:
+        yield future
+    finally:
+        future.cancel()
+        future.add_done_callback(_release)
+
+
+def _release(joined: Future[Membership]) -> None:
+    if not joined.cancelled() and joined.exception() is None:
+        LOOP.call(MEMBERSHIPS.release, joined.result())
 
 
 async def _join(initial_peers: tuple[str, ...], swarm_key: Path | None) -> Member:

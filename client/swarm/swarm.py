@@ -5,12 +5,13 @@ import logging
 import time
 import weakref
 from collections.abc import Collection
+from concurrent.futures import Future
 from typing import Any, Literal
 
 from client.swarm.config import SwarmConfig
 from client.swarm.health import Health
 from client.swarm.loop import LOOP, ProcessLoop
-from client.swarm.membership import Membership, Memberships
+from client.swarm.membership import MEMBERSHIPS, Membership
 from client.swarm.routes import Hop, find_route, spare_blocks
 from protocol.connections import Connections
 from protocol.errors import BadUsage, NoRoute, PeerUnreachable, SwarmError
@@ -24,8 +25,6 @@ _EXPIRED = 60.0
 """Seconds after which what was looked up is of no use: peers announce themselves for as long."""
 _INNOCENT = 5.0
 """Seconds before the end of our own p2pd was noticed in which peers seemed to fail."""
-_MEMBERSHIPS = Memberships()
-LOOP.at_exit(_MEMBERSHIPS.close)
 
 
 class Swarm:
@@ -57,14 +56,16 @@ class Swarm:
         )
 
     @classmethod
-    def connect(cls, config: SwarmConfig, checkpoint: Checkpoint) -> "Swarm":
-        """Join as a client. Raises `BadUsage` for a malformed address or key file, `PeerUnreachable`, `WrongKey`."""
+    def connect(cls, config: SwarmConfig, checkpoint: Checkpoint, joining: Future[Membership]) -> "Swarm":
+        """Once joined. Raises `BadUsage` for a malformed address or key file, `PeerUnreachable`, `WrongKey`."""
         _check_pins(config, checkpoint)
+        membership = joining.result()
 
-        async def join() -> Swarm:
-            return cls(config, checkpoint, await _MEMBERSHIPS.acquire(config.initial_peers, config.swarm_key))
+        async def hold() -> Swarm:
+            membership.users += 1
+            return cls(config, checkpoint, membership)
 
-        swarm = LOOP.run(join())
+        swarm = LOOP.run(hold())
         weakref.finalize(swarm, swarm.loop.call, _leave, swarm.connections, swarm._membership)
         return swarm
 
@@ -185,4 +186,4 @@ def _check_pins(config: SwarmConfig, checkpoint: Checkpoint) -> None:
 
 def _leave(connections: Connections, membership: Membership) -> None:
     connections.close()
-    _MEMBERSHIPS.release(membership)
+    MEMBERSHIPS.release(membership)
