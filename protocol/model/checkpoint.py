@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
@@ -26,6 +26,8 @@ _VOLATILE = {
     "quantization_config", "auto_map", "_attn_implementation", "attn_implementation", "task_specific_params",
 }  # fmt: skip
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What safetensors call the dtypes that a model may be loaded in."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,33 @@ class Checkpoint:
     config: PreTrainedConfig
     raw_config: dict[str, Any]
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype that the weights are stored in."""
+        """The dtype that Transformers loads the weights in: the configuration's, or else their own.
+
+        Raises `UnsupportedModel` when it takes the weights to know it and they are missing or broken.
+        """
         stored = self.config.dtype
-        return stored if isinstance(stored, torch.dtype) else torch.float32
+        return stored if isinstance(stored, torch.dtype) else self._dtype_of_weights()
+
+    def _dtype_of_weights(self) -> torch.dtype:
+        """That of the first floating-point weight; only the header of its file is fetched."""
+        name = min(self.weight_map.values())
+        local = self._local_file(name)
+        if local is not None:
+            with _open(local) as file:
+                names = sorted(file.keys())
+                found = [file.get_slice(tensor).get_dtype() for tensor in names]
+        else:
+            try:
+                api = HfApi()
+                header = api.parse_safetensors_file_metadata(self.name, name, revision=self.revision)
+            except (HfHubHTTPError, OSError, ValueError) as error:
+                raise UnsupportedModel(
+                    f"{self.name}: the header of {name} cannot be fetched ({first_line(error)})."
+                ) from error
+            found = [header.tensors[tensor].dtype for tensor in sorted(header.tensors)]
+        return next((_FLOATS[dtype] for dtype in found if dtype in _FLOATS), torch.float32)
 
     @cached_property
     def model_id(self) -> ModelId:
