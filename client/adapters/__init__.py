@@ -2,6 +2,7 @@
 
     source        `AdapterSource`: the active adapters now, as a `Snapshot`; called by every forward through the model
     watch         whether anything has changed since the last snapshot; refuses changes that would have no effect
+    original      the blocks as they were loaded, and what has become of them since
     attributes    comparing attributes of thousands of objects without a Python call for each
     peft_layers   what PEFT's layers say of themselves: active adapters, their order, their tensors
     spec          one adapter as the wire describes it; refuses what does not work through a swarm

@@ -23,3 +23,9 @@ class Attributes:
     def changed(self) -> bool:
         """Whether any attribute is not as it was."""
         return list(map(getattr, self._owners, self._names, repeat(None))) != self._values
+
+    def first_change(self) -> tuple[int, object, object]:
+        """The number of the first pair that has changed, its value when this was made, and its value now."""
+        now = map(getattr, self._owners, self._names, repeat(None))
+        pairs = enumerate(zip(self._values, now, strict=True))
+        return next((number, before, value) for number, (before, value) in pairs if before != value)

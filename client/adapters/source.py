@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from client.adapters.bundle import Snapshot
 from client.adapters.dropout import adapter_dropout
+from client.adapters.original import Original
 from client.adapters.peft_layers import active_adapters, adapter_tensors
 from client.adapters.residual import ResidualAdapter, residual_adapter
 from client.adapters.spec import spec_of
@@ -28,9 +30,9 @@ if TYPE_CHECKING:  # it takes seconds to import
 class AdapterSource:
     """Finds the adapters on the ghost blocks of a model. To be made before any is put there."""
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList):
+    def __init__(self, model: PreTrainedModel, blocks: nn.ModuleList):
         self._model, self._blocks = model, blocks
-        self._remote = frozenset(blocks.modules())
+        self._original = Original(blocks, model.config.get_text_config())
         self._watch: Watch | None = None
         self._snapshot: Snapshot | None = None
 
@@ -46,7 +48,7 @@ class AdapterSource:
         if fresh and watch is not None:
             watch.refuse_misuse()
         if watch is None or watch.training != training or watch.changed():
-            self._watch, watch = None, Watch(self._blocks, self._remote, training)
+            self._watch, watch = None, Watch(self._blocks, self._original, training)
             watch.refuse_misuse()
             self._snapshot = self._collect(watch.layers, training)
             self._watch = watch

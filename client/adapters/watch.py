@@ -14,6 +14,7 @@ from torch import nn
 
 from client.adapters.attributes import Attributes
 from client.adapters.dropout import dropout_attributes
+from client.adapters.original import Original, own_tensors
 from client.adapters.peft_layers import is_adapter_layer
 from client.ghosts.tensor import GhostTensor
 from protocol.errors import BadAdapter, BadUsage
@@ -29,11 +30,12 @@ _IS_TRAINED = attrgetter("requires_grad")
 class Watch:
     """The ghost blocks as they were when this was made.
 
-    `remote`: the modules that the blocks had before anybody changed them. `training`: see `AdapterSource.snapshot`.
+    `original`: the blocks as they were loaded. `training`: see `AdapterSource.snapshot`.
     """
 
-    def __init__(self, blocks: nn.ModuleList, remote: Collection[nn.Module], training: bool):
+    def __init__(self, blocks: nn.ModuleList, original: Original, training: bool):
         self.training = training
+        self._original = original
         self.layers = {name: module for name, module in blocks.named_modules() if is_adapter_layer(module)}
         """Path -> PEFT's layer."""
         layers = list(self.layers.values())
@@ -43,7 +45,8 @@ class Watch:
         self._settings = Attributes(_settings(layers, self._ghosts.values()))
         self._tensors = list(_own_tensors(layers))
         self._versions = list(map(_VERSION, self._tensors))
-        self._stranger = next(_strangers(blocks, remote, layers), None)
+        self._stranger = next(_strangers(blocks, original, layers), None)
+        self._misplaced = original.misplaced(blocks)
 
     def changed(self) -> bool:
         """Whether modules, tensors, or settings of adapters are others; values within the same tensors aside."""
@@ -56,7 +59,7 @@ class Watch:
 
     def refuse_misuse(self) -> None:
         """Raise for what would have no effect: `BadAdapter` for a trained ghost or a module that nobody knows,
-        `BadUsage` for hooks on modules that run elsewhere.
+        `BadUsage` for other changes of the blocks themselves, and for hooks on modules that run elsewhere.
         """
         with torch._C.DisableTorchFunctionSubclass():  # else each ghost is asked by a Python call
             is_trained = any(map(_IS_TRAINED, self._ghosts.values()))
@@ -70,6 +73,15 @@ class Watch:
             raise BadAdapter(
                 f"{self._stranger} was put into the remote blocks, where nothing of this machine's runs; use a LoRA or "
                 "another of PEFT's adapters that a swarm knows."
+            )
+        if self._misplaced is not None:
+            raise BadUsage(
+                f"{self._misplaced} was removed from the remote blocks, moved or replaced, and peers run the blocks as "
+                "the checkpoint has them; only blocks at the end can be left out."
+            )
+        if (setting := self._original.changed_setting()) is not None:
+            raise BadUsage(
+                f"{setting}; peers run the blocks as the checkpoint's config.json says, so a change here has no effect."
             )
         if any(chain.from_iterable(map(_HOOKS, self._modules))):
             raise BadUsage(
@@ -112,12 +124,13 @@ def _own_tensors(layers: "Iterable[BaseTunerLayer]") -> Iterator[torch.Tensor]:
     return (tensor for tensor in tensors if not isinstance(tensor.data, GhostTensor))
 
 
-def _strangers(blocks: nn.Module, remote: Collection[nn.Module], layers: "Iterable[BaseTunerLayer]") -> Iterator[str]:
-    """The names of modules that are neither on the peers nor an adapter's, and of parameters in the place of ghosts."""
+def _strangers(blocks: nn.Module, original: Original, layers: "Iterable[BaseTunerLayer]") -> Iterator[str]:
+    """The names of modules that are neither on the peers nor an adapter's, and of tensors in the place of ghosts."""
     adapters = {m for layer in layers for m in set(layer.modules()) - set(layer.get_base_layer().modules())}
     for path, module in blocks.named_modules():
-        if module not in remote and module not in adapters:
+        if module not in original and module not in adapters:
             yield path
-        elif module in remote:
-            own = module.named_parameters(path, recurse=False)
-            yield from (name for name, parameter in own if not isinstance(parameter.data, GhostTensor))
+        elif module in original:
+            for name, tensor in own_tensors(module):
+                if not isinstance(tensor.data, GhostTensor):
+                    yield f"{path}.{name}"

@@ -22,7 +22,7 @@ class InferenceSession:
     """The KV caches of one generation. Used from the user's thread; its work is done on the loop."""
 
     def __init__(self, caller: Caller, blocks: range, rope: DynamicRope):
-        self._caller, self._blocks = caller, blocks
+        self._caller, self.blocks = caller, blocks
         self._past = Past(rope)
         self._stages: list[Stage] = []
         weakref.finalize(self, LOOP.call, close_stages, self._stages)
@@ -70,7 +70,7 @@ class InferenceSession:
         stages, replacement = self._stages, None
         if not stages:
             replacement = Replacement(self._caller, self._past, stages)
-            stages += await replacement.open(self._blocks.start, self._blocks.stop)
+            stages += await replacement.open(self.blocks.start, self.blocks.stop)
         done = await self._in_flight(step, hidden) if self._may_be_in_flight(step) else {}
         index = 0
         while index < len(stages):
@@ -107,7 +107,7 @@ class InferenceSession:
         return not any([await stage.should_move() for stage in self._stages])
 
     async def _fork(self) -> "InferenceSession":
-        twin = InferenceSession(self._caller, self._blocks, self._past.rope)
+        twin = InferenceSession(self._caller, self.blocks, self._past.rope)
         twin._past = self._past.fork()
         for stage in self._stages:
             twin._stages.append(await stage.fork(twin._past))

@@ -1,28 +1,36 @@
 """The ghosts of all blocks, in the place of a model's own list of blocks."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from client.ghosts.questions import WeightReader
 from client.ghosts.tensor import GhostTensor, Source
+from protocol.errors import BadUsage
 
 
 class GhostBlocks(nn.ModuleList):
-    """The model's list of blocks. As a module it shows every block; iterated, one layer that runs all on the swarm."""
+    """The model's list of blocks. As a module it shows every block; iterated, one layer that runs all on the swarm.
+
+    So is a slice of it, of which the layer runs those blocks: trunks take `config.num_hidden_layers` of their blocks.
+    """
 
     def attach(self, layer: Callable[..., Any]) -> None:
-        """Make `layer` what a forward through this list runs."""
+        """Make `layer` what a forward through this list runs: it is called with a range of blocks, then as a block."""
         object.__setattr__(self, "_layer", layer)  # not a submodule
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self._layer])
+        return iter(self[:])
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self._layer]
-        return self._modules[str(index % len(self._modules))]
+        if not isinstance(index, slice):
+            return self._modules[str(index % len(self._modules))]
+        blocks = range(len(self))[index]
+        if blocks.step != 1:
+            raise BadUsage("Remote blocks run in their order; take a range of them without a step.")
+        return [partial(self._layer, blocks)] if blocks else []
 
     def __len__(self) -> int:
         return len(self._modules)

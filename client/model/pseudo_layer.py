@@ -43,7 +43,6 @@ class PseudoLayer:
 
     def __init__(self, remote: RemoteBlocks, ghosts: GhostBlocks):
         self._remote, self._ghosts = remote, ghosts
-        self._blocks = range(len(ghosts))
         self._caught = threading.local()
         """The mask and positions of the forward that runs now, as the user gave them; one per thread."""
         self.returns_tuple = False
@@ -71,13 +70,13 @@ class PseudoLayer:
         self._caught.mask, self._caught.positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, blocks: range, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.probing:
             cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-            hidden_states = self._run(hidden_states, cache)
+            hidden_states = self._run(blocks, hidden_states, cache)
         return (hidden_states, None) if self.returns_tuple else hidden_states
 
-    def _run(self, hidden: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+    def _run(self, blocks: range, hidden: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         layer: RemoteLayer | None = None
         prefix: KvPrefix = {}
         if cache is not None:
@@ -87,34 +86,38 @@ class PseudoLayer:
         is_decoding = goes_on and hidden.shape[1] == 1  # more at once may be a prompt on a cache from before training
         work = self._remote.describe(self._caught.mask, self._caught.positions, fresh=not is_decoding)
         if layer is None:
-            return self._remote.apply(work, self._blocks, hidden)
+            return self._remote.apply(work, blocks, hidden)
         layer.rows = len(hidden)
         if prefix:
             work = replace(work, prefix=prefix)
         is_first = bool(prefix) or not layer.length
         sources = (*layer.sources, *_sources(work, hidden)) if torch.is_grad_enabled() else ()
         if not sources:
-            return self._generate(work, hidden, layer)
+            return self._generate(work, blocks, hidden, layer)
         if is_first:
             layer.sources = sources
-            return self._train(work, hidden, layer)
+            return self._train(work, blocks, hidden, layer)
         if self._ghosts.training:
             raise BadUsage(_NO_BACKWARD)
-        return _EarlierCache.apply(self._generate(work, hidden, layer), *sources)  # type: ignore[no-any-return]
+        return _EarlierCache.apply(self._generate(work, blocks, hidden, layer), *sources)  # type: ignore[no-any-return]
 
-    def _train(self, work: Work, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
+    def _train(self, work: Work, blocks: range, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
         """A forward with gradients. Transformers made a cache for it, which is filled only if it comes to be used."""
         layer.unsent = (work.detached(), hidden.detach(), layer.length)
         layer.length += hidden.shape[1]
-        return self._remote.apply(work, self._blocks, hidden)
+        return self._remote.apply(work, blocks, hidden)
 
-    def _generate(self, work: Work, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
+    def _generate(self, work: Work, blocks: range, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
         if layer.session is None:
-            layer.session = self._remote.new_session()
+            layer.session = self._remote.new_session(blocks)
             if layer.unsent is not None:
                 earlier, states, start = layer.unsent
                 layer.session.step(earlier, states, [], layer.keep_past, start)
                 layer.unsent = None
+        elif layer.session.blocks != blocks:
+            raise BadUsage(
+                f"This cache is of {len(layer.session.blocks)} blocks, and the model has {len(blocks)} now; begin anew."
+            )
         edits, layer.edits = layer.edits, []
         work = work.detached() if work.prefix else work
         output = layer.session.step(work, hidden.detach(), edits, layer.keep_past, layer.length)

@@ -88,9 +88,9 @@ class RemoteBlocks:
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, *trained.values()))
         return _RemoteCall.apply(self.training, work, blocks, keep, tuple(trained), hidden, *trained.values())  # type: ignore[no-any-return]
 
-    def new_session(self) -> InferenceSession:
-        """A generation over all blocks."""
-        return InferenceSession(self._caller, range(len(self)), self._rope)
+    def new_session(self, blocks: range) -> InferenceSession:
+        """A generation over some blocks."""
+        return InferenceSession(self._caller, blocks, self._rope)
 
 
 class _RemoteCall(torch.autograd.Function):
