@@ -13,7 +13,6 @@ from client.generation.step import Step
 from client.requests.caller import Caller
 from client.requests.handover import should_hand_over
 from client.requests.work import Work
-from client.swarm.loop import LOOP
 from protocol import swarm_pb2 as pb
 from protocol.errors import SwarmError
 
@@ -25,7 +24,8 @@ class InferenceSession:
         self._caller, self.blocks = caller, blocks
         self._past = Past(rope)
         self._stages: list[Stage] = []
-        weakref.finalize(self, LOOP.call, close_stages, self._stages)
+        self._loop = caller.swarm.loop
+        weakref.finalize(self, self._loop.call, close_stages, self._stages)
 
     def step(
         self, work: Work, hidden: torch.Tensor, edits: list[pb.CacheEdit], keep_past: bool, start: int
@@ -36,15 +36,15 @@ class InferenceSession:
         Raises `NoRoute`, and what the last peer that was tried refused the step with; the caches are then as after
         `edits`.
         """
-        return LOOP.run(self._step(work, hidden, edits, keep_past, start))
+        return self._loop.run(self._step(work, hidden, edits, keep_past, start))
 
     def fork(self) -> "InferenceSession":
         """A copy of the caches as they are now."""
-        return LOOP.run(self._fork())
+        return self._loop.run(self._fork())
 
     def close(self) -> None:
         """End the sessions on the peers."""
-        LOOP.call(close_stages, self._stages)
+        self._loop.call(close_stages, self._stages)
 
     async def _step(
         self, work: Work, hidden: torch.Tensor, edits: list[pb.CacheEdit], keep_past: bool, start: int

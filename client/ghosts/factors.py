@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from client.ghosts.questions import RemoteWeightError, Subtracted, Weight
-from client.swarm.loop import LOOP
 from client.swarm.retries import Retries
 from client.swarm.routes import Hop
 from client.swarm.swarm import Swarm
@@ -110,7 +109,7 @@ class FactorCache:
         is_wide = shape[0] < shape[1]
         tall = replace(weight, transposed=weight.transposed != is_wide)
         request = _request(tall, pb.LOW_RANK_SVD, rank, iterations)
-        found = LOOP.run(self._ask(request, {"start": torch.randn(min(shape), rank)}, tall.subtracted))
+        found = self._swarm.loop.run(self._ask(request, {"start": torch.randn(min(shape), rank)}, tall.subtracted))
         u, s, v = found["u"], found["s"], found["vh"].mT
         u, v = (v, u) if is_wide else (u, v)
         self._known[weight] = _Known(pb.LOW_RANK_SVD, rank, {"u": u})
@@ -138,7 +137,7 @@ class FactorCache:
         """The leading part of the factor called `name`."""
         known = self._known.get(weight)
         if known is None or known.factorization != factorization or known.rank < rank:
-            LOOP.run(self._fetch(weight, factorization, rank))
+            self._swarm.loop.run(self._fetch(weight, factorization, rank))
         self._known[weight] = self._known[weight].narrowed(rank)
         return self._known[weight].tensors[name].clone()
 

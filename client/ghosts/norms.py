@@ -5,7 +5,6 @@ DoRA asks for the norms of one module at a time; the first question about a modu
 
 import torch
 
-from client.swarm.loop import LOOP
 from client.swarm.retries import Retries
 from client.swarm.routes import Hop
 from client.swarm.swarm import Swarm
@@ -29,7 +28,7 @@ class NormCache:
         """
         key = (name, transposed, dims, dtype)
         if key not in self._known:
-            LOOP.run(self._fetch(name.partition(".")[2], transposed, dims, dtype))
+            self._swarm.loop.run(self._fetch(name.partition(".")[2], transposed, dims, dtype))
         return self._known[key].clone()
 
     async def _fetch(self, path: str, transposed: bool, dims: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 from client.model.remote_blocks import RemoteBlocks
 from client.swarm.config import SwarmConfig
 from client.swarm.health import Health
-from client.swarm.loop import LOOP
 from client.swarm.routes import Hop
 from client.swarm.swarm import Purpose, Swarm
 from protocol.records import PeerRecord
@@ -22,11 +21,11 @@ class SwarmHandle:
 
     def peers(self) -> list[PeerRecord]:
         """The peers that serve this model now. Raises `PeerUnreachable`."""
-        return LOOP.run(self.network.fetch_peers(fresh=True))
+        return self.network.loop.run(self.network.fetch_peers(fresh=True))
 
     def route(self, purpose: Purpose = "decode") -> list[Hop]:
         """The hops that work would take now. Raises `NoRoute`."""
-        return LOOP.run(self.network.find_route(0, self.network.model_id.num_blocks, purpose))
+        return self.network.loop.run(self.network.find_route(0, self.network.model_id.num_blocks, purpose))
 
     @property
     def health(self) -> Health:

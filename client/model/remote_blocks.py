@@ -12,7 +12,6 @@ from client.generation.session import InferenceSession
 from client.ghosts.blocks import GhostBlocks
 from client.requests.caller import Caller
 from client.requests.work import Codecs, Work
-from client.swarm.loop import LOOP
 from client.training.micro_batches import Trace, TrainingCalls
 from protocol.errors import BadUsage
 
@@ -107,7 +106,7 @@ class _RemoteCall(torch.autograd.Function):
         hidden: torch.Tensor,
         *tensors: Any,
     ) -> torch.Tensor:
-        output, ctx.traces = LOOP.run(training.forward(work.detached(), blocks, hidden.detach(), keep))
+        output, ctx.traces = training.loop.run(training.forward(work.detached(), blocks, hidden.detach(), keep))
         ctx.training, ctx.names = training, names
         ctx.like = [(tensor.device, tensor.dtype) for tensor in tensors]
         return output
@@ -116,7 +115,7 @@ class _RemoteCall(torch.autograd.Function):
     @once_differentiable  # without it a second backward would take these gradients for constants
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         traces: list[Trace] = ctx.traces
-        hidden, gradients = LOOP.run(ctx.training.backward(traces, grads[0]))
+        hidden, gradients = ctx.training.loop.run(ctx.training.backward(traces, grads[0]))
         found = [gradients.get(name) for name in ctx.names]
         cast = [g if g is None else g.to(*like) for g, like in zip(found, ctx.like, strict=True)]
         return None, None, None, None, None, hidden, *cast

@@ -24,17 +24,17 @@ class BackgroundLoop:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._process = 0
-        """The one whose thread runs the loop: a fork inherits the loop and no thread."""
+        self._inherited: asyncio.AbstractEventLoop | None = None
+        """The parent's, in a fork. Kept: its end would close what the parent uses."""
         self._closers: list[Any] = []
+        os.register_at_fork(after_in_child=self._begin_anew)
+
+    def _begin_anew(self) -> None:
+        """A fork inherits the loop, and not the thread that runs it."""
+        self._lock, self._loop, self._inherited = threading.Lock(), None, self._loop or self._inherited
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run `coroutine` on the loop and wait for it. Ctrl-C cancels it. Raises `BadUsage` in a fork."""
-        if self._is_forked:
-            coroutine.close()  # nobody will await it, and Python would say so
-            raise BadUsage(
-                "This process was forked from one that is in a swarm already; load the model after the fork."
-            )
+        """Run `coroutine` on the loop and wait for it. Ctrl-C cancels it."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._running())
         try:
             return future.result()
@@ -45,21 +45,16 @@ class BackgroundLoop:
     def call(self, function: Any, *arguments: Any) -> None:
         """Have the loop call `function`; does nothing when it has stopped. May be called from a finalizer."""
         loop = self._loop
-        if loop is not None and not loop.is_closed() and not self._is_forked:
+        if loop is not None and not loop.is_closed():
             loop.call_soon_threadsafe(function, *arguments)
 
     def at_exit(self, close: Any) -> None:
         """Await `close()` on the loop before the process ends."""
         self._closers.append(close)
 
-    @property
-    def _is_forked(self) -> bool:
-        return self._loop is not None and self._process != os.getpid()
-
     def _running(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._loop is None:
-                self._process = os.getpid()
                 self._loop = new_event_loop()
                 threading.Thread(target=self._loop.run_forever, name="swarm", daemon=True).start()
                 atexit.register(self._stop)
@@ -69,12 +64,13 @@ class BackgroundLoop:
         async def close_all() -> None:
             await asyncio.wait_for(asyncio.gather(*(close() for close in self._closers), return_exceptions=True), 3)
 
-        if self._is_forked:
+        loop = self._loop
+        if loop is None:  # a fork that has none, or has stopped it: it inherited this call, and registered its own
             return
-        loop = self._running()
         with contextlib.suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(close_all(), loop).result(4)
         loop.call_soon_threadsafe(loop.stop)
+        self._loop = None
 
 
 async def settle(tasks: Sequence["asyncio.Task[T]"]) -> list[T]:
@@ -89,3 +85,22 @@ async def settle(tasks: Sequence["asyncio.Task[T]"]) -> list[T]:
 
 
 LOOP = BackgroundLoop()
+
+
+class ProcessLoop:
+    """The loop, for what was made on it in this process: a fork inherits that, and cannot use it."""
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """As `BackgroundLoop.run`. Raises `BadUsage` in a fork."""
+        if self._process != os.getpid():
+            coroutine.close()  # nobody will await it, and Python would say so
+            raise BadUsage("This process was forked from the one that loaded the model; load the model after the fork.")
+        return LOOP.run(coroutine)
+
+    def call(self, function: Any, *arguments: Any) -> None:
+        """As `BackgroundLoop.call`; does nothing in a fork."""
+        if self._process == os.getpid():
+            LOOP.call(function, *arguments)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -48,6 +49,14 @@ class Memberships:
         self._shared: dict[tuple[tuple[str, ...], Path | None], Membership] = {}
         """By initial peers and the file with the swarm's key."""
         self._joining = asyncio.Lock()
+        self._inherited = list[Membership]()
+        """The parent's, in a fork. Kept: their end would be that of the parent's p2pd."""
+        os.register_at_fork(after_in_child=self._begin_anew)
+
+    def _begin_anew(self) -> None:
+        """A fork is a member of nothing yet."""
+        self._inherited += self._shared.values()
+        self._shared, self._joining = {}, asyncio.Lock()
 
     async def acquire(self, initial_peers: tuple[str, ...], swarm_key: Path | None) -> Membership:
         """Join, or share a membership that is there. Raises as `Member.join`."""

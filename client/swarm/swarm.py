@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from client.swarm.config import SwarmConfig
 from client.swarm.health import Health
-from client.swarm.loop import LOOP
+from client.swarm.loop import LOOP, ProcessLoop
 from client.swarm.membership import Membership, Memberships
 from client.swarm.routes import Hop, find_route, spare_blocks
 from protocol.connections import Connections
@@ -33,6 +33,8 @@ class Swarm:
 
     def __init__(self, config: SwarmConfig, checkpoint: Checkpoint, membership: Membership):
         self.config, self.model_id = config, checkpoint.model_id
+        self.loop = ProcessLoop()
+        """What runs this membership's coroutines, and those of all that asks peers through it."""
         self.health = Health()
         wanted = ModelVersion(self.model_id, checkpoint.digests)
         self.connections = Connections(
@@ -62,7 +64,7 @@ class Swarm:
             return cls(config, checkpoint, await _MEMBERSHIPS.acquire(config.initial_peers, config.swarm_key))
 
         swarm = LOOP.run(join())
-        weakref.finalize(swarm, LOOP.call, _leave, swarm.connections, swarm._membership)
+        weakref.finalize(swarm, swarm.loop.call, _leave, swarm.connections, swarm._membership)
         return swarm
 
     async def find_route(self, start: int, end: int, purpose: Purpose, without: Collection[str] = ()) -> list[Hop]:

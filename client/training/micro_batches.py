@@ -55,7 +55,7 @@ class TrainingCalls:
     """Forward and backward of batches over blocks."""
 
     def __init__(self, caller: Caller):
-        self._swarm = caller.swarm
+        self._swarm, self.loop = caller.swarm, caller.swarm.loop
         self._hops, self._relay = Hops(caller), Relay(caller)
 
     async def forward(

@@ -384,7 +384,7 @@ def test_a_model_from_before_a_fork(small: Swarm, llama: Path) -> None:
     try:
         assert answers.poll(20)
         assert answers.recv() == (
-            "This process was forked from one that is in a swarm already; load the model after the fork.",
+            "This process was forked from the one that loaded the model; load the model after the fork.",
             [],
         )
     finally:
