@@ -10,7 +10,10 @@ from client.generation.step import Step
 from client.requests.caller import Caller
 from client.swarm.retries import Retries
 from client.swarm.routes import Hop
-from protocol.errors import SwarmError
+from protocol.errors import PeerFull, SwarmError
+
+_MOST_GIVEN_UP = 8
+"""Idle sessions that one step may end: a peer may refuse it for other reasons than room, which that would not help."""
 
 
 class Replacement:
@@ -19,6 +22,7 @@ class Replacement:
     def __init__(self, caller: Caller, past: Past, stages: list[Stage]):
         self._caller, self._past, self._stages = caller, past, stages
         self._retries = Retries(caller.swarm)
+        self._given_up = 0
 
     async def open(self, start: int, end: int) -> list[Stage]:
         """New sessions on the peers of a route over blocks [start, end). Raises as `Retries.find_route`."""
@@ -49,12 +53,20 @@ class Replacement:
         rest, hidden = step.part(start, step.tokens - start), hidden[:, start:]
         stage = self._stages[index]
         if stage.error is not None:
-            self._retries.failed(stage.hop.peer, stage.error)
+            self._failed(stage, stage.error)
         if stage.channel is None or await stage.should_move():
             index, output = await self._replace(index, rest, hidden)
         else:
             index, output = await self._run_or_replace(index, rest, hidden)
         return index, joined([*done, output])
+
+    def _failed(self, stage: Stage, error: SwarmError) -> None:
+        """Take note of a failure; where a peer lacks room, this client's idle sessions on it give way first."""
+        sessions, peer = self._caller.swarm.sessions, stage.hop.peer
+        if isinstance(error, PeerFull) and self._given_up < _MOST_GIVEN_UP and sessions.give_way(peer.peer_id):
+            self._given_up += 1
+        else:
+            self._retries.failed(peer, error)
 
     async def _run_or_replace(self, index: int, step: Step, hidden: torch.Tensor) -> tuple[int, torch.Tensor]:
         stage, done = self._stages[index], list[torch.Tensor]()
@@ -63,7 +75,7 @@ class Replacement:
             try:
                 done.append(await stage.run(part, chunk))
             except SwarmError as error:
-                self._retries.failed(stage.hop.peer, error)
+                self._failed(stage, error)
                 start = sum(output.shape[1] for output in done)
                 rest = step.part(start, step.tokens - start)
                 index, output = await self._replace(index, rest, hidden[:, start:])
@@ -87,7 +99,7 @@ class Replacement:
                     flow = await stage.replay(step, whole, flow)
             except SwarmError as error:
                 close_stages(stages)
-                self._retries.failed(stage.hop.peer, error)
+                self._failed(stage, error)
                 continue
             except BaseException:
                 close_stages(stages)

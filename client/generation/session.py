@@ -1,6 +1,8 @@
 """A generation: KV caches on the peers of a route, and the way of a step through them."""
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -46,6 +48,17 @@ class InferenceSession:
         """End the sessions on the peers."""
         self._loop.call(close_stages, self._stages)
 
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Within the block the caches do not give way to others."""
+        for stage in self._stages:
+            stage.is_idle = False
+        try:
+            yield
+        finally:
+            for stage in self._stages:
+                stage.rest()
+
     async def _step(
         self, work: Work, hidden: torch.Tensor, edits: list[pb.CacheEdit], keep_past: bool, start: int
     ) -> torch.Tensor:
@@ -55,7 +68,8 @@ class InferenceSession:
                 stage.history = stage.history.edited(edits)
         before = [(stage.hop, stage.history) for stage in self._stages]
         try:
-            output = await self._run(step, hidden)
+            with self._in_use():
+                output = await self._run(step, hidden)
         except BaseException:
             # Some peers did the step and some did not: all are made again from what was before, if it goes on at all.
             close_stages(self._stages)
@@ -109,6 +123,7 @@ class InferenceSession:
     async def _fork(self) -> "InferenceSession":
         twin = InferenceSession(self._caller, self.blocks, self._past.rope)
         twin._past = self._past.fork()
-        for stage in self._stages:
-            twin._stages.append(await stage.fork(twin._past))
+        with self._in_use(), twin._in_use():
+            for stage in self._stages:
+                twin._stages.append(await stage.fork(twin._past))
         return twin

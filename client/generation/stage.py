@@ -15,7 +15,7 @@ from client.requests.work import answered_hidden, result_of
 from client.swarm.routes import Hop
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
-from protocol.errors import NoRoute, PeerFailed, SwarmError
+from protocol.errors import NoRoute, PeerFailed, PeerFull, SwarmError
 
 _LOOK_ROUND = 16
 """Steps between two looks for a faster peer."""
@@ -40,11 +40,15 @@ class Stage:
         """Its peer has said that it is about to leave."""
         self.error: SwarmError | None = None
         """With which its peer failed, if that has not been taken note of yet."""
+        self.is_idle = False
+        """Whether its session may be closed to make room for others."""
 
     @classmethod
     async def open(cls, caller: Caller, past: Past, hop: Hop) -> "Stage":
         """A new session on a hop's peer. Raises `SwarmError`."""
-        return cls(caller, past, hop, await _open_session(caller, hop, b""))
+        stage = cls(caller, past, hop)
+        await stage._open_session(b"")
+        return stage
 
     @property
     def is_steady(self) -> bool:
@@ -123,7 +127,7 @@ class Stage:
                 answer = await self.channel.call(Message(pb.ForkSession()))
                 if not isinstance(answer.body, pb.Result) or not answer.body.token:
                     raise PeerFailed(f"Peer {self.hop.peer.peer_id} did not fork a session.")
-                twin.channel = await _open_session(self._caller, self.hop, answer.body.token)
+                await twin._open_session(answer.body.token)
             except SwarmError as error:
                 self._caller.swarm.blame(self.hop.peer, error)
         return twin
@@ -133,6 +137,29 @@ class Stage:
         if self.channel is not None:
             self.channel.close()
             self.channel = None
+            self._caller.swarm.sessions.remove(self.hop.peer.peer_id, self)
+
+    def rest(self) -> None:
+        """Nothing is being done with it until the next step: its session may be closed to make room for others."""
+        self.is_idle = True
+        if self.channel is not None:
+            self._caller.swarm.sessions.add(self.hop.peer.peer_id, self)
+
+    async def _open_session(self, fork_of: bytes) -> None:
+        """Open a session; this client's idle ones on the peer give way if it takes that. Raises `SwarmError`."""
+        swarm, peer_id = self._caller.swarm, self.hop.peer.peer_id
+        swarm.sessions.make_room(peer_id)
+        while True:
+            channel = await swarm.connections.open(peer_id)
+            try:
+                await channel.call(Message(pb.OpenSession(start=self.hop.start, end=self.hop.end, fork_of=fork_of)))
+                break
+            except BaseException as error:
+                channel.close()
+                if not (isinstance(error, PeerFull) and swarm.sessions.give_way(peer_id)):
+                    raise
+        self.channel = channel
+        swarm.sessions.add(peer_id, self)
 
     def _can_be_verified(self, step: Step, hidden: torch.Tensor) -> bool:
         """Whether one pass over all tokens makes the keys that the passes of this generation have made."""
@@ -165,13 +192,3 @@ def chunk_sizes(stages: Sequence[Stage], hidden: torch.Tensor, most: int) -> lis
 def joined(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
     """Consecutive tokens, (batch, tokens, hidden size), as one tensor."""
     return outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), 1)
-
-
-async def _open_session(caller: Caller, hop: Hop, fork_of: bytes) -> Channel:
-    channel = await caller.swarm.connections.open(hop.peer.peer_id)
-    try:
-        await channel.call(Message(pb.OpenSession(start=hop.start, end=hop.end, fork_of=fork_of)))
-    except BaseException:
-        channel.close()
-        raise
-    return channel

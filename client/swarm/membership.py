@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bootstrap.member import Member, MemberOptions
+from client.swarm.sessions import OpenSessions
 
 _LINGER = 5.0
 """Seconds that an unused membership is kept, in case that the next model joins the same swarm."""
@@ -19,6 +20,7 @@ class Membership:
 
     def __init__(self, initial_peers: tuple[str, ...], swarm_key: Path | None, member: Member):
         self.member, self.users = member, 0
+        self.sessions = OpenSessions()
         self._initial_peers, self._swarm_key = initial_peers, swarm_key
         self._joining = asyncio.Lock()
 

@@ -40,6 +40,7 @@ class Swarm:
         self.connections = Connections(
             lambda: membership.member, wanted, config.silence_timeout, self.health.measured, config.carrier
         )
+        self.sessions = membership.sessions
         self._membership = membership
         self._known: list[PeerRecord] = []
         self._complaints: dict[str, str] = {}

@@ -361,10 +361,10 @@ def test_a_peer_that_is_full(small: Swarm, llama: Path) -> None:
     model, other = small.connect(llama), small.connect(llama, max_attempts=2)
     held = model(input_ids=IDS.expand(16, -1), use_cache=True).past_key_values
     with torch.no_grad():
-        with pytest.raises(PeerFull, match=r"has 0 of 128 tokens free, \d+ more are needed; try again later"):
-            other.generate(input_ids=IDS, max_new_tokens=2)
-        del held
+        with pytest.raises(PeerFull, match=r"has \d+ of 128 tokens free, \d+ more are needed; try again later"):
+            other.generate(input_ids=IDS.expand(17, -1), max_new_tokens=2)
         assert model.generate(input_ids=IDS, max_new_tokens=2, eos_token_id=None).shape == (1, 10)
+    assert held.get_seq_length() == IDS.shape[1]  # what lay idle gave way
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
