@@ -47,7 +47,7 @@ class AdapterSource:
         watch = self._watch
         if fresh and watch is not None:
             watch.refuse_misuse()
-        if watch is None or watch.training != training or watch.changed():
+        if watch is None or watch.training != training or watch.changed() or (fresh and watch.reshaped()):
             self._watch, watch = None, Watch(self._blocks, self._original, training)
             watch.refuse_misuse()
             self._snapshot = self._collect(watch.layers, training)

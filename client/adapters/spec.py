@@ -42,6 +42,8 @@ def spec_of(
     for pattern, attribute in zip(PATTERNS, attributes, strict=True):
         if options.get(pattern):
             options[pattern] = _resolve(name, targets, attribute)
+    if method == "LORA" and {*(ranks := _ranks(name, targets)).values()} != {options["r"]}:
+        options["rank_pattern"] = ranks
     if "feedforward_modules" in options:
         options["feedforward_modules"] = sorted(t for t, layer in targets.items() if layer.is_feedforward)
     parameters = tuple(target for target, layer in targets.items() if is_on_parameter(layer))
@@ -70,6 +72,14 @@ def _resolve(adapter: str, targets: "Mapping[str, BaseTunerLayer]", attribute: s
     """What a pattern option came to for each target: a peer never runs a pattern of a client's."""
     found = {target: getattr(layer, attribute, {}) for target, layer in targets.items()}
     return {target: values[adapter] for target, values in found.items() if adapter in values}
+
+
+def _ranks(adapter: str, targets: "Mapping[str, BaseTunerLayer]") -> dict[str, int]:
+    """Target -> the rank that LoRA has there: hot-swapping and its preparation change it, not the configuration."""
+    return {
+        target: layer.lora_A[adapter].weight.shape[0] // getattr(layer, "num_experts", 1)
+        for target, layer in targets.items()
+    }
 
 
 def _plain(value: Any) -> Any:

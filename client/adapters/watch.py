@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # it takes seconds to import
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 _HOOKS = attrgetter("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_VERSION = attrgetter("_version")
+_SHAPE, _VERSION = attrgetter("shape"), attrgetter("_version")
 _IS_TRAINED = attrgetter("requires_grad")
 
 
@@ -45,12 +45,17 @@ class Watch:
         self._settings = Attributes(_settings(layers, self._ghosts.values()))
         self._tensors = list(_own_tensors(layers))
         self._versions = list(map(_VERSION, self._tensors))
+        self._shapes = list(map(_SHAPE, self._tensors))
         self._stranger = next(_strangers(blocks, original, layers), None)
         self._misplaced = original.misplaced(blocks)
 
     def changed(self) -> bool:
         """Whether modules, tensors, or settings of adapters are others; values within the same tensors aside."""
         return self._members.changed() or self._settings.changed()
+
+    def reshaped(self) -> bool:
+        """Whether an adapter's tensor has another shape: PEFT swaps in an adapter of a higher rank in place."""
+        return list(map(_SHAPE, self._tensors)) != self._shapes
 
     def take_edits(self) -> bool:
         """Whether autograd has seen adapters' tensors being changed in place since the last question."""
