@@ -3,11 +3,12 @@
 PEFT, Trainer and `generate` see an ordinary weight. Arithmetic on a ghost raises `RemoteWeightError`, except for what
 PEFT does when it makes an adapter: DoRA needs a weight's row norms; PiSSA and OLoRA take its leading factors and
 subtract their product. Peers compute norms and factors. What was subtracted is kept with the ghost; the weight on the
-peers stays as it is.
+peers stays as it is. Copies of a model may be averaged (`torch.optim.swa_utils`): that leaves ghosts what they are.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -75,6 +76,8 @@ class GhostTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         ghost, rest = args[0], args[1:]
+        if _is_averaging(func, *args[:2]):
+            return _average(func, *args, **(kwargs or {}))
         if isinstance(ghost, cls):
             if func in (aten.detach.default, aten.alias.default, aten.clone.default, aten._to_copy.default):
                 return cls(ghost, ghost.source, ghost.transposed, (kwargs or {}).get("dtype"))
@@ -124,6 +127,79 @@ def _sub_in_place(ghost: GhostTensor, func: Any, other: Any) -> GhostTensor:
         raise _refusal(func, ghost)
     ghost.subtracted = _factors(ghost).subtract(_weight(ghost), other)
     return ghost
+
+
+class _Share(torch.Tensor):
+    """A multiple of a ghost, on its way into an average; it can only be added to others, and copied into the ghost."""
+
+    ghost: GhostTensor
+    factor: float
+
+    @staticmethod
+    def __new__(cls, ghost: GhostTensor, factor: float) -> "_Share":
+        share: Any = torch.Tensor._make_wrapper_subclass(cls, ghost.shape, dtype=ghost.dtype, device=ghost.device)
+        share.ghost, share.factor = ghost, factor
+        return share  # type: ignore[no-any-return]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"{self.factor} * {self.ghost}"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if not _is_averaging(func, *args):
+            raise _refusal(func, args[0])
+        return _average(func, *args, **(kwargs or {}))
+
+
+_LISTS = {aten._foreach_copy_.default, aten._foreach_lerp_.Scalar}
+_MULTIPLES = {aten.mul.Tensor, aten.div.Tensor}
+_SUMS = {aten.add.Tensor, aten.sub.Tensor}
+_RESULTS = {aten.copy_.default, aten.lerp_.Scalar}
+
+
+def _is_averaging(func: Any, first: Any, second: Any = None, *_: Any) -> bool:
+    if func in _MULTIPLES:
+        return isinstance(second, int | float) or (type(second) is torch.Tensor and second.ndim == 0)
+    return func in _LISTS or (func in _SUMS | _RESULTS and isinstance(second, GhostTensor | _Share))
+
+
+def _average(func: Any, first: Any, second: Any, *rest: Any, alpha: float = 1.0) -> Any:
+    """A step of averaging the weights of copies of one model: ghosts of a weight with each other are that ghost."""
+    if func in _LISTS:
+        return _average_lists(func, first, second, *rest)
+    one, other = _share(first), _share(second)
+    if one is not None and func in _MULTIPLES:
+        return _Share(one.ghost, one.factor * float(second) if func is aten.mul.Tensor else one.factor / float(second))
+    if one is None or other is None or not _is_same(one.ghost, other.ghost):
+        raise _refusal(func, first)
+    if func in _SUMS:
+        return _Share(one.ghost, one.factor + (alpha if func is aten.add.Tensor else -alpha) * other.factor)
+    if not isinstance(first, GhostTensor) or abs(other.factor - 1) > 1e-6:
+        raise _refusal(func, first)
+    return first
+
+
+def _average_lists(func: Any, first: Any, second: Any, *rest: Any) -> None:
+    """On the pairs of tensors that are on this machine; pairs of ghosts must be of one weight."""
+    pairs = list(zip(first, second, strict=True))
+    is_own = [not any(isinstance(each, GhostTensor) for each in pair) for pair in pairs]
+    for pair, own in zip(pairs, is_own, strict=True):
+        if not own and not (all(isinstance(each, GhostTensor) for each in pair) and _is_same(*pair)):
+            raise _refusal(func, first)
+    if any(is_own):
+        func(list(compress(first, is_own)), list(compress(second, is_own)), *rest)
+
+
+def _share(tensor: Any) -> _Share | None:
+    return _Share(tensor, 1.0) if isinstance(tensor, GhostTensor) else tensor if isinstance(tensor, _Share) else None
+
+
+def _is_same(one: GhostTensor, other: GhostTensor) -> bool:
+    is_alike = one.shape == other.shape and one.transposed == other.transposed
+    return is_alike and one.source == other.source and one.subtracted is other.subtracted
 
 
 _FOR_DORA: dict[Any, Callable[..., Any]] = {aten.add.Tensor: _add, aten.linalg_vector_norm.default: _norm}
