@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from client.model.build import build_model
+from client.model.options import rename, take_loading_options
 from client.model.pseudo_layer import refuse_outputs
 from client.model.saving import base_of, load_generation_config, name_base
 from client.swarm.config import SwarmConfig
@@ -40,9 +41,11 @@ def load_distributed(
 
     `cls` None: the class that Transformers' auto mapping of the name `mapping` has for the model.
     """
+    options = rename(options)
     network = {name: options.pop(name) for name in SwarmConfig.model_fields if name in options}
     network_config = SwarmConfig.make(swarm_config, **network)
-    checkpoint = open_checkpoint(str(model), revision)
+    hub, device = take_loading_options(options)
+    checkpoint = open_checkpoint(str(model), revision, hub)
     config = checkpoint.config
     for name, value in options.items():
         _override(config, name, value)
@@ -64,6 +67,8 @@ def load_distributed(
     built.config._name_or_path = built.name_or_path = str(model)
     name_base(built, base)
     load_generation_config(built, checkpoint)
+    if device is not None:
+        built.to(device)  # type: ignore[arg-type]
     return built
 
 

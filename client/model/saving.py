@@ -43,7 +43,7 @@ def base_of(checkpoint: Checkpoint) -> Checkpoint:
         raise UnsupportedModel(f"{checkpoint.name}: {_BASE} in its config.json names no model; save the model again.")
     advice = f"if it has moved, put its new place into {_BASE} in the config.json of {checkpoint.name}"
     try:
-        base = open_checkpoint(name, revision)
+        base = open_checkpoint(name, revision, checkpoint.hub)
     except UnsupportedModel as error:
         raise UnsupportedModel(f"The base model of {checkpoint.name} cannot be opened ({error}); {advice}.") from error
     if base.model_id.config_hash != entry.get("config_hash"):
@@ -56,7 +56,7 @@ def load_generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> No
 
     Raises `UnsupportedModel` when its file cannot be used.
     """
-    path = find_file(checkpoint.name, _GENERATION, checkpoint.revision)
+    path = find_file(checkpoint.name, _GENERATION, checkpoint.revision, checkpoint.hub)
     if path is None or not model.can_generate():
         return
     try:

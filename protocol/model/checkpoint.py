@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,15 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 @dataclass(frozen=True)
+class Hub:
+    """How files come from the Hugging Face hub; the fields are arguments of `hf_hub_download`."""
+
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A model's files. Nothing but the configuration is read until it is asked for."""
 
@@ -39,6 +48,7 @@ class Checkpoint:
     revision: str | None
     config: PreTrainedConfig
     raw_config: dict[str, Any]
+    hub: Hub = Hub()
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -59,7 +69,7 @@ class Checkpoint:
                 found = [file.get_slice(tensor).get_dtype() for tensor in names]
         else:
             try:
-                api = HfApi()
+                api = HfApi(token=self.hub.token)
                 header = api.parse_safetensors_file_metadata(self.name, name, revision=self.revision)
             except (HfHubHTTPError, OSError, ValueError) as error:
                 raise UnsupportedModel(
@@ -126,21 +136,21 @@ class Checkpoint:
         return path
 
     def _optional_file(self, name: str) -> Path | None:
-        return find_file(self.name, name, self.revision)
+        return find_file(self.name, name, self.revision, self.hub)
 
     def _local_file(self, name: str) -> Path | None:
         if Path(self.name).expanduser().is_dir():
             return self._optional_file(name)
-        cached = try_to_load_from_cache(self.name, name, revision=self.revision)
+        cached = try_to_load_from_cache(self.name, name, cache_dir=self.hub.cache_dir, revision=self.revision)
         return Path(cached) if isinstance(cached, str) else None
 
 
-def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(model: str, revision: str | None = None, hub: Hub = Hub()) -> Checkpoint:
     """The checkpoint in the folder, or of the hub name, `model`.
 
     Raises `UnsupportedModel` when there is no such folder or hub model, or its configuration is no model's.
     """
-    path = find_file(model, _CONFIG, revision)
+    path = find_file(model, _CONFIG, revision, hub)
     if path is None:
         raise UnsupportedModel(
             f"{model!r} has no {_CONFIG}; expected a Hugging Face model folder, or a hub name that can be reached."
@@ -155,10 +165,10 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         ) from error
     if not 0 < blocks <= MAX_BLOCKS:
         raise UnsupportedModel(f"{path} describes a model of {blocks} blocks; expected 1 to {MAX_BLOCKS}.")
-    return Checkpoint(model, revision, config, raw)
+    return Checkpoint(model, revision, config, raw, hub)
 
 
-def find_file(model: str, name: str, revision: str | None = None) -> Path | None:
+def find_file(model: str, name: str, revision: str | None = None, hub: Hub = Hub()) -> Path | None:
     """The local path of a file of `model`, downloaded when it is a hub model; `None` when there is no such file."""
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -166,7 +176,7 @@ def find_file(model: str, name: str, revision: str | None = None) -> Path | None
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         return None
     try:
-        return Path(hf_hub_download(model, name, revision=revision))
+        return Path(hf_hub_download(model, name, revision=revision, **asdict(hub)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
         return None
 

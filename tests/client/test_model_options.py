@@ -11,7 +11,10 @@ import transformers
 
 import client
 from client import AutoDistributedModelForCausalLM
+from client.model import options
 from protocol.errors import BadUsage
+from protocol.model import checkpoint
+from protocol.model.checkpoint import Hub
 from tests.tools.damage import CONFIG, edit
 from tests.tools.members import SOMEBODY
 from tests.tools.swarm import Swarm
@@ -27,6 +30,8 @@ def served(llama_swarm: tuple[Path, Swarm]) -> Swarm:
 def test_a_wrong_option_of_a_client(served: Swarm, llama: Path) -> None:
     with pytest.raises(BadUsage, match="'hiden_size' is neither an option of the swarm nor of LlamaConfig"):
         served.connect(llama, hiden_size=3)
+    with pytest.raises(BadUsage, match="'max_retries' is neither an option of the swarm nor of"):  # one of Petals'
+        served.connect(llama, max_retries=3)
     with pytest.raises(BadUsage, match="silence_timeout"):
         served.connect(llama, silence_timeout=-1)
     with pytest.raises(BadUsage, match="expected one of float32, bfloat16, float16"):
@@ -77,10 +82,10 @@ def test_an_option_that_says_what_the_checkpoint_says(served: Swarm, llama: Path
 
 def test_the_first_blocks_of_a_model(served: Swarm, llama: Path, models: Callable[[str], Path]) -> None:
     """Peers need not know that there is no more to come, nor what concerns this machine only."""
-    options = {"num_hidden_layers": 3, "pad_token_id": 5, "use_cache": False}
-    local = transformers.AutoModelForCausalLM.from_pretrained(llama, **options)
+    fewer = {"num_hidden_layers": 3, "pad_token_id": 5, "use_cache": False}
+    local = transformers.AutoModelForCausalLM.from_pretrained(llama, **fewer)
     with torch.no_grad():
-        ours = served.connect(llama, **options)(input_ids=IDS)
+        ours = served.connect(llama, **fewer)(input_ids=IDS)
         assert torch.equal(ours.logits, local(input_ids=IDS).logits)
     assert ours.past_key_values is None
     assert served.connect(models("bloom"), n_layer=3).config.num_hidden_layers == 3
@@ -116,3 +121,79 @@ def test_an_output_that_is_no_longer_asked_for(served: Swarm, llama: Path) -> No
         model(input_ids=IDS)
     model.config.output_hidden_states = False
     assert model.generate(IDS, max_new_tokens=2, eos_token_id=None).shape == (1, 10)
+
+
+SCRIPT: dict[str, Any] = {
+    "device_map": "auto",
+    "low_cpu_mem_usage": True,
+    "trust_remote_code": True,
+    "attn_implementation": "flash_attention_2",
+    "token": False,
+    "local_files_only": True,
+    "use_safetensors": True,
+    "max_memory": {0: "20GiB"},
+    "torch_dtype": "bfloat16",
+}
+
+
+def test_arguments_of_every_second_script(
+    served: Swarm, llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What has no effect is said once."""
+    options._say.cache_clear()
+    for _ in range(2):
+        model = served.connect(llama, cache_dir=tmp_path, **SCRIPT)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model(input_ids=IDS).logits.shape == (1, 8, 128)
+    said = [record.getMessage() for record in caplog.records if record.name == "client.model.options"]
+    names = ["attn_implementation", "max_memory", "trust_remote_code"]
+    assert [message.partition(" ")[0] for message in said] == names
+    assert all(" has no effect through a swarm: " in message for message in said)
+
+
+@pytest.mark.parametrize(
+    "place", ["auto", "balanced", "cpu", torch.device("cpu"), {"": "cpu"}, {"a": "cpu", "b": "cpu"}]
+)
+def test_a_place_for_what_this_machine_holds(place: Any) -> None:
+    hub, device = options.take_loading_options({"device_map": place})
+    expected = torch.accelerator.current_accelerator() or torch.device("cpu")
+    assert device == (expected if place in ("auto", "balanced") else torch.device("cpu"))
+    assert hub == Hub()
+
+
+def test_where_files_come_from(served: Swarm, llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def download(model: str, name: str, **arguments: Any) -> str:
+        asked.append(arguments)
+        if not (llama / name).exists():
+            raise FileNotFoundError(name)
+        return str(llama / name)
+
+    monkeypatch.setattr(checkpoint, "hf_hub_download", download)
+    served.connect("me/mine", revision="v1", token="secret", cache_dir=tmp_path, local_files_only=True)
+    files = {"revision": "v1", "token": "secret", "cache_dir": tmp_path, "local_files_only": True}
+    assert all(arguments == files for arguments in asked)
+    assert len(asked) > 3
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (
+            {"device_map": {"model": 0, "lm_head": "cpu"}},
+            'What this machine holds goes to one device; give device_map="auto"',
+        ),
+        ({"device_map": "disk"}, "device_map 'disk' is no device of this machine"),
+        ({"use_safetensors": False}, "Weights are read in the safetensors format only"),
+        ({"load_in_4bit": True}, "load_in_4bit: the blocks are as their peers quantize them"),
+        (
+            {"quantization_config": transformers.BitsAndBytesConfig(load_in_8bit=True)},
+            "quantization_config: the blocks",
+        ),
+    ],
+)
+def test_arguments_that_would_mislead(option: dict[str, Any], said: str, served: Swarm, llama: Path) -> None:
+    with pytest.raises(BadUsage, match=said) as caught:
+        served.connect(llama, **option)
+    assert str(caught.value).endswith(".")

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 import transformers
 
 from peer.span.loading import block_bytes, load_span
-from protocol.model.checkpoint import open_checkpoint
+from protocol.model import checkpoint
+from protocol.model.checkpoint import Hub, open_checkpoint
 from tests.tools.damage import CONFIG, edit
 
 
@@ -41,3 +43,26 @@ def test_the_configuration_comes_first(unnamed: Path, tmp_path: Path) -> None:
     edit(CONFIG, dtype="float32")(folder)
     local = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert open_checkpoint(str(folder)).dtype == local.dtype == torch.float32
+
+
+def test_weights_that_are_not_here(unnamed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file on the hub only the header is fetched, with the user's token."""
+    asked = []
+
+    def find(model: str, name: str, revision: str | None = None, hub: Hub | None = None) -> Path | None:
+        path = unnamed / name
+        return path if path.exists() else None
+
+    class Api:
+        def __init__(self, token: str) -> None:
+            asked.append(token)
+
+        def parse_safetensors_file_metadata(self, model: str, file: str, revision: str | None) -> Any:
+            asked.append((model, file, revision))
+            return SimpleNamespace(tensors={"a": SimpleNamespace(dtype="I64"), "b": SimpleNamespace(dtype="BF16")})
+
+    monkeypatch.setattr(checkpoint, "find_file", find)
+    monkeypatch.setattr(checkpoint, "HfApi", Api)
+    opened = open_checkpoint("me/mine", "v1", Hub(token="secret"))
+    assert opened.dtype == torch.bfloat16
+    assert asked == ["secret", ("me/mine", min(opened.weight_map.values()), "v1")]
