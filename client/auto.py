@@ -35,7 +35,8 @@ class _AutoDistributed:
         gradients until a PEFT adapter is put on it or `requires_grad` is set for a weight that is on this machine.
 
         `options`: the fields of `SwarmConfig` (`initial_peers=[...]` above all), or `swarm_config=` whole; `revision`;
-        `dtype` of what this machine holds (default: the checkpoint's); fields of the model's configuration that no
+        `dtype` of what this machine holds (default: the checkpoint's) and `device_map`, its device; other arguments of
+        Transformers and Petals (docs/compatibility.md); fields of the model's configuration that no
         block computes by (`num_labels=3`). Raises `BadUsage`, `UnsupportedModel`, `PeerUnreachable`; a call of the
         model may raise `NoRoute` and other `protocol.errors`.
         """

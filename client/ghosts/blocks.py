@@ -1,39 +1,105 @@
 """The ghosts of all blocks, in the place of a model's own list of blocks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from client.ghosts.questions import WeightReader
 from client.ghosts.tensor import GhostTensor, Source
 from protocol.errors import BadUsage
 
 
-class GhostBlocks(nn.ModuleList):
-    """The model's list of blocks. As a module it shows every block; iterated, one layer that runs all on the swarm.
+class Layer(Protocol):
+    """What runs blocks, all of a range at once."""
 
-    So is a slice of it, of which the layer runs those blocks: trunks take `config.num_hidden_layers` of their blocks.
+    def __call__(self, blocks: range, hidden_states: torch.Tensor, /, *args: Any, **kwargs: Any) -> Any:
+        """As a block of the trunk is called, and with what the trunk expects of a block as the result."""
+
+    @property
+    def whole(self) -> "BlockRange":
+        """All blocks."""
+
+    @property
+    def active_session(self) -> Any:
+        """The session that is in use in this thread, if it is one of these blocks."""
+
+    def run(self, blocks: range, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states (batch, tokens, hidden size) after `blocks`."""
+
+    def step(self, blocks: range, hidden_states: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """The same, of tokens that come behind those of `cache`."""
+
+    def inference_session(self, blocks: range) -> AbstractContextManager[Any]:
+        """A session over `blocks`, for the time of the block."""
+
+
+class BlockRange:
+    """Consecutive blocks: iterated, one layer that runs them all, as a trunk runs its blocks; or called as they are."""
+
+    def __init__(self, layer: Layer, blocks: range):
+        self._layer, self.blocks = layer, blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([partial(self._layer, self.blocks)] if self.blocks else [])
+
+    def __getitem__(self, index: slice) -> "BlockRange":
+        blocks = self.blocks[index]
+        if blocks.step != 1:
+            raise BadUsage("Remote blocks run in their order; take a range of them without a step.")
+        return BlockRange(self._layer, blocks)
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states (batch, tokens, hidden size) after these blocks, with autograd; in a session, on its caches."""
+        return self._layer.run(self.blocks, hidden_states)
+
+    def inference_session(self, *, max_length: int | None = None) -> AbstractContextManager[Any]:
+        """See `client.model.petals`."""
+        return self._layer.inference_session(self.blocks)
+
+
+class GhostBlocks(nn.ModuleList):
+    """The model's list of blocks. As a module it shows every block; a slice of it is a `BlockRange`, and so is all.
+
+    Trunks take `config.num_hidden_layers` of their blocks by a slice.
     """
 
-    def attach(self, layer: Callable[..., Any]) -> None:
-        """Make `layer` what a forward through this list runs: it is called with a range of blocks, then as a block."""
+    _layer: Layer
+
+    def attach(self, layer: Layer) -> None:
+        """Make `layer` what runs the blocks."""
         object.__setattr__(self, "_layer", layer)  # not a submodule
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self[:])
 
     def __getitem__(self, index: Any) -> Any:
-        if not isinstance(index, slice):
-            return self._modules[str(index % len(self._modules))]
-        blocks = range(len(self))[index]
-        if blocks.step != 1:
-            raise BadUsage("Remote blocks run in their order; take a range of them without a step.")
-        return [partial(self._layer, blocks)] if blocks else []
+        if isinstance(index, slice):
+            return BlockRange(self._layer, range(len(self)))[index]
+        return self._modules[str(index % len(self._modules))]
 
     def __len__(self) -> int:
         return len(self._modules)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """See `BlockRange`."""
+        return self[:](hidden_states)  # type: ignore[no-any-return]
+
+    @property
+    def active_session(self) -> Any:
+        """See `client.model.petals`."""
+        return self._layer.active_session
+
+    def inference_session(self, *, max_length: int | None = None) -> AbstractContextManager[Any]:
+        """See `client.model.petals`."""
+        return self[:].inference_session(max_length=max_length)  # type: ignore[no-any-return]
 
 
 def matrix_names(blocks: nn.ModuleList) -> frozenset[str]:

@@ -14,6 +14,7 @@ from client.ghosts.factors import FactorCache
 from client.ghosts.norms import NormCache
 from client.ghosts.questions import WeightReader
 from client.model.handle import SwarmHandle
+from client.model.petals import add_sessions
 from client.model.pseudo_layer import PseudoLayer
 from client.model.remote_blocks import RemoteBlocks
 from client.model.saving import freeze, hide_ghosts
@@ -78,7 +79,12 @@ def _attach(model: PreTrainedModel, where: BlockList, ghosts: GhostBlocks, swarm
     model.config._attn_implementation = _REMOTE  # no masks are built here: the peers build them
     trunk.register_forward_pre_hook(layer.capture, with_kwargs=True)
     _probe(model, trunk, layer)
-    object.__setattr__(model, "swarm", SwarmHandle(swarm, remote))
+    object.__setattr__(model, "swarm", SwarmHandle(swarm, layer, remote))
+    for owner, name, module in ((model, "transformer", trunk), (trunk, "h", ghosts)):  # as Petals calls them
+        if not hasattr(owner, name):
+            object.__setattr__(owner, name, module)  # not a submodule
+    if model.can_generate():
+        add_sessions(model)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from client.model.pseudo_layer import PseudoLayer
 from client.model.remote_blocks import RemoteBlocks
 from client.swarm.config import SwarmConfig
 from client.swarm.health import Health
@@ -13,9 +14,11 @@ from protocol.records import PeerRecord
 class SwarmHandle:
     """The swarm as a model uses it. A copy of the model has a handle of its own blocks to the same membership."""
 
-    def __init__(self, network: Swarm, blocks: RemoteBlocks):
+    def __init__(self, network: Swarm, layer: PseudoLayer, blocks: RemoteBlocks):
         self.network = network
         """The membership itself; its coroutines are for this process's loop."""
+        self.layer = layer
+        """What the model's trunk runs in the place of its blocks."""
         self.blocks = blocks
         """All blocks of the model, callable on hidden states, with autograd."""
 

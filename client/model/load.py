@@ -8,6 +8,7 @@ from transformers.models.auto import modeling_auto
 
 from client.model.build import build_model
 from client.model.options import rename, take_loading_options
+from client.model.petals import with_prompts
 from client.model.pseudo_layer import refuse_outputs
 from client.model.saving import base_of, load_generation_config, name_base
 from client.swarm.config import SwarmConfig
@@ -35,6 +36,8 @@ def load_distributed(
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
     torch_dtype: torch.dtype | str | None = None,
+    tuning_mode: str | None = None,
+    pre_seq_len: int = 0,
     **options: Any,
 ) -> PreTrainedModel:
     """A Transformers model whose blocks run on a swarm; see `AutoDistributedModelForCausalLM.from_pretrained`.
@@ -69,7 +72,7 @@ def load_distributed(
     load_generation_config(built, checkpoint)
     if device is not None:
         built.to(device)  # type: ignore[arg-type]
-    return built
+    return with_prompts(built, tuning_mode, pre_seq_len) if tuning_mode else built
 
 
 def named_dtype(name: str) -> torch.dtype:

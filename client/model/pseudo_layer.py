@@ -3,6 +3,7 @@
 import inspect
 import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from client.ghosts.blocks import GhostBlocks
+from client.ghosts.blocks import BlockRange, GhostBlocks
+from client.model.petals import PetalsSession, active_session, new_session
 from client.model.remote_blocks import RemoteBlocks
 from client.model.remote_cache import RemoteLayer, adopt
 from client.requests.work import Work
@@ -76,7 +78,39 @@ class PseudoLayer:
             hidden_states = self._run(blocks, hidden_states, cache)
         return (hidden_states, None) if self.returns_tuple else hidden_states
 
+    @property
+    def whole(self) -> BlockRange:
+        """All blocks."""
+        return self._ghosts[:]  # type: ignore[no-any-return]
+
+    @property
+    def active_session(self) -> PetalsSession | None:
+        """The session of this model that is in use in this thread."""
+        return active_session(self)
+
+    def run(self, blocks: range, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states after `blocks`, differentiably; in a session of these blocks, on its caches."""
+        session = self.active_session
+        if session is not None and session.blocks == blocks:
+            return session.step(hidden)
+        return self._remote(hidden, blocks.start, blocks.stop)
+
+    def step(self, blocks: range, hidden: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Hidden states after `blocks`, of tokens that come behind those of `cache`."""
+        self._caught.mask = self._caught.positions = None
+        return self._run(blocks, hidden, cache)
+
+    def inference_session(self, blocks: range) -> AbstractContextManager[PetalsSession]:
+        """A session over `blocks`."""
+        return new_session(self, blocks)
+
     def _run(self, blocks: range, hidden: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+        session = self.active_session
+        if session is not None and session.blocks == blocks and cache is not session.past_key_values:
+            raise BadUsage(
+                "Within inference_session the model goes on from the session: use generate or session.step, or pass "
+                "past_key_values=session.past_key_values."
+            )
         layer: RemoteLayer | None = None
         prefix: KvPrefix = {}
         if cache is not None:

@@ -37,6 +37,13 @@ def test_what_is_named_is_there(document: str) -> None:
     assert [name for name in names if not name.endswith((".md", ".py", ".proto")) and not exists(name)] == []
 
 
+def test_every_row_of_compatibility_is_held() -> None:
+    defined = re.findall(r"def (test_\w+)", "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py")))
+    rows = re.findall(r"^\|(?!---).*\|(.*)\|$", (ROOT / "docs" / "compatibility.md").read_text(), re.M)
+    assert [row for row in rows if row.strip() != "test" and "test_" not in row] == []
+    assert set(re.findall(r"`(test_\w+)`", "".join(rows))) <= set(defined)
+
+
 def test_the_map_is_read_in_ten_minutes() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     cells = [cell.strip() for line in text.splitlines() if line.startswith("|") for cell in line.split("|")]
