@@ -13,7 +13,7 @@ from peft.tuners.lora.config import LoraGAConfig
 
 from client.ghosts.questions import RemoteWeightError
 from client.ghosts.tensor import GhostTensor
-from protocol.errors import BadAdapter, BadUsage, SwarmError
+from protocol.errors import BadAdapter, BadUsage
 from tests.tools.swarm import Swarm
 
 Make = Callable[[], Any]
@@ -75,6 +75,12 @@ def test_factors_are_what_they_are_locally(init: str, remote: Make, local: Make)
     for name, parameter in mine.items():
         same(parameter, reference[name], atol=1e-6)
     same(logits(pair[0]), logits(pair[1]))
+
+
+def test_a_rank_beyond_that_of_the_weights(remote: Make, local: Make) -> None:
+    """PEFT then makes an adapter of as many factors as there are, whatever its configuration says."""
+    mine, reference = (peft.get_peft_model(make(), lora("pissa", r=300)) for make in (remote, local))
+    same(logits(mine), logits(reference))
 
 
 @pytest.mark.parametrize("init", INITS[:2])
@@ -201,7 +207,6 @@ def _subtracted_unasked(model: Any) -> None:
 
 
 REFUSALS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
-    "more factors than a peer gives": (lambda m: _tune(m, init="pissa", r=300), SwarmError, "."),
     "mica": (lambda m: _tune(m, init="mica"), RemoteWeightError, "only the leading ones"),
     "EVA": (_eva, BadUsage, "initialisation from activations"),
     "LoRA-GA": (_lora_ga, BadAdapter, "cannot be trained"),
