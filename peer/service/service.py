@@ -22,9 +22,10 @@ from peer.service.generation import Generation
 from peer.service.handover import HandOver
 from peer.service.reception import Reception
 from peer.service.training import Training
+from peer.span.checks import prefix_length
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
-from protocol.errors import BadRequest, Draining, OutOfMemory, PeerFailed, SwarmError
+from protocol.errors import BadRequest, Draining, OutOfMemory, PeerFailed, SwarmError, TooLong
 from protocol.stream import Stream
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,9 @@ class Service:
         adapters: Adapters,
         base_weights: BaseWeights,
         hand_over: HandOver,
+        context_length: int | None,
     ):
+        """`context_length`: how many tokens the model reads, where that has a limit."""
         self._reception, self._scheduler = reception, scheduler
         self._generation, self._training, self._adapters, self._hand_over = generation, training, adapters, hand_over
         self._handlers: dict[type[ProtoMessage], _Handler] = {
@@ -68,6 +71,7 @@ class Service:
         }
         self.requests = 0
         """Being answered."""
+        self._context_length = context_length
         self._is_draining = False
 
     @property
@@ -134,8 +138,10 @@ class Service:
         except SwarmError as error:
             await channel.fail(error)
         except Exception as error:
-            logger.exception("a request of %s failed", channel.remote)
-            await channel.fail(_typed_error(error))
+            typed = self._typed_error(error, connection, message)
+            if isinstance(typed, PeerFailed):
+                logger.exception("a request of %s failed", channel.remote)
+            await channel.fail(typed)
         else:
             await _send(channel, answer)
         finally:
@@ -148,6 +154,25 @@ class Service:
         if handler is None:
             raise BadRequest(f"A peer does not answer {type(body).__name__} messages.")
         return handler
+
+    def _typed_error(self, error: Exception, connection: Connection, message: Message) -> SwarmError:
+        """The typed error for a failure of torch's own, or of a block's code."""
+        text = str(error)
+        if "can't allocate memory" in text or isinstance(error, MemoryError):
+            return OutOfMemory("The call did not fit this peer's memory; send fewer tokens at once.")
+        if self._is_beyond_context(connection, message):
+            # MPT and GPT-J make tables of so many positions; every peer fails, and none deserves to be kept away from.
+            return TooLong(
+                f"The blocks of this model cannot compute more than {self._context_length} tokens; shorten the prompt."
+            )
+        return PeerFailed(f"{type(error).__name__}: {text[:300]}")
+
+    def _is_beyond_context(self, connection: Connection, message: Message) -> bool:
+        hidden = message.tensors.get("hidden_states")
+        if self._context_length is None or hidden is None or hidden.ndim != 3:
+            return False
+        past = connection.session.cache.seen if isinstance(message.body, pb.Step) and connection.session else 0
+        return past + hidden.shape[1] + prefix_length(message.tensors) > self._context_length
 
     def _forget_adapters(self, client: str) -> None:
         """Unless the client has come back. On its own queue: before anything that it may put after this."""
@@ -165,11 +190,3 @@ async def _send(channel: Channel, answer: Message) -> None:
         await channel.send(answer)
     except BadRequest as error:
         await channel.fail(error)
-
-
-def _typed_error(error: Exception) -> SwarmError:
-    """The typed error for a failure of torch's own."""
-    text = str(error)
-    if "can't allocate memory" in text or isinstance(error, MemoryError):
-        return OutOfMemory("The call did not fit this peer's memory; send fewer tokens at once.")
-    return PeerFailed(f"{type(error).__name__}: {text[:300]}")

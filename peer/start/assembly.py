@@ -29,6 +29,7 @@ from peer.training.joined.together import Together
 from peer.training.runner import TrainingRunner
 from peer.training.trainer import Trainer
 from protocol.machine.split_linear import split_linears
+from protocol.model.anatomy import context_length
 from protocol.model.checkpoint import Checkpoint
 from protocol.records import ModelVersion, Speed
 from protocol.tensors import Limits
@@ -102,6 +103,7 @@ def _assemble(
         adapters,
         BaseWeights(span),
         hand_over,
+        context_length(span.model.config),
     )
     return_freed_memory()  # what was tried out took some, too
     return Assembled(span, speed, service)

@@ -7,6 +7,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from client import AutoDistributedModelForCausalLM
 from protocol.errors import BadUsage, NoRoute, PeerFull, PeerUnreachable, TooLong, UnsupportedModel, WrongModel
 from tests.tools.command import Command
 from tests.tools.damage import CONFIG, INDEX, edit
+from tests.tools.families import build_small, short
 from tests.tools.members import SOMEBODY
 from tests.tools.swarm import ForkServer, Swarm, new_swarm
 
@@ -358,6 +360,20 @@ def test_a_prompt_that_is_too_long(small: Swarm, llama: Path) -> None:
     with pytest.raises(TooLong, match="33 tokens"):
         model.generate(input_ids=IDS, max_new_tokens=30, **greedy)
     assert model.generate(input_ids=IDS, max_new_tokens=24, **greedy).shape == (1, 32)
+
+
+@pytest.mark.parametrize("family", ["mpt", "gptj"])
+def test_a_prompt_beyond_the_models_own_tables(family: str, swarm: Swarm, tmp_path: Path) -> None:
+    """No peer could compute it: none is tried after the first, and none kept away from."""
+    path = build_small(tmp_path / family, short(family, 16))
+    swarm.serve(path, "0:2")
+    model = swarm.connect(path)
+    for run in (partial(model.generate, max_new_tokens=2), partial(model, use_cache=False)):
+        begin = time.monotonic()
+        with pytest.raises(TooLong, match="cannot compute more than 16 tokens; shorten the prompt"):
+            run(input_ids=torch.arange(3, 23)[None])
+        assert time.monotonic() - begin < 5
+    assert model.generate(input_ids=IDS, max_new_tokens=4, eos_token_id=None).shape == (1, 12)
 
 
 def test_a_peer_that_is_full(small: Swarm, llama: Path) -> None:

@@ -3,21 +3,11 @@
 from pathlib import Path
 
 import pytest
-from transformers import GPTJConfig, MptConfig, PretrainedConfig
 
 from peer.span.loading import load_span
 from peer.start.speed import measure
 from protocol.model.checkpoint import open_checkpoint
-from tests.tools.families import build_small
-
-TOKENS = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-
-
-def short(family: str, context: int) -> PretrainedConfig:
-    """Of models whose blocks have a table of so many positions."""
-    if family == "mpt":
-        return MptConfig(**TOKENS, d_model=32, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=context)
-    return GPTJConfig(**TOKENS, n_embd=32, n_head=4, n_layer=2, rotary_dim=4, n_positions=context)
+from tests.tools.families import build_small, short
 
 
 @pytest.mark.parametrize("context", [64, 16])

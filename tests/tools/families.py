@@ -106,6 +106,14 @@ def build_family(name: str, root: Path) -> Path:
     return build_small(root / name, family_config(name))
 
 
+def short(family: str, context: int) -> tf.PretrainedConfig:
+    """Of small models, `mpt` or `gptj`, whose blocks have a table of so many positions."""
+    tokens: dict[str, Any] = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if family == "mpt":
+        return tf.MptConfig(**tokens, d_model=32, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=context)
+    return tf.GPTJConfig(**tokens, n_embd=32, n_head=4, n_layer=2, rotary_dim=4, n_positions=context)
+
+
 def build_small(folder: Path, config: tf.PretrainedConfig) -> Path:
     """As `build_family`, of a configuration of one's own."""
     return _build(folder, config, perturbation=0.15, dtype=torch.float32, max_shard_size="60KB")

@@ -148,6 +148,7 @@ class Handlers:
             adapters,
             BaseWeights(self._span),
             hand_over,
+            context_length=None,
         )
 
     def play(self, data: bytes) -> None:
