@@ -16,7 +16,7 @@ _SAMPLE = 4
 @torch.no_grad()
 def measure(span: Span) -> tuple[Speed, int]:
     """The span's speed, and the bytes of one cached token of one row. Takes about a second if a step is quick."""
-    cache = SpanCache(span.model.config, span.blocks)
+    cache = SpanCache(span.config, span.blocks)
 
     def step(tokens: int, blocks: range, cache: SpanCache | None) -> None:
         hidden = torch.randn(1, tokens, span.hidden_size, dtype=span.dtype, device=span.device)

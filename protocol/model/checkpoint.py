@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,7 +40,7 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the weights are stored in."""
-        stored = self.config.dtype
+        stored = self.config.dtype or self.config.get_text_config().dtype
         return stored if isinstance(stored, torch.dtype) else torch.float32
 
     @cached_property
@@ -145,12 +144,6 @@ def find_file(model: str, name: str, revision: str | None = None) -> Path | None
         return Path(hf_hub_download(model, name, revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
         return None
-
-
-def block_of(tensor_name: str, attribute: str) -> int | None:
-    """The block that a checkpoint's tensor belongs to, `attribute` being the block list's own name; `None`: none."""
-    match = re.search(rf"(?:^|\.){re.escape(attribute)}\.(\d+)\.", tensor_name)
-    return int(match.group(1)) if match else None
 
 
 def _open(path: Path) -> Any:

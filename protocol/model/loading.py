@@ -11,12 +11,6 @@ from protocol.errors import UnsupportedModel, first_line
 from protocol.machine.forwards import become
 
 
-def class_for(config: PreTrainedConfig, mapping: Any) -> type[PreTrainedModel] | None:
-    """The class that one of Transformers' auto mappings has for a configuration; `None`: it has none."""
-    found: type[PreTrainedModel] | None = mapping.get(type(config), None)
-    return found
-
-
 def load_part(
     cls: type[PreTrainedModel],
     config: PreTrainedConfig,
