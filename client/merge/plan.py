@@ -99,7 +99,10 @@ class MergePlan:
         return config
 
     def _is_other_class(self) -> bool:
-        return type(self._layout).__name__ not in (self._base.config.get("architectures") or [])
+        is_part = self._layout.config.model_type != self._base.config.get(
+            "model_type"
+        )  # the language model of the base
+        return not is_part and type(self._layout).__name__ not in (self._base.config.get("architectures") or [])
 
     def _check_base(self) -> None:
         for param, _ in self._layout.named_parameters(remove_duplicate=False):

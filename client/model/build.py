@@ -23,9 +23,10 @@ from client.requests.caller import Caller
 from client.swarm.swarm import Swarm
 from protocol.errors import BadUsage, UnsupportedModel
 from protocol.machine.split_linear import split_linears
-from protocol.model.anatomy import BlockList, find_blocks, find_form, hidden_size
-from protocol.model.checkpoint import Checkpoint, block_of
+from protocol.model.anatomy import BlockList, find_blocks, find_form, has_other_parts, hidden_size
+from protocol.model.checkpoint import Checkpoint
 from protocol.model.loading import LOADING, load_part
+from protocol.model.tensor_names import blocks_of
 
 _REMOTE = "remote"
 ALL_ATTENTION_FUNCTIONS.register(_REMOTE, lambda *args, **kwargs: None)
@@ -46,7 +47,8 @@ def build_model(
     def cut(model: PreTrainedModel) -> None:
         setattr(where.trunk_of(model), where.attribute, torch.nn.ModuleList())
 
-    outside = checkpoint.state_dict(lambda name: block_of(name, where.attribute) is None)
+    blocks = blocks_of(checkpoint.weight_map, donor, where)
+    outside = checkpoint.state_dict(lambda name: name not in blocks)
     model, missing = load_part(cls, config, outside, cut, dtype=dtype)
     _check_missing(model, missing, where, checkpoint)
     names = matrix_names(where.of(donor))
@@ -69,7 +71,11 @@ def _check_missing(model: PreTrainedModel, missing: list[str], where: BlockList,
     needed = [where.trunk, *(name for name, module in model.named_modules() if module is head)]
     lost = [name for name in missing if any(part and name.startswith(f"{part}.") for part in needed)]
     if lost:
-        raise UnsupportedModel(f"{checkpoint.name} lacks weights that {type(model).__name__} needs, such as {lost[0]}.")
+        advice = "; use the class of the whole model, as AutoDistributedModelForCausalLM does"
+        raise UnsupportedModel(
+            f"{checkpoint.name} lacks weights that {type(model).__name__} needs, such as {lost[0]}"
+            f"{advice if has_other_parts(checkpoint.config) and not has_other_parts(model.config) else ''}."
+        )
 
 
 def _attach(model: PreTrainedModel, where: BlockList, ghosts: GhostBlocks, swarm: Swarm) -> None:
@@ -80,6 +86,9 @@ def _attach(model: PreTrainedModel, where: BlockList, ghosts: GhostBlocks, swarm
     ghosts.attach(layer)
     model.config._attn_implementation = _REMOTE  # no masks are built here: the peers build them
     trunk.register_forward_pre_hook(layer.capture, with_kwargs=True)
+    if has_other_parts(model.config):
+        for module, _ in where.around(model):
+            module.register_forward_pre_hook(layer.capture_around, with_kwargs=True)
     _probe(model, trunk, layer)
     object.__setattr__(model, "swarm", SwarmHandle(swarm, layer, remote))
     object.__setattr__(model, "init_continuous_batching", _refuse_continuous_batching)

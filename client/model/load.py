@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 from client.model.build import build_model
 from client.model.options import take_loading_options
@@ -15,9 +14,9 @@ from client.model.saving import base_of, load_generation_config, name_base
 from client.swarm.config import SwarmConfig
 from client.swarm.membership import Membership
 from client.swarm.swarm import Swarm
-from protocol.errors import BadUsage, UnsupportedModel
+from protocol.errors import BadUsage
 from protocol.model.checkpoint import Checkpoint, open_checkpoint
-from protocol.model.loading import class_for
+from protocol.model.classes import class_for, config_for
 from protocol.tensors import COMPUTE_DTYPES
 
 _HELD_HERE = {
@@ -49,21 +48,11 @@ def load_distributed(
     """
     hub, device = take_loading_options(options)
     checkpoint = open_checkpoint(str(model), revision, hub)
-    config = checkpoint.config
+    cls, config = _class_of(checkpoint, cls, mapping)
     for name, value in options.items():
         _override(config, name, value)
     for part in config, config.get_text_config():
         refuse_outputs(part, {})
-    if cls is None:
-        cls = class_for(config, getattr(modeling_auto, mapping))
-    if cls is None:
-        raise UnsupportedModel(f"{model} is a {config.model_type} model, which Transformers has no such task for.")
-    known = cls.config_class
-    if known is not None and not isinstance(config, known):
-        raise BadUsage(
-            f"{model} is a {config.model_type} model, and {cls.__name__} runs {known.model_type} models; "
-            "use the class of its family, or an AutoDistributedModel."
-        )
     base = base_of(checkpoint)
     swarm = Swarm.connect(network, base, joining)
     built = build_model(cls, checkpoint, config, swarm, _dtype(dtype or torch_dtype, checkpoint))
@@ -73,6 +62,25 @@ def load_distributed(
     if device is not None:
         built.to(device)  # type: ignore[arg-type]
     return with_prompts(built, tuning_mode, pre_seq_len) if tuning_mode else built
+
+
+def _class_of(
+    checkpoint: Checkpoint, cls: type[PreTrainedModel] | None, mapping: str
+) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The class to make, and its configuration; `cls`: the one that the user named.
+
+    Raises `UnsupportedModel` when Transformers has none, `BadUsage` for one of another family.
+    """
+    if cls is None:
+        return class_for(checkpoint, mapping)
+    config = config_for(cls, checkpoint.config)
+    if config is None:
+        kind, known = checkpoint.config.model_type, getattr(cls.config_class, "model_type", None)
+        raise BadUsage(
+            f"{checkpoint.name} is a {kind} model, and {cls.__name__} runs {known} models; "
+            "use the class of its family, or an AutoDistributedModel."
+        )
+    return cls, config
 
 
 def named_dtype(name: str) -> torch.dtype:

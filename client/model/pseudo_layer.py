@@ -25,6 +25,12 @@ _REFUSED = {
     "output_router_logits": "router logits stay on the peers (TRL asks for none with router_aux_loss_coef=0.0)",
 }
 """Options of a forward, and why the swarm cannot do them."""
+_TEXT = {
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "labels", "logits_to_keep",
+}  # fmt: skip
+"""Tensors that a model with other parts is given for text."""
+_TYPES = {"token_type_ids", "mm_token_type_ids"}
+"""For each token whether it is text (0) or stands for a piece of something else."""
 _NO_BACKWARD = "A backward through an earlier call's cache is not possible; pass use_cache=False."
 
 
@@ -58,18 +64,30 @@ class PseudoLayer:
         vars(self).update(state, _caught=threading.local())
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def capture_around(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook on what the trunk is a part of: the mask, of which it may make another for the trunk.
+
+        Raises `BadUsage` for anything but text.
+        """
+        given = _named(module, args, kwargs)
+        _refuse_all_but_text(module, given)
+        mask = given.get("attention_mask")
+        if mask is None or getattr(mask, "ndim", None) == 2:
+            self._caught.around = mask
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def capture(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook on the trunk: the mask and positions as the user gave them.
 
         Raises `BadUsage` for what remote blocks cannot give.
         """
-        if args:
-            names = list(inspect.signature(type(trunk).forward).parameters)[1:]
-            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        kwargs = _named(trunk, args, kwargs)
         refuse_outputs(trunk.config, kwargs)
+        mask = vars(self._caught).pop("around", kwargs.get("attention_mask"))
+        positions = _of_text(kwargs.get("position_ids"), mask)
         if kwargs.get("cu_seq_lens_q") is not None:
-            _check_packing(trunk.config, kwargs.get("position_ids"))
-        self._caught.mask, self._caught.positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+            _check_packing(trunk.config, positions)
+        self._caught.mask, self._caught.positions = mask, positions
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, blocks: range, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -169,6 +187,51 @@ def refuse_outputs(config: Any, asked: Mapping[str, Any]) -> None:
             raise BadUsage(
                 f"{option} does not work through a swarm: {reason}; pass {option}=False, or set it so in model.config."
             )
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward by name."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _refuse_all_but_text(module: nn.Module, given: Mapping[str, Any]) -> None:
+    own = inspect.signature(type(module).forward).parameters
+    for name, value in given.items():
+        if name in _TEXT or name not in own:
+            continue
+        if _has_tensors(value) and (name not in _TYPES or value.any()):
+            raise BadUsage(
+                f"{name} is for images, sound or the like, and only text goes through a swarm; give the model text "
+                "alone."
+            )
+
+
+def _has_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_tensors, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_has_tensors, value))
+    return isinstance(value, torch.Tensor)
+
+
+def _of_text(positions: Any, mask: Any) -> Any:
+    """Positions (batch, tokens), also of a model that counts along time, height and width: they are one for text."""
+    if not isinstance(positions, torch.Tensor) or positions.ndim != 3:
+        return positions
+    if not positions.eq(positions[:1]).all():
+        raise BadUsage(
+            "position_ids differ along time, height and width, as for images, and only text goes through a swarm; "
+            "give the model text alone."
+        )
+    if mask is None and not positions[0].diff().eq(1).all():
+        raise BadUsage(
+            "position_ids of three dimensions that begin again within a row do not travel; switch packing off, or give "
+            "the model an attention_mask."
+        )
+    return positions[0]
 
 
 def _sources(work: Work, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:

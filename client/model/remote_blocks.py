@@ -130,5 +130,6 @@ def _autocast_dtype() -> torch.dtype | None:
 
 
 def _check_2d(name: str, tensor: torch.Tensor | None) -> None:
-    if tensor is not None and tensor.ndim != 2:
-        raise BadUsage(f"{name} has {tensor.ndim} dimensions; through a swarm it must be 2-D, (batch, tokens).")
+    if tensor is not None and getattr(tensor, "ndim", None) != 2:
+        found = f"has {tensor.ndim} dimensions" if isinstance(tensor, torch.Tensor) else f"is a {type(tensor).__name__}"
+        raise BadUsage(f"{name} {found}; through a swarm it must be 2-D, (batch, tokens).")

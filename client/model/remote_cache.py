@@ -22,6 +22,7 @@ class RemoteLayer(CacheLayerMixin):
     def __init__(self, length: int = 0, keep_past: bool = False):
         super().__init__()
         self.is_initialized = True
+        self.keys = self.values = torch.empty(0)  # some trunks look whether there are any
         self.length = length
         """Tokens, a KV prefix included."""
         self.keep_past = keep_past

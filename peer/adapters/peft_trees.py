@@ -49,7 +49,7 @@ def share_linears(model: PreTrainedModel) -> PreTrainedModel:
     its layers for later trees in the order in which it finds the parameters.
     """
     memo: dict[int, object] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    memo[id(model.config)] = model.config
+    memo |= {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     memo |= {id(module): module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}
     return copy.deepcopy(model, memo)
 

@@ -48,7 +48,7 @@ class Generation:
             connection.session = self._forks.pop(body.fork_of)
         else:
             connection.account.open_session()
-            cache = SpanCache(self._span.model.config, blocks)
+            cache = SpanCache(self._span.config, blocks)
             connection.session = Session(self.memory, cache, connection.client)
             self.memory.watch(connection.session)
         return Message(pb.Result())

@@ -69,9 +69,9 @@ def cut_to_span(model: PreTrainedModel, start: int, end: int) -> BlockList:
             setattr(trunk, name, _Zero())
         elif "rotary" not in kind and "rope" not in kind:
             setattr(trunk, name, nn.Identity())
-    for name, _ in list(model.named_children()):
-        if not f"{where.path}.".startswith(f"{name}."):
-            setattr(model, name, nn.Identity())
+    for module, kept in where.around(model):
+        for name in {name for name, _ in module.named_children()} - {kept}:
+            setattr(module, name, nn.Identity())
     model.tie_weights = lambda *args, **kwargs: None  # type: ignore[method-assign]
     model.all_tied_weights_keys = {}
     return where

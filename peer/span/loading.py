@@ -5,15 +5,16 @@ from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from peer.span.cut import cut_to_span
 from peer.span.rotary import forget_between_calls
 from peer.span.span import Span
 from protocol.errors import UnsupportedModel
-from protocol.model.anatomy import BlockList, find_blocks
-from protocol.model.checkpoint import Checkpoint, block_of
-from protocol.model.loading import LOADING, class_for, load_part
+from protocol.model.anatomy import find_blocks
+from protocol.model.checkpoint import Checkpoint
+from protocol.model.classes import CAUSAL_LM, class_for
+from protocol.model.loading import LOADING, load_part
+from protocol.model.tensor_names import blocks_of
 
 
 def load_span(
@@ -30,11 +31,13 @@ def load_span(
 
     Raises `UnsupportedModel` for an architecture that spans cannot serve, or for missing weights.
     """
-    config = checkpoint.config
-    cls = _model_class(checkpoint)
+    cls, config = class_for(checkpoint, CAUSAL_LM)
     dtype = dtype or checkpoint.dtype
-    where = _block_list(cls, config)
-    state_dict = checkpoint.state_dict(lambda name: block_of(name, where.attribute) in range(start, end))
+    with LOADING, torch.device("meta"):
+        donor = cls(config)
+    where = find_blocks(donor)
+    blocks = blocks_of(checkpoint.weight_map, donor, where)
+    state_dict = checkpoint.state_dict(lambda name: blocks.get(name) in range(start, end))
     model, missing = load_part(
         cls,
         config,
@@ -54,25 +57,12 @@ def load_span(
 
 def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None, quantization: str) -> int:
     """Bytes that one block's weights will take, about, by the sizes that its configuration gives."""
-    cls = _model_class(checkpoint)
+    cls, config = class_for(checkpoint, CAUSAL_LM)
     with LOADING, torch.device("meta"):
-        model = cls(checkpoint.config)
+        model = cls(config)
     block = find_blocks(model).of(model)[0]
     bytes_per_weight = {"none": (dtype or checkpoint.dtype).itemsize, "int8": 1.05, "nf4": 0.57}[quantization]
     return max(1, int(sum(p.numel() for p in block.parameters()) * bytes_per_weight))
-
-
-def _model_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
-    cls = class_for(checkpoint.config, MODEL_FOR_CAUSAL_LM_MAPPING)
-    if cls is None:
-        kind = checkpoint.config.model_type
-        raise UnsupportedModel(f"{checkpoint.name} is a {kind} model; expected a causal language model.")
-    return cls
-
-
-def _block_list(cls: type[PreTrainedModel], config: Any) -> BlockList:
-    with LOADING, torch.device("meta"):
-        return find_blocks(cls(config))
 
 
 def _quantization_options(quantization: str, double: bool, dtype: torch.dtype) -> dict[str, Any]:

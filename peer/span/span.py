@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from peer.kv_cache.arena import Shape
@@ -65,7 +65,9 @@ class Span:
 
     def __init__(self, model: PreTrainedModel, where: BlockList, start: int, end: int, dtype: torch.dtype):
         self.model, self.where, self.start, self.end, self.dtype = model, where, start, end, dtype
-        self.hidden_size = hidden_size(model.config)
+        self.config: PreTrainedConfig = self._trunk(model).config  # type: ignore[assignment]
+        """The language model's, whatever else the model is."""
+        self.hidden_size = hidden_size(self.config)
         self.device = next(p.device for p in model.parameters())
         self.takes_positions = "position_ids" in inspect.signature(type(self._trunk(model)).forward).parameters
         model.eval().requires_grad_(False)
@@ -146,17 +148,23 @@ class Span:
     @torch.no_grad()
     def _find_kv_shapes(self) -> dict[int, tuple[Shape, Shape]]:
         """A configuration does not say it in one way, so one token is run."""
-        cache = SpanCache(self.model.config, self.blocks)
+        cache = SpanCache(self.config, self.blocks)
         token = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
         self.run(Inputs(token), Mode(self.blocks), cache)
         found = {
             block: [getattr(cache.layers[block], name, None) for name in ("keys", "values")] for block in self.blocks
         }
-        return {
-            block: (Shape.of(keys), Shape.of(values))
+        pairs = {
+            block: (keys, values)
             for block, (keys, values) in found.items()
             if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
         }
+        if any(tensor.ndim != 4 for pair in pairs.values() for tensor in pair):
+            raise UnsupportedModel(
+                f"{type(self._trunk(self.model)).__name__} does not cache keys and values token by token; it cannot be "
+                "served."
+            )
+        return {block: (Shape.of(keys), Shape.of(values)) for block, (keys, values) in pairs.items()}
 
     def _check_cache(self, hidden: torch.Tensor) -> None:
         """A trunk that has no place for a KV cache (Mamba) would ignore it and generate wrong tokens without a word."""
@@ -164,7 +172,7 @@ class Span:
         try:
             if "past_key_values" not in inspect.signature(trunk.forward).parameters:
                 raise TypeError("it takes none")
-            self.run(Inputs(hidden), Mode(range(self.start, self.start)), SpanCache(self.model.config, self.blocks))
+            self.run(Inputs(hidden), Mode(range(self.start, self.start)), SpanCache(self.config, self.blocks))
         except Exception as error:  # any failure at all
             raise UnsupportedModel(
                 f"{trunk.__name__} does not generate with the KV cache that peers keep ({first_line(error)}); "

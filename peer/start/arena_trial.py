@@ -36,7 +36,7 @@ def _error(span: Span, mode: Mode) -> float:
     arena = Arena(_SLOTS, {i: span.kv_shapes[i] for i in mode.blocks if i in span.kv_shapes}, span.device)
     chance, errors = torch.Generator().manual_seed(0), []
     for steps in _STEPS:
-        plain, ours = (SpanCache(span.model.config, mode.blocks) for _ in range(2))
+        plain, ours = (SpanCache(span.config, mode.blocks) for _ in range(2))
         ours.move_into(arena, Run(3, _SLOTS - 5))
         for rows, tokens in steps:
             inputs = Inputs(random_states(span, rows, tokens, chance))

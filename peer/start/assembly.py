@@ -103,7 +103,7 @@ def _assemble(
         adapters,
         BaseWeights(span),
         hand_over,
-        context_length(span.model.config),
+        context_length(span.config),
     )
     return_freed_memory()  # what was tried out took some, too
     return Assembled(span, speed, service)

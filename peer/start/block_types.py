@@ -5,7 +5,7 @@ from peer.span.span import Span
 
 def blocks_of_each_type(span: Span) -> list[int]:
     """The first block of each type: of other layers, made of other modules, or with other keys and values."""
-    layers = getattr(span.model.config, "layer_types", None) or [""] * span.end
+    layers = getattr(span.config, "layer_types", None) or [""] * span.end
     blocks = span.where.of(span.model)
     types = {
         (layers[i], span.kv_shapes.get(i), *(type(module) for module in blocks.get_submodule(str(i)).modules())): i

@@ -55,7 +55,7 @@ class _Session:
 
     def __init__(self, span: Span, packer: Packer):
         self._packer, self._mode = packer, Mode(span.blocks)
-        self._cache = SpanCache(span.model.config, span.blocks)
+        self._cache = SpanCache(span.config, span.blocks)
 
     def step(self, hidden: torch.Tensor) -> torch.Tensor:
         (found,) = self._packer.run(BatchedPass([BatchMember(Inputs(hidden), self._cache)]), self._mode)

@@ -38,7 +38,7 @@ def _is_right(span: Span, joiner: Joiner) -> bool:
 
 def _known_obstacle(span: Span) -> str:
     """Why a span cannot be packed, where sequences as short as those of the trial would not show it."""
-    others = set(getattr(span.model.config, "layer_types", None) or ()) - _LAYERS
+    others = set(getattr(span.config, "layer_types", None) or ()) - _LAYERS
     if others:
         return f"layers of {min(others)}"
     for module in span.model.modules():
@@ -61,9 +61,9 @@ class _Sequence:
         self.inputs = [
             Inputs(states, mask[:, :end] if padding else None) for states, end in zip(hidden, ends, strict=True)
         ]
-        alone = SpanCache(span.model.config, mode.blocks)
+        alone = SpanCache(span.config, mode.blocks)
         self._expected = [span.run(inputs, mode, alone) for inputs in self.inputs]
-        self.cache = SpanCache(span.model.config, mode.blocks)
+        self.cache = SpanCache(span.config, mode.blocks)
 
     def error(self, step: int, found: torch.Tensor) -> float:
         """The relative error of what a step gave, but for the padding."""

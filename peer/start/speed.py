@@ -19,8 +19,8 @@ _SAMPLE = 4
 @torch.no_grad()
 def measure(span: Span) -> tuple[Speed, int]:
     """The span's speed, and the bytes of one cached token of one row. Takes about a second if a step is quick."""
-    cache = SpanCache(span.model.config, span.blocks)
-    context = context_length(span.model.config) or _FORWARD  # some blocks have tables of so many positions
+    cache = SpanCache(span.config, span.blocks)
+    context = context_length(span.config) or _FORWARD  # some blocks have tables of so many positions
     prompt, tokens = max(1, min(_PROMPT, context - _DECODES)), min(_FORWARD, context)
 
     def step(tokens: int, blocks: range, cache: SpanCache | None) -> None:

@@ -128,7 +128,7 @@ class Trainer:
                 block: (leaves.get(f"prefix.{block}.key", key), leaves.get(f"prefix.{block}.value", value))
                 for block, (key, value) in call.prefix.items()
             }
-            cache = prefix_cache(self._span.model.config, call.mode.blocks, prefix)
+            cache = prefix_cache(self._span.config, call.mode.blocks, prefix)
         adapted = None
         if call.adapter:
             own = call.adapter.tensors

@@ -1,6 +1,6 @@
 """Where a Transformers model keeps its blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,12 @@ class BlockList:
         """The module of `model` whose forward runs the blocks."""
         return model.get_submodule(self.trunk)
 
+    def around(self, model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+        """What the trunk is a part of, from `model` down: each module, and the name of its child that leads there."""
+        names = self.trunk.split(".") if self.trunk else []
+        for depth, child in enumerate(names):
+            yield model.get_submodule(".".join(names[:depth])), child
+
     def of(self, model: nn.Module) -> nn.ModuleList:
         """The block list of `model`."""
         return model.get_submodule(self.path)  # type: ignore[return-value]
@@ -68,19 +74,28 @@ def find_form(block: Any, run: Callable[[], Any], is_right: Callable[[Any], bool
     return False
 
 
+def has_other_parts(config: "PreTrainedConfig") -> bool:
+    """Whether a model of this configuration is a language model and more: a part that sees or hears."""
+    return config.get_text_config() is not config
+
+
 def find_blocks(model: "PreTrainedModel") -> BlockList:
     """The `ModuleList` as long as the configuration says whose items' class must not be split over devices.
 
+    Of a model with other parts the language model's, which is the one with the language model's configuration.
     Raises `UnsupportedModel` when there is none (encoder-decoder, or blocks of a kind of their own).
     """
     count = num_blocks(model.config)
     unsplittable = set(model._no_split_modules or [])
+    text = type(model.config.get_text_config())
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) != count:
             continue
+        blocks = BlockList(*path.rpartition(".")[::2])
+        if has_other_parts(model.config) and not isinstance(getattr(blocks.trunk_of(model), "config", None), text):
+            continue
         if not unsplittable or type(module[0]).__name__ in unsplittable:
-            trunk, _, attribute = path.rpartition(".")
-            return BlockList(trunk, attribute)
+            return blocks
     raise UnsupportedModel(
         f"{type(model).__name__} has no list of {count} like blocks, so it cannot be served in spans; "
         "expected a decoder-only model such as BLOOM, Llama or Mistral."

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -57,7 +56,7 @@ class Checkpoint:
 
         Raises `UnsupportedModel` when it takes the weights to know it and they are missing or broken.
         """
-        stored = self.config.dtype
+        stored = self.config.dtype or self.config.get_text_config().dtype
         return stored if isinstance(stored, torch.dtype) else self._dtype_of_weights()
 
     def _dtype_of_weights(self) -> torch.dtype:
@@ -184,12 +183,6 @@ def find_file(model: str, name: str, revision: str | None = None, hub: Hub = Hub
         return Path(hf_hub_download(model, name, revision=revision, **asdict(hub)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
         return None
-
-
-def block_of(tensor_name: str, attribute: str) -> int | None:
-    """The block that a checkpoint's tensor belongs to, `attribute` being the block list's own name; `None`: none."""
-    match = re.search(rf"(?:^|\.){re.escape(attribute)}\.(\d+)\.", tensor_name)
-    return int(match.group(1)) if match else None
 
 
 def _open(path: Path) -> Any:

@@ -17,12 +17,6 @@ LOADING = threading.RLock()
 and its own; of two models made at once the later would put back what it found: what the earlier had put there."""
 
 
-def class_for(config: PreTrainedConfig, mapping: Any) -> type[PreTrainedModel] | None:
-    """The class that one of Transformers' auto mappings has for a configuration; `None`: it has none."""
-    found: type[PreTrainedModel] | None = mapping.get(type(config), None)
-    return found
-
-
 def load_part(
     cls: type[PreTrainedModel],
     config: PreTrainedConfig,

@@ -88,13 +88,39 @@ _EXTRA_SPECS: dict[str, _Spec] = {
     ),
 }
 
+_SEES = {
+    "vision_config": {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 5, "depth": 5, "num_attention_heads": 2,
+        "num_heads": 2, "out_hidden_size": 32, "image_size": 16, "patch_size": 4, "vision_output_dim": 32,
+        "projector_input_dim": 16, "projector_output_dim": 32, "fullatt_block_indexes": [1],
+    }
+}  # fmt: skip
+"""As many blocks of its own as the language model has."""
+
+_MULTIMODAL_SPECS: dict[str, _Spec] = {
+    "gemma3_full": (
+        tf.Gemma3Config,
+        _SEES
+        | {"text_config": _GEMMA, "mm_tokens_per_image": 4, "image_token_index": 127, "tie_word_embeddings": True},
+    ),
+    "qwen2_5_vl": (
+        tf.Qwen2_5_VLConfig,
+        _SEES
+        | {"text_config": _GATED | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}}
+        | {"image_token_id": 126, "video_token_id": 127},
+    ),
+    "llama4_full": (tf.Llama4Config, _SEES | {"text_config": _EXTRA_SPECS["llama4"][1]}),
+}
+
 FAMILIES: tuple[str, ...] = tuple(_MAIN_SPECS)
 EXTRA_FAMILIES: tuple[str, ...] = tuple(_EXTRA_SPECS)
+MULTIMODAL_FAMILIES: tuple[str, ...] = tuple(_MULTIMODAL_SPECS)
+"""Language models with a part that sees; the checkpoints have both."""
 
 
 def family_config(name: str) -> tf.PretrainedConfig:
-    """A fresh config of the family `name`, one of `FAMILIES` or `EXTRA_FAMILIES` (KeyError otherwise)."""
-    config_class, options = (_MAIN_SPECS | _EXTRA_SPECS)[name]
+    """A fresh config of one of the families (KeyError otherwise)."""
+    config_class, options = (_MAIN_SPECS | _EXTRA_SPECS | _MULTIMODAL_SPECS)[name]
     return config_class(**copy.deepcopy(options))
 
 
@@ -172,7 +198,8 @@ def _build(
 def _random_model(config: tf.PretrainedConfig, perturbation: float, dtype: torch.dtype) -> tf.PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        auto_class: Any = tf.AutoModelForCausalLM
+        sees = config.get_text_config() is not config
+        auto_class: Any = tf.AutoModelForMultimodalLM if sees else tf.AutoModelForCausalLM
         model: tf.PreTrainedModel = auto_class.from_config(config, dtype=dtype)
         if perturbation:
             for parameter in model.parameters():

@@ -156,7 +156,8 @@ class TuneRun:
         return self._result(lines)
 
     def _train(self, console: Console) -> None:
-        use_cache = self.model.config.use_cache
+        # Of a model that sees as well it is its language model's configuration that has it.
+        use_cache = getattr(self.model.config, "use_cache", None)
         recorder = Recorder(RunLog(self.folder.log, self.first_step), self._config.trainer.log_every, console)
         trainer = self._trainer(recorder)
         with self._guard:

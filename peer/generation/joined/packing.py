@@ -127,12 +127,12 @@ class Packer:
         # From the trunk down: setting a configuration's attention sets that of its parts.
         configs = {id(module.config): module.config for module in span.model.modules() if hasattr(module, "config")}
         self._configs: list[Any] = list(configs.values())
-        self._kinds = DynamicCache(config=span.model.config)
+        self._kinds = DynamicCache(config=span.config)
         """Always empty: it only tells of which kind each layer is."""
 
     def run(self, batch: BatchedPass, mode: Mode, adapted: Adapted | None = None) -> list[torch.Tensor]:
         """See `Joiner.run`."""
-        packed = _Packed(batch, self._span.model.config._attn_implementation)
+        packed = _Packed(batch, self._span.config._attn_implementation)
         positions = torch.cat([_positions(member) for member in batch.members], 1)
         inputs, cache = Inputs(batch.row(), None, positions), _PackedCache(packed, self._kinds)
         token = _current.set(packed)

@@ -15,12 +15,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from client.commands.tune import run_tune
 from tests.tools.command import Command
 from tests.tools.swarm import ForkServer, Peer, Swarm, new_swarm
 from tests.tools.tune import ALPACA, CONTEXT, byte_tokenizer, tiny_llama, write_jsonl
+from tests.tools.words import save_tokenizer
 
 STEPS, SAVE_EVERY = 30, 5
 AFTER = 7
@@ -209,3 +212,24 @@ def test_a_mistake_is_one_sentence(
     assert re.fullmatch(r"error: .+\n", outcome.stderr), outcome.stderr
     assert expected in outcome.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_sees(
+    swarm: Swarm, models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its adapter is one that PEFT puts on what Transformers loads from the same folder."""
+    monkeypatch.setattr("client.tune.running.run.plot_losses", lambda lines: b"drawn")
+    model = shutil.copytree(models("gemma3_full"), tmp_path / "gemma3")
+    save_tokenizer(model, 128)
+    swarm.serve(model, "0:5")
+    run_tune(
+        Place(swarm, model, {}).describe(tmp_path / "run"),
+        ["trainer.steps=2", "samples.count=1", "data.max_length=64"],
+        resume=False,
+        plan_only=False,
+    )
+    assert len(losses(tmp_path / "run/out")) == 2
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path / "run/out/adapter")
+    trained = [p for name, p in tuned.named_parameters() if "language_model" in name and "lora_B" in name]
+    assert len(trained) == 10
+    assert all(parameter.any() for parameter in trained)
