@@ -12,7 +12,7 @@ from typing import Any
 
 import peft
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from client.certify.boundaries import Boundaries
 from client.certify.certificate import Certificate, Effect, Extent
@@ -22,6 +22,7 @@ from client.tune.data.files import read_rows
 from client.tune.data.formats import Converter
 from protocol.errors import BadUsage
 from protocol.model.checkpoint import open_checkpoint
+from protocol.model.classes import CAUSAL_LM, class_for
 
 PAIRS = {"lossless": "lossless", "f16": "f16", "bf16": "bf16", "int8": "bf16"}
 """Codec of hidden states -> codec of their gradients that is measured along with it."""
@@ -41,7 +42,8 @@ def measure(
     checkpoint = open_checkpoint(model, revision)
     rows = _read_text(load_tokenizer(model, revision), data, vocabulary_size(checkpoint.config))
     checkpoint.state_dict(lambda _: True)  # says what is wrong with the files, which Transformers does in many ways
-    local = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype).eval()
+    cls, config = class_for(checkpoint, CAUSAL_LM)
+    local = cls.from_pretrained(model, config=config, revision=revision or "main", dtype=dtype).eval()
     boundaries = Boundaries(local, extent.spans)
     report("the next token's distribution")
     compared = rows[: max(1, extent.tokens // _WINDOW)]

@@ -16,6 +16,7 @@ from client.certify.boundaries import Boundaries
 from client.certify.certificate import Effect
 from protocol.codecs import NAMES, round_trip
 from tests.tools.command import Command
+from tests.tools.words import save_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,15 @@ def test_a_model_is_certified(command: Command, llama: Path, text: Path) -> None
     assert sizes[1:] == [2, 2, (32 + 5) / 32]  # rows of 32 values
     assert all(codecs[name]["loss"] != found["loss"] for name in ("bf16", "f16", "int8"))
     assert found["spans"] == 2
+
+
+def test_a_model_that_sees_is_certified(
+    command: Command, models: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(models("qwen2_5_vl"), tmp_path / "qwen")
+    save_tokenizer(folder, 128)
+    found = run(command, folder, "--data", text, "--tokens", "128", "--steps", "1")
+    assert found["codecs"][0]["safe"]
 
 
 @pytest.mark.parametrize(("asked", "measured"), [("1", 128), ("300", 256), ("5000000", 640)])

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from peer.adapters.peft_trees import share_linears
 from peer.adapters.store import StoredAdapter
 from peer.generation.joined.lockstep import Lockstep
 from peer.generation.joined.packing import Packer
@@ -17,10 +18,10 @@ from peer.start.joining_trial import find_joiner
 from protocol import swarm_pb2 as pb
 from protocol.errors import BadRequest, PeerFull, SessionLost, TooLong
 from tests.tools.desk import Desk, play
-from tests.tools.families import EXTRA_FAMILIES, FAMILIES
+from tests.tools.families import EXTRA_FAMILIES, FAMILIES, MULTIMODAL_FAMILIES
 from tests.tools.spans import END, START, assert_same, states
 
-IN_LOCKSTEP = {"bloom", "falcon", "falcon_alibi", "deepseek_v3", "llama4", "qwen3_next"}
+IN_LOCKSTEP = {"bloom", "falcon", "falcon_alibi", "deepseek_v3", "llama4", "llama4_full", "qwen3_next"}
 """Families that cannot be packed."""
 
 
@@ -30,7 +31,7 @@ def llama(spans: Callable[..., Span]) -> Span:
 
 
 @pytest.mark.parametrize("keep_past", [False, True])
-@pytest.mark.parametrize("family", FAMILIES + EXTRA_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + EXTRA_FAMILIES + MULTIMODAL_FAMILIES)
 def test_together_as_alone(spans: Callable[..., Span], family: str, keep_past: bool) -> None:
     desk = Desk(spans(family))
     alone = list(play(desk, desk.each, keep_past))
@@ -40,7 +41,7 @@ def test_together_as_alone(spans: Callable[..., Span], family: str, keep_past: b
     assert desk.runner.counts.passes == calls + 5
 
 
-@pytest.mark.parametrize("family", FAMILIES + EXTRA_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + EXTRA_FAMILIES + MULTIMODAL_FAMILIES)
 def test_a_span_finds_out_whether_it_can(spans: Callable[..., Span], family: str) -> None:
     span = spans(family)
     assert type(find_joiner(span)) is (Lockstep if family in IN_LOCKSTEP else Packer)
@@ -90,6 +91,7 @@ def test_prefix_tuning(llama: Span) -> None:
 
 NAMES: dict[str, dict[str, str]] = {
     "llama": {},
+    "gemma3_full": {},
     "gpt2": {"self_attn.q_proj": "attn.c_attn", "mlp.down_proj": "mlp.c_fc"},
     "bloom": {"self_attn.q_proj": "self_attention.query_key_value", "mlp.down_proj": "mlp.dense_4h_to_h"},
     # The first runs on the whole context of each session, not on the new tokens.
@@ -126,11 +128,20 @@ def compare_adapters(span: Span, kinds: list[tuple[Any, int]], tokens: Sequence[
 
 @pytest.mark.parametrize("tokens", [(1, 1, 1, 1), (4, 1, 3, 1)])
 @pytest.mark.parametrize("kinds", [[(Q, 4)] * 3, [(Q, 4), (Q, 2), (DOWN, 4)], [(Q + DOWN, 2), (Q, 2), (Q, 2)]])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_full"])
 def test_lora_of_different_clients(
     spans: Callable[..., Span], family: str, kinds: list[tuple[Any, int]], tokens: Sequence[int]
 ) -> None:
     compare_adapters(spans(family), [(renamed(family, targets), rank) for targets, rank in kinds], tokens)
+
+
+def test_a_tree_calls_the_attention_function_that_its_span_calls(spans: Callable[..., Span]) -> None:
+    """A model that sees has several configurations, each of which names one."""
+    model = spans("gemma3_full").model
+    tree = share_linears(model)
+    configs = {name: module.config for name, module in model.named_modules() if hasattr(module, "config")}
+    assert len({id(config) for config in configs.values()}) > 1
+    assert all(tree.get_submodule(name).config is config for name, config in configs.items())
 
 
 @pytest.mark.parametrize("family", ["bloom", "deepseek_v3"])

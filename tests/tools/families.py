@@ -195,12 +195,16 @@ def _build(
     return folder
 
 
+def whole_class(config: tf.PretrainedConfig) -> Any:
+    """The auto class of the whole model, where it sees or hears as well."""
+    whole = tf.AutoModelForMultimodalLM
+    return whole if type(config) in whole._model_mapping else tf.AutoModelForCausalLM
+
+
 def _random_model(config: tf.PretrainedConfig, perturbation: float, dtype: torch.dtype) -> tf.PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        sees = config.get_text_config() is not config
-        auto_class: Any = tf.AutoModelForMultimodalLM if sees else tf.AutoModelForCausalLM
-        model: tf.PreTrainedModel = auto_class.from_config(config, dtype=dtype)
+        model: tf.PreTrainedModel = whole_class(config).from_config(config, dtype=dtype)
         if perturbation:
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * perturbation)
