@@ -18,7 +18,9 @@ from tests.tools.swarm import ForkServer, Swarm
 
 ROUNDS, SECONDS = 4, 5
 FEW = 2
-"""File descriptors and threads that come and go by themselves; what leaks, leaks with every session or call."""
+"""Threads and tasks that come and go by themselves; what leaks, leaks with every session or call."""
+KEPT = 12
+"""Connections that peers keep to each other, once a busy machine's round trips had results handed over."""
 ALL = {"dropped generations", "cancelled calls", "training runs of 4 steps", "evaluations", "refused requests"}
 
 
@@ -36,7 +38,9 @@ def test_nothing_grows(fork_server: ForkServer, models: Callable[[str], Path]) -
 
 def allowed(name: str, before: float) -> float:
     """How much a figure may be after the last round."""
-    if name.endswith(("fds", "threads", "tasks")):
+    if name.endswith("fds"):
+        return before + KEPT
+    if name.endswith(("threads", "tasks")):
         return before + (8 if name.startswith("p2pd") else FEW)  # Go starts threads as it likes
     return before * (1.25 if name.startswith("p2pd") else 1.05)
 
