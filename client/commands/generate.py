@@ -77,11 +77,12 @@ def print_text(model: Any, tokenizer: Any, inputs: dict[str, Any], **options: An
 
 def _revision(model: str, revision: str | None, adapter: str) -> str | None:
     """The revision of the model to put the adapter on; says on stderr what the adapter says otherwise."""
-    from client.merge.adapter import CONFIG_FILE
+    from client.merge.adapter import CONFIG_FILE, check_is_adapter
     from client.merge.base import read_json
     from client.merge.origin import choose_revision
     from protocol.model.checkpoint import find_file
 
+    check_is_adapter(Path(adapter))
     file = find_file(adapter, CONFIG_FILE)
     try:
         described = {} if file is None else read_json(file, "a PEFT adapter folder")
@@ -110,7 +111,7 @@ def _load_model(
 
     try:
         return PeftModel.from_pretrained(swarm_model, adapter).eval()
-    except (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (ValueError, OSError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise BadUsage(f"--adapter {adapter} cannot be put on {model} ({_misfit(error)}).") from error
 
 
@@ -118,6 +119,8 @@ def _misfit(error: Exception) -> str:
     """Why an adapter does not load; PEFT's first line does not tell when sizes differ."""
     from client.merge.adapter import find_mismatch
 
+    if isinstance(error, IndexError):
+        return f"it trains tokens that the model has no embeddings for: {first_line(error)}"
     mismatch = find_mismatch(error)
     if mismatch is None:
         return first_line(error)

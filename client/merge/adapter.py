@@ -34,6 +34,7 @@ _SAVED_BASE = ".base_layer.weight"
 """How PEFT saves the base weight of an adapted embedding, in case the vocabulary was resized."""
 _TABLES = r"embed|wte|lm_head"
 _HEADS = ("score", "classifier", "qa_outputs")
+_RESIZED = "if only the vocabulary was resized, save the resized base and merge into that"
 
 
 class Stub(nn.Parameter):
@@ -60,11 +61,19 @@ class Stub(nn.Parameter):
         return nn.Parameter(torch.empty(self.shape, dtype=self.dtype, device="meta"), requires_grad=False)
 
 
+def check_is_adapter(folder: Path) -> None:
+    """Raises MergeError where `folder` is the output of `peer tune`, which has the adapter in a folder of its own."""
+    inner = folder / "adapter"
+    if not (folder / CONFIG_FILE).exists() and (inner / CONFIG_FILE).exists():
+        raise MergeError(f"{folder} is not a PEFT adapter folder: it has no {CONFIG_FILE}; did you mean {inner}?")
+
+
 class AdapterFolder:
     """The adapter in `folder`: its config checked, its tensors not yet read. Raises MergeError."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        check_is_adapter(folder)
         read_json(folder / CONFIG_FILE, "a PEFT adapter folder")
         try:
             self.config: Any = peft.PeftConfig.from_pretrained(str(folder))
@@ -210,6 +219,10 @@ class Adapted:
         kind = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
         try:
             return kind(skeleton, config, _NAME, low_cpu_mem_usage=True)
+        except IndexError as error:
+            raise MergeError(
+                f"The adapter trains tokens that this base has no embeddings for ({_line(error)}); {_RESIZED}."
+            ) from error
         except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, NotImplementedError) as error:
             raise MergeError(f"The adapter does not fit the base ({self._kind}): {_line(error)}") from error
 
@@ -262,7 +275,7 @@ class Adapted:
         message = f"The adapter was trained on another model: its tensor {name} is {here}, and this base needs {there}"
         if not re.search(_TABLES, name):
             return f"{message}."
-        return f"{message}; if only the vocabulary was resized, save the resized base and merge into that."
+        return f"{message}; {_RESIZED}."
 
     def _check_complete(self) -> None:
         base = {id(buffer) for module in self._origin.values() for buffer in module.buffers(recurse=False)}

@@ -425,6 +425,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         "it was trained on another model: its tensor model.layers.0.self_attn.q_proj.lora_A.weight is [3, 7], and here "
         "it must be [2, 32]",
     ),
+    "of a resized model": (edit(ADAPTER, trainable_token_indices=[128]), "it trains tokens that the model has"),
 }
 
 
@@ -443,7 +444,7 @@ def test_an_adapter_that_cannot_be_used(
 
 
 def test_commands_of_a_client(
-    command: Command, served: Swarm, small: Swarm, llama: Path, models: Callable[[str], Path]
+    command: Command, served: Swarm, small: Swarm, llama: Path, models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     joined = ["--initial-peers", served.initial_peers[0]]
     assert "has no tokenizer" in command("generate", models("llama"), "w5", *joined).refusal()
@@ -456,6 +457,10 @@ def test_commands_of_a_client(
     assert "expected one of float32" in command("generate", llama, "w5", "--dtype", "float9", *joined).refusal()
     said = command("generate", llama, "w5", "--adapter", "/nonexistent", *joined).refusal()
     assert "--adapter /nonexistent cannot be put on" in said
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    said = command("generate", llama, "w5", "--adapter", tmp_path, *joined).refusal()
+    assert said.endswith(f"it has no adapter_config.json; did you mean {tmp_path / 'adapter'}?")
     long = " ".join(["w5"] * 40)
     said = command("generate", llama, long, "--initial-peers", small.initial_peers[0]).refusal()
     assert "40 tokens are longer than this peer allows (32)" in said

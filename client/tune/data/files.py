@@ -18,6 +18,8 @@ from client.tune.errors import DataError
 _LARGEST_CELL = 16 << 20  # characters; the csv module's own limit of 128 Ki is less than a long document
 _PARQUET_BATCH = 1024
 _GZIP = ".gz"
+_SAVED_TO_DISK = ("state.json", "dataset_dict.json")
+"""What `Dataset.save_to_disk` and `DatasetDict.save_to_disk` put into a folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,11 @@ def _files(path: Path) -> list[Path]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
+    if any((folder / name).is_file() for name in _SAVED_TO_DISK):
+        raise DataError(
+            f"{folder}: is a data set that save_to_disk has written, which is not read; write it with to_parquet or"
+            " to_json"
+        )
     every = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     found = [path for path in every if _type(path) in READERS]
     types = sorted({_type(path) for path in found})
@@ -157,7 +164,8 @@ def _read_csv(path: Path, file: BinaryIO, delimiter: str = ",") -> Iterator[Row]
     except csv.Error as error:
         raise DataError(f"{path}: broken CSV on line {reader.reader.line_num}: {error}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text after line {reader.reader.line_num}; save it as UTF-8") from error
+        place = f" after line {reader.reader.line_num}" if reader.reader.line_num else ""  # it is read in pieces
+        raise DataError(f"{path}: is not UTF-8 text{place}; save it as UTF-8") from error
 
 
 def _read_parquet(path: Path, file: BinaryIO) -> Iterator[Row]:

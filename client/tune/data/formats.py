@@ -322,6 +322,7 @@ class Converter:
     ) -> None:
         self._notes = notes or Notes()
         self._format = next((known for known in FORMATS if known.name == name), None)
+        self._is_told = self._format is not None
         self._columns = columns
 
     def __call__(self, row: Row) -> Record:
@@ -340,6 +341,11 @@ class Converter:
 
     def _wrong_columns(self, row: Row) -> DataError:
         found = ", ".join(repr(name) for name in row.fields) or "none"
+        if self._format and not self._is_told:
+            return DataError(
+                f"{row.place} has the columns {found}, and the first record is {self._format.describe(self._columns)}:"
+                " a run takes one format; write all records in that one, or in messages"
+            )
         wanted = (self._format,) if self._format else FORMATS
         known = ", ".join(one.describe(self._columns) for one in wanted)
         return DataError(f"{row.place} has the columns {found}; known are {known}; name yours under data.columns")

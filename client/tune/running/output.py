@@ -81,6 +81,7 @@ class RunFolder:
         try:
             before = json.loads(self.record.read_text(encoding="utf-8"))
             old, new = _fixed(before["config"]), _fixed(now["config"])
+            data = before["config"]["data"].items()
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise ConfigError(
                 f"{self.record} can't be read, so the run can't be resumed; name another output"
@@ -93,7 +94,12 @@ class RunFolder:
                 " run must keep it"
             )
         if before.get("data") != now["data"]:
-            raise ConfigError(f"the training data is not what it was when the run in {self.root} began; restore it")
+            today = now["config"]["data"]
+            changed = [f"data.{key} was {value!r}" for key, value in sorted(data) if today.get(key) != value]
+            raise ConfigError(
+                f"the training data is not what it was when the run in {self.root} began; restore it"
+                + (f" ({', '.join(changed)})" if changed else "")
+            )
 
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,17 @@ def test_a_folder_and_a_pattern_are_files_in_order(tmp_path: Path) -> None:
     assert failure(tmp_path / "empty").startswith("is a folder without data files; known are .json, ")
 
 
+def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    one = datasets.Dataset.from_list(RECORDS)
+    one.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": one}).save_to_disk(str(tmp_path / "splits"))
+    for folder in ("one", "splits"):
+        assert failure(tmp_path / folder) == (
+            "is a data set that save_to_disk has written, which is not read; write it with to_parquet or to_json"
+        )
+
+
 def test_a_text_file_is_one_row(tmp_path: Path) -> None:
     path = save(tmp_path, "a.TXT", "one\n\ntwo")
     assert list(read_rows([path])) == [Row(str(path), {"text": "one\n\ntwo"}, whole_file=True)]
@@ -94,7 +105,8 @@ def test_a_row_knows_its_place(tmp_path: Path) -> None:
         ("a.jsonl", '{"a": 1}\n[1]\n', "line 2 is no object with named fields"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "is not UTF-8 text on line 2; save it as UTF-8"),
         ("a.json", b'["\xff"]', "is not UTF-8 text (byte 2); save it as UTF-8"),
-        ("a.csv", b"a,b\n1,\xff\n", "is not UTF-8 text after line"),
+        ("a.csv", b"a,b\n1,\xff\n", "is not UTF-8 text; save it as UTF-8"),
+        ("a.csv", b"a,b\n" + b"1,2\n" * 9000 + b"1,\xff\n", "is not UTF-8 text after line"),
         ("a.csv", "a,b\n1,2\n3\n", "line 3 does not have the 2 cells that the header names"),
         ("a.csv", "a,b\n1,2,3\n", "line 2 does not have the 2 cells that the header names"),
         ("a.csv", 'a,b\n1,"2\n', "broken CSV on line 2: unexpected end of data"),
@@ -202,8 +214,12 @@ def test_columns_can_be_named() -> None:
 def test_the_first_record_settles_the_format() -> None:
     converter = Converter("auto", {})
     converter(Row("one", {"text": "t"}))
-    with pytest.raises(DataError, match="two has the columns 'instruction', 'output'; known are text"):
+    with pytest.raises(DataError) as caught:
         converter(Row("two", {"instruction": "q", "output": "a"}))
+    assert str(caught.value) == (
+        "two has the columns 'instruction', 'output', and the first record is text (text): a run takes one format;"
+        " write all records in that one, or in messages"
+    )
 
 
 @pytest.mark.parametrize(

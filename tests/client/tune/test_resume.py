@@ -304,6 +304,14 @@ def test_another_run_is_not_resumed(config: TuneConfig, section: str, change: di
     assert str(caught.value).startswith(expected)
 
 
+def test_what_makes_the_data_another_is_named(config: TuneConfig) -> None:
+    """So that flags that were given at the start, and not with --resume, are found."""
+    start(config).begin()
+    changed = config.model_copy(update={"data": config.data.model_copy(update={"train_on": "all", "max_length": 128})})
+    with pytest.raises(ConfigError, match=r"restore it \(data.max_length was None, data.train_on was 'answers'\)$"):
+        start(changed, resume=True)
+
+
 def test_a_run_is_not_begun_over_another(config: TuneConfig) -> None:
     start(config).begin()
     for attempt in (lambda: start(config), lambda: check_output(config, resume=False)):
