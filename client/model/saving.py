@@ -20,6 +20,7 @@ from protocol.model.checkpoint import Checkpoint, find_file, open_checkpoint
 _log = logging.getLogger(__name__)
 _BASE = "swarm_base"
 _GENERATION = "generation_config.json"
+_WARNED = "_warned_of_idle_training"
 
 
 def name_base(model: PreTrainedModel, base: Checkpoint) -> None:
@@ -115,13 +116,26 @@ def _excuse(blocks: nn.Module, keys: Any) -> None:
 
 
 def _refuse_idle_training(model: nn.Module, _args: Any, output: Any) -> None:
+    """Refuses a loss, and warns once of logits: they may be wanted as they are, and torch will not say what is wrong.
+
+    A model whose adapters are switched off is somebody's reference, which needs no gradient.
+    """
     loss = getattr(output, "loss", None)
-    if model.training and torch.is_grad_enabled() and loss is not None and not loss.requires_grad:
-        raise BadUsage(
-            "Nothing of this model is being trained: its blocks live on remote peers, so full fine-tuning is not "
-            "possible; use a PEFT adapter, or set requires_grad for weights that this machine holds, such as "
-            f"{_held_name(model)}."
-        )
+    result = getattr(output, "logits", None) if loss is None else loss
+    if not model.training or not torch.is_grad_enabled() or result is None or result.requires_grad:
+        return
+    if any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
+        return
+    message = (
+        "Nothing of this model is being trained: its blocks live on remote peers, so full fine-tuning is not possible; "
+        "use a PEFT adapter (loaded with is_trainable=True), or set requires_grad for weights that this machine holds, "
+        f"such as {_held_name(model)}."
+    )
+    if loss is not None:
+        raise BadUsage(message)
+    if not getattr(model, _WARNED, False):
+        setattr(model, _WARNED, True)
+        _log.warning(message)
 
 
 def _held_name(model: nn.Module) -> str:

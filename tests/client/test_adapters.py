@@ -495,3 +495,38 @@ def test_what_cannot_work_is_refused_in_one_sentence(attempt: Callable[[Any], An
     assert "\n" not in message
     assert message.endswith(".")
     assert len(message) < 300
+
+
+def test_a_loss_without_the_adapter_in_the_middle_of_training(connect: Connect, local: Connect) -> None:
+    """The reference of a preference loss, by those who do not care that it has no gradient."""
+    losses = []
+    for model in (connect(), local()):
+        tuned = adapted(model, lora()).train()
+        with tuned.disable_adapter():
+            reference = loss_of(tuned)
+        assert not reference.requires_grad
+        loss = loss_of(tuned) - reference
+        loss.backward()
+        losses += [reference, loss.detach()]
+    assert losses[:2] == losses[2:]
+
+
+def test_training_that_trains_nothing_is_said_where_it_cannot_be_refused(
+    connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of logits alone nobody knows that they are trained with; torch's own error does not say why they cannot be."""
+    model = connect().train()
+    for _ in range(2):
+        model(**batch())
+    assert [record.getMessage() for record in caplog.records] == [
+        "Nothing of this model is being trained: its blocks live on remote peers, so full fine-tuning is not possible; "
+        "use a PEFT adapter (loaded with is_trainable=True), or set requires_grad for weights that this machine holds, "
+        "such as lm_head.weight."
+    ]
+    caplog.clear()
+    logits(connect())
+    tuned = adapted(connect(), lora()).train()
+    tuned(**batch())
+    with tuned.disable_adapter():
+        tuned(**batch())
+    assert not caplog.records
