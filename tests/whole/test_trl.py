@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from client import AutoDistributedModelForCausalLM
+from client import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
 from protocol.errors import BadUsage
 from tests.tools.swarm import Both, Swarm
 from tests.tools.words import save_tokenizer
@@ -55,7 +55,7 @@ def records(*columns: str, count: int = 24) -> Any:
 def figures(trainer: Trainer) -> Figures:
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
-    timing = "runtime", "per_second", "total_flos"
+    timing = "runtime", "per_second", "total_flos", "step_time"
     history = trainer.state.log_history
     return [{key: value for key, value in e.items() if not any(part in key for part in timing)} for e in history]
 
@@ -110,6 +110,59 @@ def test_dpo(reference: str, llama: Both, tokenizer: PreTrainedTokenizerFast, tm
     assert_equal(ours, run(llama.local()), 4)
     assert ours[0]["rewards/margins"] == 0  # policy and reference begin equal
     assert ours[3]["rewards/margins"] != 0
+
+
+def prefer(model: Any, tokenizer: Any, folder: Path) -> Trainer:
+    rows = records("prompt", "completion", count=12)
+    rows = rows.add_column("label", [number % 2 == 0 for number in range(len(rows))])
+    arguments = trl.KTOConfig(str(folder), **TUNING | {"max_steps": 2})
+    return trl.KTOTrainer(model, None, arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora())
+
+
+def explore(model: Any, tokenizer: Any, folder: Path) -> Trainer:
+    """Generates, with gradient checkpointing on, between its steps; the reference is the disabled adapter."""
+    arguments = trl.GRPOConfig(
+        str(folder), num_generations=4, max_completion_length=6, beta=0.1,
+        **TUNING | {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_checkpointing": True},
+    )  # fmt: skip
+    return trl.GRPOTrainer(
+        model, _reward, arguments, train_dataset=records("prompt"), processing_class=tokenizer, peft_config=lora()
+    )
+
+
+def _reward(completions: list[str], **_columns: Any) -> list[float]:
+    return [float(sum(map(ord, completion)) % 7) for completion in completions]
+
+
+@pytest.mark.parametrize("make", [prefer, explore])
+def test_kto_and_grpo(
+    make: Callable[[Any, Any, Path], Trainer], llama: Both, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    def run(model: Any) -> Figures:
+        torch.manual_seed(1)
+        return figures(make(model, tokenizer, tmp_path))
+
+    ours = run(llama.remote())
+    assert_equal(ours, run(llama.local()), 2)
+    assert ours[0]["grad_norm"] > 0
+
+
+def test_a_reward_model(llama: Both, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Its loss is of logits; the new head is trained whole."""
+
+    def run(load: Callable[..., Any], **options: Any) -> Figures:
+        torch.manual_seed(1)
+        model = load(str(llama.path), num_labels=1, **options)
+        arguments = trl.RewardConfig(str(tmp_path), **TUNING | {"max_steps": 2})
+        config = lora(task_type="SEQ_CLS", modules_to_save=["score"])
+        rows = records("chosen", "rejected")
+        return figures(
+            trl.RewardTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer, peft_config=config)
+        )
+
+    remote = AutoDistributedModelForSequenceClassification.from_pretrained
+    ours = run(remote, initial_peers=llama.swarm.initial_peers)
+    assert_equal(ours, run(transformers.AutoModelForSequenceClassification.from_pretrained), 2)
 
 
 def test_packing_that_does_not_travel(llama_swarm: tuple[Path, Swarm], models: Callable[[str], Path]) -> None:
