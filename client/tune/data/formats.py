@@ -344,7 +344,7 @@ class Converter:
         if self._format and not self._is_told:
             return DataError(
                 f"{row.place} has the columns {found}, and the first record is {self._format.describe(self._columns)}:"
-                " a run takes one format; write all records in that one, or in messages"
+                " records that are read together have one format; write them all in that one, or in messages"
             )
         wanted = (self._format,) if self._format else FORMATS
         known = ", ".join(one.describe(self._columns) for one in wanted)

@@ -146,6 +146,8 @@ def attach(model: PreTrainedModel, config: peft.PeftConfig) -> peft.PeftModel:
         _check_modules(model, field, getattr(config, field, None))
     try:
         return peft.get_peft_model(model, config)
+    except IndexError as error:
+        raise ConfigError(f"adapter: it trains tokens that the model has no embeddings for: {_line(error)}") from error
     except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:  # the last two: a size past reason
         raise ConfigError(f"adapter: PEFT can't attach this adapter: {_line(error)}") from error
 

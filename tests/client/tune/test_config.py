@@ -255,6 +255,10 @@ def test_the_adapter_is_of_the_revision_of_the_model_that_was_asked_for() -> Non
         ),
         ({"method": "lora", "lora_alpha": 10**400}, "adapter: PEFT can't attach this adapter: integer division result"),
         ({"method": "loha", "r": 0}, "adapter: PEFT can't attach this adapter"),
+        (
+            {"method": "lora", "trainable_token_indices": [999]},
+            "adapter: it trains tokens that the model has no embeddin",
+        ),
     ],
 )
 def test_an_adapter_that_does_not_go_on_the_model(adapter: dict[str, Any], expected: str) -> None:

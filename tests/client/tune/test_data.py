@@ -217,8 +217,8 @@ def test_the_first_record_settles_the_format() -> None:
     with pytest.raises(DataError) as caught:
         converter(Row("two", {"instruction": "q", "output": "a"}))
     assert str(caught.value) == (
-        "two has the columns 'instruction', 'output', and the first record is text (text): a run takes one format;"
-        " write all records in that one, or in messages"
+        "two has the columns 'instruction', 'output', and the first record is text (text): records that are"
+        " read together have one format; write them all in that one, or in messages"
     )
 
 
