@@ -165,6 +165,49 @@ def test_adapters_switched_on_some_layers(block: int, connect: Connect, local: C
     assert len({float(found.sum()) for found in ours}) >= 4
 
 
+WAYS_TO_COMBINE = ["linear", "cat", "ties", "dare_linear", "dare_ties", "magnitude_prune", "svd"]
+
+
+def test_adapters_combined(connect: Connect, local: Connect) -> None:
+    """`add_weighted_adapter`, one adapter with a head of its own. What `svd` makes is laid out by columns here, by rows
+    on the peers, which rounds in another way.
+    """
+
+    def outputs(model: Any) -> list[torch.Tensor]:
+        tuned = adapted(model, lora(modules_to_save=["lm_head"]))
+        tuned.add_adapter("second", lora())
+        found = []
+        for way in WAYS_TO_COMBINE:
+            density = 0.5 if way.startswith(("ties", "dare", "magnitude")) else None
+            torch.manual_seed(3)
+            tuned.add_weighted_adapter(["default", "second"], [0.7, 0.4], way, combination_type=way, density=density)
+            tuned.set_adapter(way)
+            found.append(logits(tuned))
+        return found
+
+    theirs, ours = outputs(local()), outputs(connect())
+    assert all(map(torch.equal, ours[:-1], theirs[:-1]))
+    torch.testing.assert_close(ours[-1], theirs[-1], atol=1e-5, rtol=0)
+    assert len({float(found.sum()) for found in ours}) == len(WAYS_TO_COMBINE)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_dora": True, "init_lora_weights": True}], ids=str)
+def test_an_adapter_loaded_without_first_values(
+    options: dict[str, Any], connect: Connect, local: Connect, tmp_path: Path
+) -> None:
+    """`low_cpu_mem_usage`: until its file is read an adapter is on the meta device."""
+    tuned = adapted(local(), lora(**options))
+    with torch.no_grad():
+        for parameter in trained(tuned).values():
+            parameter.add_(0.02)
+    tuned.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(connect(), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(logits(loaded), logits(tuned))
+    loaded.load_adapter(tmp_path, "second", low_cpu_mem_usage=True)
+    loaded.set_adapter("second")
+    assert torch.equal(logits(loaded), logits(tuned))
+
+
 def test_adapters_of_any_name(connect: Connect, local: Connect) -> None:
     def outputs(model: Any) -> list[torch.Tensor]:
         torch.manual_seed(7)
@@ -456,6 +499,30 @@ def _mask_4d(model: Any) -> Any:
     return model(input_ids=batch()["input_ids"], attention_mask=torch.zeros(4, 1, 12, 12))
 
 
+def _keys_of_a_cache(model: Any) -> Any:
+    return [keys.shape for keys, *_ in _forward(model).past_key_values]
+
+
+def _one_dimension(model: Any) -> Any:
+    return model(input_ids=batch()["input_ids"][0])
+
+
+def _no_rows(model: Any) -> Any:
+    return model(input_ids=batch()["input_ids"][:0])
+
+
+def _no_tokens(model: Any) -> Any:
+    return model(input_ids=batch()["input_ids"][:, :0])
+
+
+def _blocks_called_without_rows(model: Any) -> Any:
+    return model.model.layers(torch.zeros(4, 32))
+
+
+def _random_dora(model: Any) -> Any:
+    return adapted(model, lora(use_dora=True))
+
+
 def _arithmetic(model: Any) -> Any:
     return model.model.layers[0].mlp.down_proj.weight + 1
 
@@ -482,6 +549,12 @@ REFUSED: dict[Callable[[Any], Any], tuple[type[SwarmError], str]] = {
     _attentions: (BadUsage, "output_attentions"),
     _static_cache: (BadUsage, "StaticCache"),
     _mask_4d: (BadUsage, "4 dimensions"),
+    _keys_of_a_cache: (BadUsage, "keys and values of this cache"),
+    _one_dimension: (BadUsage, r"shape \[12, 32\]; expected"),
+    _no_rows: (BadUsage, "at least one token"),
+    _no_tokens: (BadUsage, "at least one token"),
+    _blocks_called_without_rows: (BadUsage, r"shape \[4, 32\]; expected"),
+    _random_dora: (RemoteWeightError, "init_lora_weights=True, or is loaded with low_cpu_mem_usage=True"),
     _arithmetic: (RemoteWeightError, "lives on remote peers"),
 }
 
