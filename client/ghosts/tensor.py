@@ -241,7 +241,7 @@ def _refusal(func: Any, ghost: Any) -> RemoteWeightError:
         )
     advice = ""
     if func == aten.add.Tensor:
-        advice = "; a DoRA adapter begins with init_lora_weights=True, or is loaded with low_cpu_mem_usage=True"
+        advice = "; begin DoRA with init_lora_weights=True, or load it by PeftModel and low_cpu_mem_usage=True"
     elif torch.distributed.is_available() and torch.distributed.is_initialized():
         advice = "; to train in several processes use DistributedDataParallel, as torchrun and accelerate do by default"
     return RemoteWeightError(
