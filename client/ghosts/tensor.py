@@ -92,8 +92,13 @@ class GhostTensor(torch.Tensor):
         raise _refusal(func, ghost)
 
 
-def _add(ghost: GhostTensor, func: Any, other: Any) -> GhostTensor:
-    if isinstance(other, GhostTensor) or (other := torch.as_tensor(other)).any():
+def _add(ghost: GhostTensor, func: Any, other: Any) -> torch.Tensor:
+    if isinstance(other, GhostTensor):
+        raise _refusal(func, ghost)
+    other = torch.as_tensor(other)
+    if other.is_meta:  # an adapter that is about to be loaded: PEFT's low_cpu_mem_usage
+        return torch.empty_like(other, dtype=torch.promote_types(ghost.dtype, other.dtype))
+    if other.any():
         raise _refusal(func, ghost)
     return GhostTensor(ghost, ghost.source, ghost.transposed, torch.promote_types(ghost.dtype, other.dtype))
 
@@ -235,7 +240,9 @@ def _refusal(func: Any, ghost: Any) -> RemoteWeightError:
             "merging works together with them on this machine."
         )
     advice = ""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if func == aten.add.Tensor:
+        advice = "; begin DoRA with init_lora_weights=True, or load it by PeftModel and low_cpu_mem_usage=True"
+    elif torch.distributed.is_available() and torch.distributed.is_initialized():
         advice = "; to train in several processes use DistributedDataParallel, as torchrun and accelerate do by default"
     return RemoteWeightError(
         f"{func} needs a weight of the transformer blocks, and this weight lives on remote peers; "

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from client.ghosts.blocks import BlockRange, GhostBlocks
 from client.model.petals import PetalsSession, active_session, new_session
-from client.model.remote_blocks import RemoteBlocks
+from client.model.remote_blocks import RemoteBlocks, check_hidden
 from client.model.remote_cache import RemoteLayer, adopt
 from client.requests.work import Work
 from protocol.errors import BadUsage
@@ -82,6 +82,11 @@ class PseudoLayer:
         Raises `BadUsage` for what remote blocks cannot give.
         """
         kwargs = _named(trunk, args, kwargs)
+        if self._ghosts not in trunk._modules.values():
+            raise BadUsage(
+                "The list of blocks was replaced, and peers run the blocks as the checkpoint has them; leave out "
+                "layer_replication, and blocks at the end by del model.model.layers[8:]."
+            )
         refuse_outputs(trunk.config, kwargs)
         mask = vars(self._caught).pop("around", kwargs.get("attention_mask"))
         positions = _of_text(kwargs.get("position_ids"), mask)
@@ -129,6 +134,7 @@ class PseudoLayer:
                 "Within inference_session the model goes on from the session: use generate or session.step, or pass "
                 "past_key_values=session.past_key_values."
             )
+        check_hidden(hidden)
         layer: RemoteLayer | None = None
         prefix: KvPrefix = {}
         if cache is not None:

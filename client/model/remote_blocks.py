@@ -41,8 +41,10 @@ class RemoteBlocks:
         """Hidden states (batch, tokens, hidden size) after blocks [start, end), in the dtype that they came in.
 
         `attention_mask` (batch, tokens) and `position_ids` (batch or 1, tokens) as for the whole model. Gradients reach
-        `hidden_states` and the active adapters of these blocks. Raises `BadUsage` for a range that is not there.
+        `hidden_states` and the active adapters of these blocks. Raises `BadUsage` for a range that is not there and
+        for hidden states of another shape.
         """
+        check_hidden(hidden_states)
         end = len(self) if end is None else end
         if not 0 <= start < end <= len(self):
             raise BadUsage(f"Blocks {start}:{end} do not lie in this model's 0:{len(self)}.")
@@ -127,6 +129,15 @@ def _autocast_dtype() -> torch.dtype | None:
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
     return None
+
+
+def check_hidden(hidden: torch.Tensor) -> None:
+    """Raise `BadUsage` for what are not hidden states (batch, tokens, hidden size) of one token or more."""
+    if hidden.ndim != 3 or not hidden.numel():
+        raise BadUsage(
+            f"Hidden states have the shape {list(hidden.shape)}; expected (batch, tokens, hidden size) and at least "
+            "one token, as input_ids (batch, tokens) give them."
+        )
 
 
 def _check_2d(name: str, tensor: torch.Tensor | None) -> None:

@@ -1,6 +1,6 @@
 """The KV cache as Transformers sees it on a client: a length, and edits that travel with the next step."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
@@ -20,9 +20,7 @@ class RemoteLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, length: int = 0, keep_past: bool = False):
-        super().__init__()
-        self.is_initialized = True
-        self.keys = self.values = torch.empty(0)  # some trunks look whether there are any
+        self.is_initialized = True  # not by the base class, which would set keys and values
         self.length = length
         """Tokens, a KV prefix included."""
         self.keep_past = keep_past
@@ -34,6 +32,16 @@ class RemoteLayer(CacheLayerMixin):
         """A forward with gradients that filled this cache in name only, and the length before it."""
         self.sources: tuple[torch.Tensor, ...] = ()
         """What the gradients of that forward go to, and so would those of whatever goes on from here."""
+
+    @property
+    def keys(self) -> NoReturn:  # type: ignore[override]
+        """Raises `BadUsage`: they are on peers."""
+        raise BadUsage(
+            "The keys and values of this cache are on remote peers and cannot be looked at here; its length is "
+            "get_seq_length()."
+        )
+
+    values = keys
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to allocate here."""

@@ -19,7 +19,8 @@ from protocol.machine.paths import expand
 from protocol.model.anatomy import num_blocks
 from protocol.records import MAX_BLOCKS, ModelId
 
-INDEX_FILE, SINGLE_FILE, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+_CONFIG, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
 _VOLATILE = {
     "transformers_version", "_name_or_path", "name_or_path", "dtype", "torch_dtype", "architectures", "use_cache",
     "id2label", "label2id", "num_labels", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id",
@@ -156,6 +157,11 @@ def open_checkpoint(model: str, revision: str | None = None, hub: Hub = Hub()) -
         raise UnsupportedModel(f"{error}.") from error
     path = find_file(model, _CONFIG, revision, hub)
     if path is None:
+        if find_file(model, _ADAPTER_CONFIG, revision, hub) is not None:
+            raise UnsupportedModel(
+                f"{model!r} is a PEFT adapter, not a model; name the model that it was trained on, and load the "
+                "adapter by PeftModel.from_pretrained or --adapter."
+            )
         raise UnsupportedModel(
             f"{model!r} has no {_CONFIG}; expected a Hugging Face model folder, or a hub name that can be reached."
         )

@@ -137,6 +137,22 @@ def test_blocks_in_another_order_or_of_another_kind(change: Callable[[Any], None
     assert str(caught.value).endswith(".")
 
 
+def _new_list(model: Any) -> Any:
+    model.model.layers = nn.ModuleList([model.model.layers[i] for i in (0, 2, 4)])
+    return model
+
+
+def _replicated(model: Any) -> Any:
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], layer_replication=[[0, 3], [2, 5]]))
+
+
+@pytest.mark.parametrize("change", [_new_list, _replicated])
+def test_another_list_of_blocks(change: Callable[[Any], Any], llama: Both) -> None:
+    changed = change(llama.remote())
+    with torch.no_grad(), pytest.raises(BadUsage, match=r"^The list of blocks was replaced.*layers\[8:\]\.$"):
+        changed(input_ids=IDS)
+
+
 def test_a_configuration_that_changes_masks(llama: Both) -> None:
     model = llama.remote()
     model.config.is_causal = False

@@ -322,6 +322,11 @@ class TestRefusals:
         with pytest.raises(UnsupportedModel, match="names no model"):
             llama.remote(tmp_path / "model")
 
+    def test_a_folder_of_an_adapter(self, llama: Family, tmp_path: Path) -> None:
+        peft.get_peft_model(llama.remote(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+        with pytest.raises(UnsupportedModel, match=r"a PEFT adapter, .*by PeftModel\.from_pretrained or --adapter\.$"):
+            llama.remote(tmp_path)
+
     def test_a_folder_without_the_needed_head(self, llama: Family, tmp_path: Path) -> None:
         load(llama.path, "SEQ_CLS", llama.swarm.initial_peers).save_pretrained(tmp_path)
         with pytest.raises(UnsupportedModel, match=r"lacks weights that \w+ needs, such as lm_head\.weight"):

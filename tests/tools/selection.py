@@ -59,6 +59,7 @@ QUICK = (
     "client/merge/test_merge.py::test_same_as_peft_in_bf16",
     "client/merge/test_merge.py::test_untouched_tensors_and_files",
     "client/test_adapters.py",
+    "client/test_refusals.py",
     "client/test_model_options.py",
     "client/test_persona.py",
     "client/test_routing.py",
