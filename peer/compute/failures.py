@@ -3,13 +3,13 @@
 import traceback
 
 
-def let_go(error: BaseException) -> None:
-    """Empty the frames that have ended and that an error's traceback leads to, and those of its causes.
+def let_go(*errors: BaseException) -> None:
+    """Empty the frames that have ended and that errors' tracebacks lead to, and those of their causes.
 
     They hold the memory of all that failed, in circles that only the garbage collector opens. The traceback's lines,
     which the log shows, stay.
     """
-    met, waiting = set[int](), [error]
+    met, waiting = set[int](), list(errors)
     while waiting:
         one = waiting.pop()
         if id(one) not in met:

@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from google.protobuf.message import Message as ProtoMessage
 
 from peer.compute.batch_counts import BatchCounts
@@ -22,9 +21,10 @@ from peer.service.generation import Generation
 from peer.service.handover import HandOver
 from peer.service.reception import Reception
 from peer.service.training import Training
+from peer.span.failures import is_out_of_memory
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
-from protocol.errors import BadRequest, Draining, OutOfMemory, PeerFailed, SwarmError
+from protocol.errors import BadRequest, Draining, OutOfMemory, PeerFailed, SwarmError, first_line
 from protocol.stream import Stream
 
 logger = logging.getLogger(__name__)
@@ -129,12 +129,13 @@ class Service:
             with connection.account.request(message.cost):
                 handler = self._find_handler(message.body)
                 answer = await handler.answer(connection, message, message.body)
-        except torch.OutOfMemoryError as error:
-            await channel.fail(OutOfMemory(f"The call did not fit this peer's memory: {error}"))
         except SwarmError as error:
             await channel.fail(error)
         except Exception as error:
-            logger.exception("a request of %s failed", channel.remote)
+            if is_out_of_memory(error):
+                logger.warning("a request of %s did not fit the memory: %s", channel.remote, first_line(error))
+            else:
+                logger.exception("a request of %s failed", channel.remote)
             await channel.fail(_typed_error(error))
         else:
             await _send(channel, answer)
@@ -169,7 +170,6 @@ async def _send(channel: Channel, answer: Message) -> None:
 
 def _typed_error(error: Exception) -> SwarmError:
     """The typed error for a failure of torch's own."""
-    text = str(error)
-    if "can't allocate memory" in text or isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return OutOfMemory("The call did not fit this peer's memory; send fewer tokens at once.")
-    return PeerFailed(f"{type(error).__name__}: {text[:300]}")
+    return PeerFailed(f"{type(error).__name__}: {str(error)[:300]}")

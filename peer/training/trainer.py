@@ -73,7 +73,7 @@ class Trainer:
             if adding or not is_out_of_memory(error):
                 raise
             let_go(error)
-        self._make_room(self.footprint.of(call))
+        self._make_room(self.footprint.of_checkpoints(call))
         return run(True)
 
     def _make_room(self, size: int) -> None:
