@@ -313,8 +313,8 @@ def _run(batch: Sequence[_Work]) -> None:
     let_go(*(outcome for outcome in outcomes if isinstance(outcome, BaseException)))
     with suppress(RuntimeError):  # the loop has closed: nobody waits
         batch[0].future.get_loop().call_soon_threadsafe(_settle, batch, outcomes)
-    # Frames that an error's traceback leads to lead to their callers, so to this one. What it has would lead back to the
-    # error, and such a circle holds memory until the garbage collector comes.
+    # Frames that an error's traceback leads to lead to their callers, so to this one. What it has would lead back to
+    # the error, and such a circle holds memory until the garbage collector comes.
     del batch, outcomes
 
 

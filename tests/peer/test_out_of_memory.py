@@ -17,7 +17,7 @@ from peer.training.runner import Task, TrainingRunner
 from peer.training.trainer import Trainer
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
-from protocol.errors import OutOfMemory, SwarmError, TooLong, UnknownCall
+from protocol.errors import OutOfMemory, TooLong, UnknownCall
 from protocol.tensors import Limits
 from tests.tools.fuzzing.carrier import connect
 from tests.tools.fuzzing.handlers import Handlers
@@ -202,8 +202,7 @@ def test_many_calls_against_a_tight_limit(scarce: Scarce) -> None:
                     found = (await ask_backward(channel, count, 1, kept)).tensors
                     assert torch.equal(found["grad.hidden_states"], expected[count]["grad.hidden_states"])
                     answered += 1
-            except SwarmError as error:
-                assert isinstance(error, OutOfMemory | UnknownCall | TooLong), error
+            except (OutOfMemory, UnknownCall, TooLong):  # any other ends the test
                 refused += 1
             await scarce.check_taken()
 

@@ -1,5 +1,6 @@
 """Training within a peer's memory: what calls keep is foreseen, and what does not fit is computed again by blocks."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,12 +9,14 @@ import torch
 
 from peer.adapters.store import AdapterStore, StoredAdapter
 from peer.span.span import Inputs, Mode, Span
+from peer.start.memory import Budget
 from peer.training.call import TrainingCall
 from peer.training.kept import Checkpoints, Graph
 from peer.training.trainer import Trainer
-from protocol.errors import TooLong
+from protocol.errors import BadUsage, TooLong
 from tests.tools.lora import put_lora
 from tests.tools.spans import END, START, states
+from tests.tools.wire import Wire
 
 TARGETS = {
     "llama": ("1.self_attn.q_proj", "2.mlp.down_proj", "3.self_attn.v_proj"),
@@ -126,3 +129,30 @@ def test_a_row_too_long_even_for_that_is_refused(spans: Callable[..., Span]) -> 
         with pytest.raises(TooLong, match=told):
             ask()
     assert short.forward(call, "me", keep=False)[0].shape == (1, 120, desk.span.hidden_size)
+
+
+# ---- what a peer's memory is for
+
+
+@pytest.mark.parametrize("cache_tokens", [None, 1, 1000, 20_000])
+def test_the_shares_add_up_to_what_is_free(cache_tokens: int | None) -> None:
+    budget = Budget.of(10**9, 50_000, cache_tokens, 8192)
+    assert budget.cache + budget.kept + budget.adapters + budget.call == 10**9
+    assert budget.cache == budget.cache_tokens * 50_000
+    assert budget.kept <= budget.call
+    assert budget.max_length == min(8192, budget.cache_tokens)
+    if cache_tokens is None:
+        assert budget.cache <= 10**9 / 4, "8,192 tokens would take 410 MB"
+
+
+def test_more_cache_than_there_is_memory() -> None:
+    with pytest.raises(BadUsage, match=r"it would take 1.50 GB, and 1.00 GB are free; choose fewer"):
+        Budget.of(10**9, 50_000, 30_000, 8192)
+
+
+def test_a_peer_says_what_its_memory_is_for(opened_wire: Wire) -> None:
+    said = opened_wire.peer.stderr.read_text()
+    assert re.search(r"memory: .* GB for KV caches of 1,024 tokens, .*; rows of up to 64 tokens", said), said
+    measured = re.search(r"training keeps ([\d.]+) MB of 1,024 tokens and block", said)
+    assert measured, said
+    assert 0.5 < float(measured[1]) < 20
