@@ -21,7 +21,8 @@ from peer.service.generation import Generation
 from peer.service.handover import HandOver
 from peer.service.reception import Reception
 from peer.service.training import Training
-from peer.span.failures import is_out_of_memory
+from peer.span.failures import is_of_the_device, is_out_of_memory
+from peer.span.span import Span
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
 from protocol.errors import BadRequest, Draining, OutOfMemory, PeerFailed, SwarmError, first_line
@@ -52,8 +53,9 @@ class Service:
         adapters: Adapters,
         base_weights: BaseWeights,
         hand_over: HandOver,
+        span: Span,
     ):
-        self._reception, self._scheduler = reception, scheduler
+        self._reception, self._scheduler, self._span = reception, scheduler, span
         self._generation, self._training, self._adapters, self._hand_over = generation, training, adapters, hand_over
         self._handlers: dict[type[ProtoMessage], _Handler] = {
             pb.Ping: _Handler(_pong, while_draining=True),
@@ -68,6 +70,8 @@ class Service:
         }
         self.requests = 0
         """Being answered."""
+        self.device_lost = asyncio.Event()
+        """Set when the span's device has failed for good: nothing can be computed any more."""
         self._is_draining = False
 
     @property
@@ -136,11 +140,17 @@ class Service:
                 logger.warning("a request of %s did not fit the memory: %s", channel.remote, first_line(error))
             else:
                 logger.exception("a request of %s failed", channel.remote)
+            if is_of_the_device(error):
+                self._scheduler.submit(Priority.STEP, self._span.computes).add_done_callback(self._learn_of_device)
             await channel.fail(_typed_error(error))
         else:
             await _send(channel, answer)
         finally:
             self.requests -= 1
+
+    def _learn_of_device(self, computes: "asyncio.Future[bool]") -> None:
+        if not computes.cancelled() and not computes.result():
+            self.device_lost.set()
 
     def _find_handler(self, body: ProtoMessage) -> _Handler:
         handler = self._handlers.get(type(body))

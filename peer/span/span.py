@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from peer.kv_cache.arena import Shape
 from peer.kv_cache.span_cache import SpanCache
 from peer.span.cut import neutralise_scalars
-from peer.span.failures import is_of_the_machine
+from peer.span.failures import is_of_the_machine, is_out_of_memory
 from peer.span.transfer import to_device
 from protocol.errors import BadAdapter, UnsupportedModel, first_line
 from protocol.machine.forwards import call_with, replaced
@@ -170,6 +170,13 @@ class Span:
             if mode.autocast is not None:
                 stack.enter_context(torch.autocast(self.device.type, mode.autocast))
             yield
+
+    def computes(self) -> bool:
+        """Whether the device still does. After some errors a GPU does nothing more for the process that met them."""
+        try:
+            return (torch.ones(2, device=self.device) + 1).sum().item() == 4
+        except Exception as error:  # any failure at all
+            return is_out_of_memory(error)
 
     def arguments(self, inputs: Inputs, cache: Cache | None) -> dict[str, Any]:
         """What the trunk is called with."""

@@ -108,6 +108,7 @@ def _assemble(
         adapters,
         BaseWeights(span),
         hand_over,
+        span,
     )
     logger.info("%s", budget.describe())
     _measure_training(span, trainer)

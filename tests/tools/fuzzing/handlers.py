@@ -148,6 +148,7 @@ class Handlers:
             adapters,
             BaseWeights(self._span),
             hand_over,
+            self._span,
         )
 
     def play(self, data: bytes) -> None:
