@@ -75,15 +75,20 @@ class Scarce:
 RUN = TrainingRunner.run
 
 
+@pytest.fixture(scope="module")
+def handlers(models: Callable[[str], Path]) -> Iterator[Handlers]:
+    made = Handlers(models("llama"))
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def scarce(models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Scarce]:
-    handlers = Handlers(models("llama"))
+def scarce(handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scarce]:
     made = Scarce(handlers)
     monkeypatch.setattr(TrainingRunner, "run", lambda runner, tasks: made.run(runner, tasks))
     gc.collect()
     gc.disable()
     yield made
-    handlers.close()
     gc.enable()
 
 

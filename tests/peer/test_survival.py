@@ -87,8 +87,8 @@ def test_a_device_that_fails_for_good(fork_server: ForkServer, models: Callable[
         psutil.wait_procs([process], 20)
         assert wire.peer.stdout.with_suffix(".code").read_text() == "1"
         said = wire.peer.stderr.read_text()
-        sentence = "error: The device cpu has failed for good, and the log says how, so this peer can compute nothing any"
-        assert said.rstrip().endswith(f"{sentence} more; start the peer again.")
+        sentence = "error: The device cpu has failed for good, and the log says how, so this peer can compute nothing"
+        assert said.rstrip().endswith(f"{sentence} any more; start the peer again.")
         assert "could not be withdrawn" not in said
 
 
