@@ -232,6 +232,17 @@ def test_memory_for_all_is_not_to_be_had(desk: Desk, monkeypatch: pytest.MonkeyP
     assert_same(found, gradients)
 
 
+def test_what_does_not_fit_runs_alone(desk: Desk) -> None:
+    """Block by block; it does the others no harm."""
+    calls = desk.calls(*loras(desk))
+    results, gradients = desk.alone(calls)
+    small = Desk(desk.span, max(map(desk.trainer.footprint.of_checkpoints, calls)) * 11 // 10)
+    fits = [desk.trainer.footprint.of(call) <= small.trainer.kept.max_bytes for call in calls]
+    assert set(fits) == {True, False}
+    pairs = [(call, grad_of(result, i)) for i, (call, result) in enumerate(zip(calls, results, strict=True))]
+    assert_same(small.run([small.runner.backward(call, grad) for call, grad in pairs]), gradients)
+
+
 def test_who_runs_alone(desk: Desk, spans: Callable[..., Span]) -> None:
     """Dropout, autocast, prefixes, adapters other than LoRA, large calls, and layers that look at all tokens."""
     q = [TARGETS["llama"][0]]
