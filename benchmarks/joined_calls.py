@@ -16,9 +16,10 @@ import torch
 from peer.adapters.store import AdapterStore
 from peer.span.loading import load_span
 from peer.span.span import Inputs, Mode, Span
+from peer.training.call import TrainingCall
 from peer.training.joined.together import Together
 from peer.training.runner import Task, TrainingRunner
-from peer.training.trainer import Trainer, TrainingCall
+from peer.training.trainer import Trainer
 from protocol.model.checkpoint import open_checkpoint
 from protocol.name import cache_folder
 from tests.tools.families import build_llama

@@ -92,24 +92,34 @@ class Server:
         yield from self.member.describe()
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Serve until `stop` is set, then leave. Raises `PeerFailed` when the p2pd process is lost."""
-        waiting = [asyncio.create_task(stop.wait()), asyncio.create_task(self.member.lost.wait())]
+        """Serve until `stop` is set, then leave. Raises `PeerFailed` when the p2pd process or the device is lost."""
+        device_lost = self.service.device_lost
+        waiting = [asyncio.create_task(event.wait()) for event in (stop, self.member.lost, device_lost)]
         try:
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in waiting:
                 task.cancel()
         lost = self.member.lost.is_set()
-        await self.leave()
+        await self.leave(at_once=device_lost.is_set())
+        if device_lost.is_set():
+            raise PeerFailed(
+                f"The device {self.span.device} has failed for good, and the log says how, so this peer can compute "
+                "nothing any more; start the peer again."
+            )
         if lost:
             raise PeerFailed("The p2pd process died, so nobody can reach this peer any more; start the peer again.")
 
-    async def leave(self) -> None:
-        """Take no new work, let clients take their sessions elsewhere, withdraw the record, close everything."""
+    async def leave(self, at_once: bool = False) -> None:
+        """Take no new work, let clients take their sessions elsewhere, withdraw the record, close everything.
+
+        `at_once`: clients get no time for it, as nothing more can be done for them.
+        """
         self.service.drain()
         self._state = PeerState.DRAINING
         self._announcer.refresh()
-        await self._drain()
+        if not at_once:
+            await self._drain()
         counts = self.service.step_counts
         logger.info("ran %d steps of generations in %d calls", counts.items, counts.passes)
         counts = self.service.training_counts

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from peer.compute.batching_window import BatchingWindow
+from peer.compute.failures import let_go
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -174,25 +175,30 @@ class Scheduler:
             self._ready.notify()
 
     def _work(self) -> None:
-        while True:
-            has_queued = self._wait_for_work()
-            with self._ready:
-                ready = time.monotonic()
-                waited_for = self._wait_for_more(has_queued)
-                if self._closed:
-                    return
-                batch = [work for work in self._next() if not work.future.cancelled()]
-                is_batched = batch and batch[0].group is not None
-                window = self._window(batch[0].priority, has_queued) if is_batched else None
-                begin = time.monotonic()
-                if window:
-                    window.started(ready, begin, len(batch), min(waited_for, len(batch) - 1))
-            if batch:
-                _run(batch)
-                now = time.monotonic()
-                if window:
-                    window.ended(now)
-                _charge(batch, now - begin)
+        while self._run_next(self._wait_for_work()):
+            pass
+
+    def _run_next(self, has_queued: bool) -> bool:
+        """Run what is next. Returns whether there will be more."""
+        with self._ready:
+            ready = time.monotonic()
+            waited_for = self._wait_for_more(has_queued)
+            if self._closed:
+                return False
+            batch = [work for work in self._next() if not work.future.cancelled()]
+            is_batched = batch and batch[0].group is not None
+            window = self._window(batch[0].priority, has_queued) if is_batched else None
+            begin = time.monotonic()
+            if window:
+                window.started(ready, begin, len(batch), min(waited_for, len(batch) - 1))
+        if batch:
+            _run(batch)
+            now = time.monotonic()
+            if window:
+                window.ended(now)
+            _charge(batch, now - begin)
+        del batch  # an error's frames lead here, and the batch to the error: see `_run`
+        return True
 
     def _wait_for_work(self) -> bool:
         """Returns whether it has queued behind other work."""
@@ -304,8 +310,12 @@ def _run(batch: Sequence[_Work]) -> None:
         outcomes = batch[0].run([work.item for work in batch])
     except BaseException as error:
         outcomes = [error] * len(batch)
+    let_go(*(outcome for outcome in outcomes if isinstance(outcome, BaseException)))
     with suppress(RuntimeError):  # the loop has closed: nobody waits
         batch[0].future.get_loop().call_soon_threadsafe(_settle, batch, outcomes)
+    # Frames that an error's traceback leads to lead to their callers, so to this one. What it has would lead back to
+    # the error, and such a circle holds memory until the garbage collector comes.
+    del batch, outcomes
 
 
 def _settle(batch: Sequence[_Work], outcomes: Sequence[Any]) -> None:

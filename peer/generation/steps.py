@@ -11,6 +11,7 @@ from peer.compute.batch_counts import BatchCounts
 from peer.generation.joined.batched_pass import BatchedPass, BatchMember, Joiner
 from peer.generation.joined.lora_rows import LoraApplier, Segment
 from peer.kv_cache.session import Session
+from peer.span.failures import is_of_the_device
 from peer.span.span import Adapted, Inputs, Mode, Span
 from peer.span.transfer import prefix_on, to_host
 from protocol.cache_edits import Edit
@@ -157,7 +158,7 @@ def _outcome(step: Step, member: BatchMember, hidden: torch.Tensor) -> Outcome:
 def _lose(step: Step, error: Exception, alone: bool) -> Outcome:
     """Some layers of its cache have taken the tokens, others not."""
     step.session.close()
-    if alone or isinstance(error, SwarmError):
+    if alone or isinstance(error, SwarmError) or is_of_the_device(error):
         return error
     kind = type(error).__name__
     return SessionLost(f"A call for several sessions failed ({kind}); send this session's tokens again.")

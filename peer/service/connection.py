@@ -47,17 +47,20 @@ class Connection:
         size: int,
     ) -> T:
         """What becomes of `item`, run on the compute thread along with its group; see `Scheduler.submit_batched`."""
-        future = self.scheduler.submit_batched(priority, run, item, self.client, group, size)
-        return await self.with_signs_of_life(future)
+        return await self.with_signs_of_life(
+            self.scheduler.submit_batched(priority, run, item, self.client, group, size)
+        )
 
     async def with_signs_of_life(self, future: "asyncio.Future[T]", sign: pb.Working | None = None) -> T:
         """The result of a future that may take a while. Meanwhile the client gets a sign of life now and then."""
         try:
             while True:
-                done, _ = await asyncio.wait({future}, timeout=HEARTBEAT)
-                if done:
+                await asyncio.wait({future}, timeout=HEARTBEAT)
+                if future.done():
                     return future.result()
                 await self.channel.send(Message(sign or pb.Working()))
         except BaseException:
             future.cancel()
             raise
+        finally:
+            del future  # it has the error, whose traceback has this frame: a circle that would hold the call's memory

@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from google.protobuf.message import Message as ProtoMessage
 
 from peer.compute.batch_counts import BatchCounts
@@ -23,9 +22,12 @@ from peer.service.handover import HandOver
 from peer.service.reception import Reception
 from peer.service.training import Training
 from peer.span.checks import prefix_length
+from peer.span.failures import is_of_the_device, is_out_of_memory
+from peer.span.span import Span
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
-from protocol.errors import BadRequest, Draining, OutOfMemory, PeerFailed, SwarmError, TooLong
+from protocol.errors import BadRequest, Draining, OutOfMemory, PeerFailed, SwarmError, TooLong, first_line
+from protocol.model.anatomy import context_length
 from protocol.stream import Stream
 
 logger = logging.getLogger(__name__)
@@ -53,10 +55,9 @@ class Service:
         adapters: Adapters,
         base_weights: BaseWeights,
         hand_over: HandOver,
-        context_length: int | None,
+        span: Span,
     ):
-        """`context_length`: how many tokens the model reads, where that has a limit."""
-        self._reception, self._scheduler = reception, scheduler
+        self._reception, self._scheduler, self._span = reception, scheduler, span
         self._generation, self._training, self._adapters, self._hand_over = generation, training, adapters, hand_over
         self._handlers: dict[type[ProtoMessage], _Handler] = {
             pb.Ping: _Handler(_pong, while_draining=True),
@@ -71,7 +72,8 @@ class Service:
         }
         self.requests = 0
         """Being answered."""
-        self._context_length = context_length
+        self.device_lost = asyncio.Event()
+        """Set when the span's device has failed for good: nothing can be computed any more."""
         self._is_draining = False
 
     @property
@@ -133,19 +135,25 @@ class Service:
             with connection.account.request(message.cost):
                 handler = self._find_handler(message.body)
                 answer = await handler.answer(connection, message, message.body)
-        except torch.OutOfMemoryError as error:
-            await channel.fail(OutOfMemory(f"The call did not fit this peer's memory: {error}"))
         except SwarmError as error:
             await channel.fail(error)
         except Exception as error:
             typed = self._typed_error(error, connection, message)
             if isinstance(typed, PeerFailed):
                 logger.exception("a request of %s failed", channel.remote)
+            else:
+                logger.warning("a request of %s was refused: %s", channel.remote, first_line(error))
+            if is_of_the_device(error):
+                self._scheduler.submit(Priority.STEP, self._span.computes).add_done_callback(self._learn_of_device)
             await channel.fail(typed)
         else:
             await _send(channel, answer)
         finally:
             self.requests -= 1
+
+    def _learn_of_device(self, computes: "asyncio.Future[bool]") -> None:
+        if not computes.cancelled() and not computes.result():
+            self.device_lost.set()
 
     def _find_handler(self, body: ProtoMessage) -> _Handler:
         handler = self._handlers.get(type(body))
@@ -157,22 +165,13 @@ class Service:
 
     def _typed_error(self, error: Exception, connection: Connection, message: Message) -> SwarmError:
         """The typed error for a failure of torch's own, or of a block's code."""
-        text = str(error)
-        if "can't allocate memory" in text or isinstance(error, MemoryError):
+        if is_out_of_memory(error):
             return OutOfMemory("The call did not fit this peer's memory; send fewer tokens at once.")
-        if self._is_beyond_context(connection, message):
+        limit = context_length(self._span.config)
+        if limit is not None and _length(connection, message) > limit:
             # MPT and GPT-J make tables of so many positions; every peer fails, and none deserves to be kept away from.
-            return TooLong(
-                f"The blocks of this model cannot compute more than {self._context_length} tokens; shorten the prompt."
-            )
-        return PeerFailed(f"{type(error).__name__}: {text[:300]}")
-
-    def _is_beyond_context(self, connection: Connection, message: Message) -> bool:
-        hidden = message.tensors.get("hidden_states")
-        if self._context_length is None or hidden is None or hidden.ndim != 3:
-            return False
-        past = connection.session.cache.seen if isinstance(message.body, pb.Step) and connection.session else 0
-        return past + hidden.shape[1] + prefix_length(message.tensors) > self._context_length
+            return TooLong(f"The blocks of this model cannot compute more than {limit} tokens; shorten the prompt.")
+        return PeerFailed(f"{type(error).__name__}: {str(error)[:300]}")
 
     def _forget_adapters(self, client: str) -> None:
         """Unless the client has come back. On its own queue: before anything that it may put after this."""
@@ -190,3 +189,11 @@ async def _send(channel: Channel, answer: Message) -> None:
         await channel.send(answer)
     except BadRequest as error:
         await channel.fail(error)
+
+
+def _length(connection: Connection, message: Message) -> int:
+    """Tokens that a request was about, those in the cache of its session included."""
+    hidden = message.tensors.get("hidden_states")
+    past = connection.session.cache.seen if isinstance(message.body, pb.Step) and connection.session else 0
+    own = hidden.shape[1] if hidden is not None and hidden.ndim == 3 else 0
+    return past + own + prefix_length(message.tensors)

@@ -10,8 +10,8 @@ from peer.service.handover import HandOver
 from peer.span.checks import check_inputs, check_mode, check_prefix, prefix_length
 from peer.span.span import Span
 from peer.span.transfer import prefix_on
+from peer.training.call import TrainingCall
 from peer.training.runner import Task, TrainingRunner
-from peer.training.trainer import TrainingCall
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message
 from protocol.errors import BadRequest

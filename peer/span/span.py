@@ -5,8 +5,8 @@ per architecture: masks, rotary embeddings, sliding windows and caches are Trans
 """
 
 import inspect
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,9 +19,10 @@ from transformers.cache_utils import Cache
 from peer.kv_cache.arena import Shape
 from peer.kv_cache.span_cache import SpanCache
 from peer.span.cut import neutralise_scalars
+from peer.span.failures import is_of_the_machine, is_out_of_memory
 from peer.span.transfer import to_device
 from protocol.errors import BadAdapter, UnsupportedModel, first_line
-from protocol.machine.forwards import call_with
+from protocol.machine.forwards import call_with, replaced
 from protocol.model.anatomy import BlockList, find_form, hidden_size
 
 
@@ -60,6 +61,24 @@ class Mode:
     autocast: torch.dtype | None = None
 
 
+class _Cache:
+    """Stands for a KV cache among a block's arguments: to be computed again, it needs a new one."""
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What the trunk called a block with: all that is needed to compute the same again."""
+
+    block: int
+    hidden: torch.Tensor
+    """(batch, tokens, hidden size)."""
+    positional: tuple[Any, ...]
+    """After the hidden states."""
+    arguments: Mapping[str, Any]
+    random: tuple[torch.Tensor, ...]
+    """States of the generators that dropout draws from: the CPU's, and that of the span's GPU."""
+
+
 class Span:
     """Loaded blocks [start, end) of a model. Not thread-safe: one trunk pass at a time."""
 
@@ -90,16 +109,76 @@ class Span:
         """
         model = adapted.model if adapted else self.model
         self.where.of(model).active = mode.blocks  # type: ignore[assignment]
+        with self._prepared(model, mode), ExitStack() as stack:
+            if mode.dropout_seed is not None:
+                stack.enter_context(torch.random.fork_rng(devices=self._generators))
+                torch.manual_seed(mode.dropout_seed)
+            return self._call_trunk(model, self.arguments(inputs, cache), adapted.tensors if adapted else {})
+
+    def record(
+        self, inputs: Inputs, mode: Mode, cache: Cache | None = None, adapted: Adapted | None = None
+    ) -> tuple[torch.Tensor, list[BlockCall]]:
+        """What `run` returns, and what each block was called with, in order."""
+        blocks = self.where.of(adapted.model if adapted else self.model)
+        numbers = {blocks.get_submodule(str(block)): block for block in mode.blocks}
+        calls: list[BlockCall] = []
+
+        def recorded(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*positional: Any, **arguments: Any) -> Any:
+                calls.append(self._block_call(numbers[module], positional, arguments))
+                return forward(*positional, **arguments)
+
+            return call
+
+        with replaced(numbers, recorded):
+            return self.run(inputs, mode, cache, adapted), calls
+
+    def _block_call(self, block: int, positional: tuple[Any, ...], arguments: Mapping[str, Any]) -> BlockCall:
+        kept = {name: _Cache if isinstance(value, Cache) else value for name, value in arguments.items()}
+        hidden, *others = positional if positional else (kept.pop("hidden_states"),)
+        random = torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._generators)
+        return BlockCall(block, hidden, tuple(others), kept, random)
+
+    def run_block(
+        self, call: BlockCall, hidden: torch.Tensor, mode: Mode, cache: Cache | None, adapted: Adapted | None
+    ) -> torch.Tensor:
+        """The hidden states after one block, called as it was in `record`, dropout masks included.
+
+        `hidden`: what it was called with, or a leaf made of that. `cache`: new, as given to `record`, or with the
+        prefix of this block only. Runs under the caller's grad mode.
+        """
+        model, own = (adapted.model if adapted else self.model), f"{call.block}."
+        named = adapted.tensors if adapted else {}
+        tensors = {name.removeprefix(own): tensor for name, tensor in named.items() if name.startswith(own)}
+        arguments = {name: cache if value is _Cache else value for name, value in call.arguments.items()}
+        with self._prepared(model, mode), torch.random.fork_rng(devices=self._generators):
+            torch.set_rng_state(call.random[0])
+            for device, state in zip(self._generators, call.random[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            block = self.where.of(model).get_submodule(str(call.block))
+            output = call_with(block, tensors, arguments, hidden, *call.positional)
+        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+    @property
+    def _generators(self) -> list[torch.device]:
+        """The GPUs whose random numbers are drawn, beside the CPU's."""
+        return [self.device] if self.device.type == "cuda" else []
+
+    @contextmanager
+    def _prepared(self, model: PreTrainedModel, mode: Mode) -> Iterator[None]:
         if model.training != mode.training:
             model.train(mode.training)
         with ExitStack() as stack:
             if mode.autocast is not None:
                 stack.enter_context(torch.autocast(self.device.type, mode.autocast))
-            if mode.dropout_seed is not None:
-                devices = [self.device] if self.device.type == "cuda" else []
-                stack.enter_context(torch.random.fork_rng(devices=devices))
-                torch.manual_seed(mode.dropout_seed)
-            return self._call_trunk(model, self.arguments(inputs, cache), adapted.tensors if adapted else {})
+            yield
+
+    def computes(self) -> bool:
+        """Whether the device still does. After some errors a GPU does nothing more for the process that met them."""
+        try:
+            return (torch.ones(2, device=self.device) + 1).sum().item() == 4
+        except Exception as error:  # any failure at all
+            return is_out_of_memory(error)
 
     def arguments(self, inputs: Inputs, cache: Cache | None) -> dict[str, Any]:
         """What the trunk is called with."""
@@ -121,7 +200,7 @@ class Span:
             return call_with(self._trunk(model), named, arguments)[0]  # type: ignore[no-any-return]
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
             # The inputs have been checked; options and dtypes of an adapter can contradict each other in many ways.
-            if not tensors or _is_the_machines(error):
+            if not tensors or is_of_the_machine(error):
                 raise
             raise BadAdapter(f"The adapter cannot be run: {first_line(error)}.") from error
 
@@ -190,11 +269,6 @@ def find_module(blocks: nn.Module, name: str) -> nn.Module | None:
 
 def _is(hidden: torch.Tensor, output: Any) -> bool:
     return isinstance(output, torch.Tensor) and output.shape == hidden.shape and torch.equal(output, hidden)
-
-
-def _is_the_machines(error: Exception) -> bool:
-    """Whether memory or a device failed, whatever the adapter."""
-    return isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or "allocate memory" in str(error)
 
 
 def _to(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

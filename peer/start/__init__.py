@@ -9,7 +9,6 @@
     joining_trial   in which way steps of several sessions can share a trunk pass
     compile_trial   with `--compile`: whether compiled steps are right and pay
     trial           what the three trials have in common
-    block_types     one block of each type: what is tried, is tried on these
 
 Whether linear layers are split over threads is tried in `protocol.machine.split_linear`, which clients use too.
 """

@@ -1,5 +1,6 @@
 """Assembling what serves a span: its blocks are loaded, its speed is measured, everything optional is tried out."""
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,18 +22,21 @@ from peer.span.loading import load_span
 from peer.span.span import Span
 from peer.start.arena_trial import arena_for
 from peer.start.joining_trial import find_joiner
-from peer.start.memory import CACHE_SHARE, free_memory, return_freed_memory
+from peer.start.memory import Budget, free_memory, return_freed_memory
 from peer.start.options import ServeOptions
 from peer.start.placement import find_blocks_to_serve
 from peer.start.speed import measure
+from peer.training.footprint import plain_call
 from peer.training.joined.together import Together
 from peer.training.runner import TrainingRunner
 from peer.training.trainer import Trainer
+from protocol.errors import first_line
 from protocol.machine.split_linear import split_linears
-from protocol.model.anatomy import context_length
 from protocol.model.checkpoint import Checkpoint
 from protocol.records import ModelVersion, Speed
 from protocol.tensors import Limits
+
+logger = logging.getLogger(__name__)
 
 _JOINED, _JOINED_ON_CPU = 512, 64
 """Tokens, on GPUs and on CPUs, that may ride in a trunk pass along with those whose turn it is. Up to about so many
@@ -86,15 +90,16 @@ def _assemble(
 ) -> Assembled:
     speed, token_bytes = measure(span)
     return_freed_memory()
-    share = int(free_memory(span.device) * CACHE_SHARE)
-    total = options.cache_tokens if options.cache_tokens is not None else max(options.max_length, share // token_bytes)
-    quota, max_length = options.quota, min(options.max_length, total)
-    memory = CacheMemory(total, max_length, options.idle_timeout, arena_for(span, total), quota.cache_tokens)
+    budget = Budget.of(free_memory(span.device), token_bytes, options.cache_tokens, options.max_length)
+    quota, tokens, max_length = options.quota, budget.cache_tokens, budget.max_length
+    memory = CacheMemory(tokens, max_length, options.idle_timeout, arena_for(span, tokens), quota.cache_tokens)
     version = ModelVersion(checkpoint.model_id, checkpoint.digests)
     limits = Limits(max_payload=options.max_message or Limits.max_payload)
-    store = AdapterStore(span, share, quota.adapters, quota.adapter_bytes or share)
+    adapter_bytes = budget.adapters // 2
+    store = AdapterStore(span, adapter_bytes, quota.adapters, quota.adapter_bytes or adapter_bytes)
     adapters, hand_over = Adapters(store), HandOver(Mailbox(limits.max_payload), Outbox(member, version))
-    runner = TrainingRunner(Trainer(span, store, max_kept_bytes=share), Together(span, scheduler.joined_size))
+    trainer = Trainer(span, store, max_kept_bytes=budget.kept)
+    runner = TrainingRunner(trainer, Together(span, scheduler.joined_size))
     service = Service(
         Reception(version, span, max_length, Accounts(quota), limits, member.handshake),
         scheduler,
@@ -103,10 +108,22 @@ def _assemble(
         adapters,
         BaseWeights(span),
         hand_over,
-        context_length(span.config),
+        span,
     )
+    logger.info("%s", budget.describe())
+    _measure_training(span, trainer)
     return_freed_memory()  # what was tried out took some, too
     return Assembled(span, speed, service)
+
+
+def _measure_training(span: Span, trainer: Trainer) -> None:
+    """Log what training calls keep. Those without an adapter are measured by that, the others when they come."""
+    try:
+        size = trainer.footprint.of(plain_call(span, 1, 1024)) / len(span.blocks)
+    except Exception as failure:  # any failure at all: who does not train need not care
+        logger.warning("this span cannot be trained: %s", first_line(failure))
+    else:
+        logger.info("training keeps %.1f MB of 1,024 tokens and block", size / 1e6)
 
 
 def _step_runner(span: Span, adapters: AdapterStore, compiles: bool) -> StepRunner:

@@ -6,8 +6,8 @@ from math import inf
 
 import torch
 
+from peer.span.block_types import blocks_of_each_type
 from peer.span.span import Mode, Span
-from peer.start.block_types import blocks_of_each_type
 from protocol.errors import first_line
 
 logger = logging.getLogger(__name__)

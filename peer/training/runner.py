@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from peer.compute.batch_counts import BatchCounts
+from peer.training.call import TrainingCall
 from peer.training.joined.together import Together
-from peer.training.trainer import Trainer, TrainingCall
+from peer.training.trainer import Trainer
 from protocol.errors import SwarmError
 
 
@@ -25,6 +26,8 @@ class Task:
     """Tasks of one group may be run together; `None`: on its own."""
     beside: Callable[[], Any] | None = None
     """Runs it side by side with others; `None`: as alone."""
+    prepare: Callable[[], Any] | None = None
+    """Runs before those that run side by side."""
 
 
 class TrainingRunner:
@@ -48,18 +51,21 @@ class TrainingRunner:
     def backward_kept(self, call_id: int, owner: str, grad: torch.Tensor) -> Task:
         """See `Trainer.backward_kept`. `grad`: (rows, tokens, hidden size)."""
         work, size, together = partial(self._trainer.backward_kept, call_id, owner, grad), _tokens(grad), self._together
-        if together is None or size > together.most_tokens or not self._trainer.meets(call_id):
+        if together is None or size > together.most_tokens or not self._trainer.kept.meets(call_id):
             return Task(work, size)
         return Task(work, size, "backward of kept")
 
     def forget(self, owner: str) -> None:
-        """See `Trainer.forget`."""
-        self._trainer.forget(owner)
+        """Drop everything kept for a client that has gone."""
+        self._trainer.kept.forget(owner)
 
     def run(self, tasks: Sequence[Task]) -> list[Any]:
         """What each of `tasks`, which are of one group, returned or raised."""
         if self._together is None or tasks[0].group is None:
             return [self._run_alone(task) for task in tasks]
+        for task in tasks:
+            if task.prepare:
+                _attempt(task.prepare)
         outcomes: list[Any] = []
         with self._together.meeting():
             for start in range(0, len(tasks), self._together.most):
@@ -87,7 +93,9 @@ class TrainingRunner:
             return Task(partial(run, call), size)
         call = replace(call, meets=True)
         beside = partial(run, call, adding=together.adding)
-        return Task(partial(run, call), size, (kind, mode.blocks, mode.training), beside)
+        # What a new kind of call keeps is measured by running the span: not while others are half through it.
+        prepare = partial(self._trainer.footprint.of, call)
+        return Task(partial(run, call), size, (kind, mode.blocks, mode.training), beside, prepare)
 
 
 def _attempt(work: Callable[[], Any]) -> Any:

@@ -1,150 +1,183 @@
-"""Training calls: forward, and backward from kept activations or by computing the forward again."""
+"""Training calls: forward, and backward from what was kept or by computing the forward again."""
 
-import secrets
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 
 from peer.adapters.store import AdapterStore, StoredAdapter
-from peer.kv_cache.span_cache import prefix_cache
-from peer.span.span import Inputs, Mode, Span
-from peer.span.transfer import to_device, to_host
-from protocol.errors import BadRequest, UnknownCall
-from protocol.tensors import KvPrefix
+from peer.compute.failures import let_go
+from peer.kv_cache.span_cache import SpanCache, prefix_cache
+from peer.span.failures import is_out_of_memory
+from peer.span.span import Adapted, BlockCall, Inputs, Span
+from peer.span.transfer import to_host
+from peer.training.call import TrainingCall
+from peer.training.footprint import Footprint
+from peer.training.kept import Checkpoints, Graph, Kept, KeptCalls, checkpoint_bytes
+from protocol.errors import TooLong, UnknownCall
 
-
-@dataclass(frozen=True)
-class TrainingCall:
-    """What a forward runs on; a backward needs the same again."""
-
-    inputs: Inputs
-    mode: Mode
-    adapter: StoredAdapter | None
-    prefix: KvPrefix
-    meets: bool = False
-    """Whether it runs where it can meet others (`peer.training.joined`), and so will its backward."""
-
-
+T = TypeVar("T")
 Adding = Callable[[StoredAdapter, Mapping[str, torch.Tensor]], AbstractContextManager[None]]
 """Within the context the span itself runs with an adapter, of which these are the tensors."""
 
 
-@dataclass(frozen=True)
-class _Graph:
-    """A forward that a backward will follow: its leaves, by the names of their gradients, and its result."""
-
-    leaves: Mapping[str, torch.Tensor]
-    result: torch.Tensor
-    size: int
-    """Bytes of saved activations."""
-    owner: str
-    meets: bool
-    """Whether its backward can meet others."""
-
-
 class Trainer:
-    """Runs training calls on a span, keeping activations within a memory budget.
+    """Runs training calls on a span, within `max_kept_bytes` for all that is kept, and as much for the call that runs.
 
-    `adding`, where a method takes it: how a call's adapters are applied; `None`: by their PEFT tree.
+    What a call keeps is foreseen. Where its activations are too many, only the hidden states before each block are
+    kept, and backward computes block after block again: the same numbers, for the time of one more forward. Raises
+    `TooLong` for calls that do not fit even so. Where memory lacks all the same, the oldest kept calls give way, and
+    the call is tried once more in the sparing way; then what torch raises is raised.
+
+    `adding`, where a method takes it: how a call's adapters are applied; `None`: by their PEFT tree. Such a call runs
+    beside others; where it does not fit as it is, `torch.OutOfMemoryError` is raised, and it should be run alone.
     """
 
     def __init__(self, span: Span, adapters: AdapterStore, max_kept_bytes: int):
-        self._span, self._adapters, self._max_kept = span, adapters, max_kept_bytes
-        self._kept = dict[int, _Graph]()
-        """Oldest first."""
+        self._span, self._adapters, self.kept = span, adapters, KeptCalls(max_kept_bytes)
+        self.footprint = Footprint(span, adapters, lambda call: self._graph(call, "", None).size)
 
     def forward(
         self, call: TrainingCall, owner: str, keep: bool, adding: Adding | None = None
     ) -> tuple[torch.Tensor, int]:
         """The hidden states (rows, tokens, hidden size), and the ID of what is kept for the backward; 0: nothing."""
         if not keep:
-            with torch.no_grad():
-                return to_host(self._run(call, {}, adding)), 0
-        graph = self._forward_with_graph(call, owner, adding)
-        if graph.size > self._max_kept:
-            return to_host(graph.result.detach()), 0
-        call_id = secrets.randbits(63) | 1
-        self._kept[call_id] = graph
-        self._make_room()
-        return to_host(graph.result.detach()), call_id
+            return self._run_twice(call, adding, lambda _: (self._forward(call, adding), 0))
+        return self._run_twice(call, adding, lambda again: self._forward_and_keep(call, owner, adding, again))
 
     def backward_kept(self, call_id: int, owner: str, grad: torch.Tensor) -> dict[str, torch.Tensor]:
         """Gradients of a kept call, which is dropped by it. Raises `UnknownCall`, `BadRequest`."""
-        graph = self._kept.get(call_id)
-        if graph is None or graph.owner != owner:
-            raise UnknownCall("The activations of this call are no longer kept; send the forward's inputs again.")
-        if grad.shape != graph.result.shape:
-            raise BadRequest(f"grad has shape {list(grad.shape)}; the forward's result has {list(graph.result.shape)}.")
-        del self._kept[call_id]
-        return _backward(graph, grad)
+        kept = self.kept.take(call_id, owner, grad)
+        size = kept.size
+        try:
+            return kept.backward(grad)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            let_go(error)
+        del kept
+        self._make_room(size)
+        raise UnknownCall("There was no memory for the backward of this call; send the forward's inputs again.")
 
     def backward(self, call: TrainingCall, grad: torch.Tensor, adding: Adding | None = None) -> dict[str, torch.Tensor]:
         """Gradients by computing the forward again, dropout masks included."""
-        return _backward(self._forward_with_graph(call, "", adding), grad)
+        return self._run_twice(call, adding, lambda again: self._passed(call, "", adding, again).backward(grad))
 
-    def meets(self, call_id: int) -> bool:
-        """Whether the backward of a kept call can meet others."""
-        graph = self._kept.get(call_id)
-        return graph is not None and graph.meets
+    def _run_twice(self, call: TrainingCall, adding: Adding | None, run: Callable[[bool], T]) -> T:
+        """`run(False)`; if there is no memory for that, `run(True)` when other calls have given way."""
+        try:
+            return run(False)
+        except Exception as error:
+            if adding or not is_out_of_memory(error):
+                raise
+            let_go(error)
+        self._make_room(self.footprint.of_checkpoints(call))
+        return run(True)
 
-    def forget(self, owner: str) -> None:
-        """Drop everything kept for a client that has gone."""
-        for call_id in [i for i, graph in self._kept.items() if graph.owner == owner]:
-            del self._kept[call_id]
+    def _make_room(self, size: int) -> None:
+        self.kept.drop_oldest(size)
+        if self._span.device.type == "cuda":
+            torch.cuda.empty_cache()
 
-    def _make_room(self) -> None:
-        """The client that keeps most loses its oldest."""
-        while True:
-            sizes = Counter[str]()
-            for graph in self._kept.values():
-                sizes[graph.owner] += graph.size
-            if sizes.total() <= self._max_kept:
-                return
-            greediest = sizes.most_common(1)[0][0]
-            del self._kept[next(i for i, graph in self._kept.items() if graph.owner == greediest)]
+    @torch.no_grad()
+    def _forward(self, call: TrainingCall, adding: Adding | None) -> torch.Tensor:
+        return to_host(self._run(call, {}, adding))
 
-    def _forward_with_graph(self, call: TrainingCall, owner: str, adding: Adding | None) -> _Graph:
-        leaves = {"hidden_states": call.inputs.hidden.detach().requires_grad_()}
-        for block, (key, value) in call.prefix.items():
-            leaves[f"prefix.{block}.key"] = key.detach().requires_grad_()
-            leaves[f"prefix.{block}.value"] = value.detach().requires_grad_()
-        if call.adapter:
-            for name in call.adapter.manifest.trainable:
-                leaves[f"adapter.{name}"] = call.adapter.tensors[name].detach().requires_grad_()
-        counter = _SavedBytes(self._span)
+    def _forward_and_keep(
+        self, call: TrainingCall, owner: str, adding: Adding | None, sparing: bool
+    ) -> tuple[torch.Tensor, int]:
+        kept = self._passed(call, owner, adding, sparing)
+        return to_host(kept.result.detach()), self.kept.add(kept)
+
+    def _passed(self, call: TrainingCall, owner: str, adding: Adding | None, sparing: bool) -> Kept:
+        """A forward's result and what its backward needs, as much as fits; as little as can be if `sparing`."""
+        if not sparing and self.footprint.of(call) <= self.kept.max_bytes:
+            return self._graph(call, owner, adding)
+        if adding:
+            raise torch.OutOfMemoryError("This call does not fit the memory beside others.")
+        self._check_checkpoints(call)
+        return self._checkpoints(call, owner)
+
+    def _check_checkpoints(self, call: TrainingCall) -> None:
+        least, most, blocks = self.footprint.of_checkpoints(call), self.kept.max_bytes, call.mode.blocks
+        if least > most:
+            rows, tokens = call.inputs.hidden.shape[:2]
+            raise TooLong(
+                f"To train blocks {blocks.start}:{blocks.stop} with {rows} x {tokens} tokens takes "
+                f"{least / 1e6:,.1f} MB of memory at least, and this peer has {most / 1e6:,.1f} MB for it; "
+                "send fewer or shorter rows, or use another peer."
+            )
+
+    def _graph(self, call: TrainingCall, owner: str, adding: Adding | None) -> Graph:
+        leaves, counter = _leaves(call), _SavedBytes(self._span, call)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor):
             result = self._run(call, leaves, adding)
-        return _Graph(leaves, result, counter.total, owner, call.meets)
+        return Graph(leaves, result, counter.total, owner, call.meets)
+
+    @torch.no_grad()
+    def _checkpoints(self, call: TrainingCall, owner: str) -> Checkpoints:
+        result, calls = self._span.record(
+            call.inputs, call.mode, self._cache(call, {}, call.mode.blocks), self._adapted(call, {})
+        )
+        leaves = _leaves(call)
+        again = partial(self._run_block, call, leaves)
+        return Checkpoints(leaves, result, checkpoint_bytes(calls, result), owner, False, calls, again)
+
+    def _run_block(
+        self, call: TrainingCall, leaves: Mapping[str, torch.Tensor], block: BlockCall, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        cache = self._cache(call, leaves, range(block.block, block.block + 1))
+        return self._span.run_block(block, hidden, call.mode, cache, self._adapted(call, leaves))
 
     def _run(self, call: TrainingCall, leaves: Mapping[str, torch.Tensor], adding: Adding | None) -> torch.Tensor:
         hidden = leaves.get("hidden_states", call.inputs.hidden)
         inputs = Inputs(hidden, call.inputs.mask, call.inputs.positions)
-        cache = None
-        if call.prefix:
-            prefix = {
-                block: (leaves.get(f"prefix.{block}.key", key), leaves.get(f"prefix.{block}.value", value))
-                for block, (key, value) in call.prefix.items()
-            }
-            cache = prefix_cache(self._span.config, call.mode.blocks, prefix)
-        adapted = None
-        if call.adapter:
-            own = call.adapter.tensors
-            tensors = {name: leaves.get(f"adapter.{name}", tensor) for name, tensor in own.items()}
-            if adding is not None:
-                with adding(call.adapter, tensors):
-                    return self._span.run(inputs, call.mode)
-            adapted = self._adapters.adapt(call.adapter, tensors)
-        return self._span.run(inputs, call.mode, cache, adapted)
+        if call.adapter and adding is not None:
+            with adding(call.adapter, _tensors(call.adapter, leaves)):
+                return self._span.run(inputs, call.mode)
+        cache = self._cache(call, leaves, call.mode.blocks)
+        return self._span.run(inputs, call.mode, cache, self._adapted(call, leaves))
+
+    def _cache(self, call: TrainingCall, leaves: Mapping[str, torch.Tensor], blocks: range) -> SpanCache | None:
+        if not call.prefix:
+            return None
+        prefix = {
+            block: (leaves.get(f"prefix.{block}.key", key), leaves.get(f"prefix.{block}.value", value))
+            for block, (key, value) in call.prefix.items()
+            if block in blocks
+        }
+        return prefix_cache(self._span.config, blocks, prefix)
+
+    def _adapted(self, call: TrainingCall, leaves: Mapping[str, torch.Tensor]) -> Adapted | None:
+        if call.adapter is None:
+            return None
+        return self._adapters.adapt(call.adapter, _tensors(call.adapter, leaves))
+
+
+def _leaves(call: TrainingCall) -> dict[str, torch.Tensor]:
+    leaves = {"hidden_states": call.inputs.hidden.detach().requires_grad_()}
+    for block, (key, value) in call.prefix.items():
+        leaves[f"prefix.{block}.key"] = key.detach().requires_grad_()
+        leaves[f"prefix.{block}.value"] = value.detach().requires_grad_()
+    if call.adapter:
+        for name in call.adapter.manifest.trainable:
+            leaves[f"adapter.{name}"] = call.adapter.tensors[name].detach().requires_grad_()
+    return leaves
+
+
+def _tensors(adapter: StoredAdapter, leaves: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An adapter's, those that are trained replaced by leaves."""
+    return {name: leaves.get(f"adapter.{name}", tensor) for name, tensor in adapter.tensors.items()}
 
 
 class _SavedBytes:
-    """Counts what autograd saves beyond the span's own weights."""
+    """Counts what autograd saves beyond the weights of the span and of the call's adapter."""
 
-    def __init__(self, span: Span):
-        self._seen = {p.untyped_storage().data_ptr() for p in span.model.parameters()}
+    def __init__(self, span: Span, call: TrainingCall):
+        adapter = call.adapter.tensors.values() if call.adapter else ()
+        self._seen = {t.untyped_storage().data_ptr() for t in (*span.model.parameters(), *adapter)}
         self.total = 0
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -154,12 +187,3 @@ class _SavedBytes:
             self.total += storage.nbytes()
         # An operation that saves its own result would hold itself: a graph that no backward follows, for ever.
         return tensor.detach()
-
-
-def _backward(graph: _Graph, grad: torch.Tensor) -> dict[str, torch.Tensor]:
-    leaves = graph.leaves
-    grad = to_device(grad, graph.result.device, graph.result.dtype)
-    with torch.autograd.set_multithreading_enabled(False):  # a GPU's part also on this thread, which meets others
-        gradients = torch.autograd.grad(graph.result, list(leaves.values()), grad, allow_unused=True)
-    found = zip(leaves, gradients, strict=True)
-    return {f"grad.{name}": to_host(gradient) for name, gradient in found if gradient is not None}

@@ -11,6 +11,8 @@ For good, when a model is loaded:
 
 For the time of one trunk pass, each in a context manager, the outermost first:
 
+0. `replaced`, of the blocks' modules: what each block is called with is recorded, to be computed again for a backward
+   (`Span.record`). Never along with 2.
 1. `replaced`, of linear layers: LoRA rows (`peer.generation.joined.lora_rows`) or joined products
    (`peer.training.joined.products`). Never both: a pass is of steps or of training calls.
 2. One of two ways to run steps of several sessions. Lockstep: `replaced`, of the blocks' modules and then of the trunk.
@@ -93,8 +95,10 @@ def is_replaced(module: nn.Module) -> bool:
     return "forward" in vars(module)
 
 
-def call_with(module: nn.Module, tensors: Mapping[str, torch.Tensor], arguments: dict[str, Any]) -> Any:
-    """What `module(**arguments)` returns with `tensors` (dotted name -> tensor) in the place of its own."""
+def call_with(
+    module: nn.Module, tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any], *positional: Any
+) -> Any:
+    """What `module(*positional, **arguments)` returns, with `tensors` (by dotted name) in the place of its own."""
     if not tensors:
-        return module(**arguments)
-    return torch.func.functional_call(module, dict(tensors), (), arguments, tie_weights=False)
+        return module(*positional, **arguments)
+    return torch.func.functional_call(module, dict(tensors), positional, dict(arguments), tie_weights=False)

@@ -13,11 +13,12 @@ import torch
 from peer.adapters.lora import Delta
 from peer.adapters.store import AdapterStore, StoredAdapter
 from peer.span.span import Inputs, Mode, Span
+from peer.training.call import TrainingCall
 from peer.training.joined.products import Products
 from peer.training.joined.side_by_side import Place, meet, run_together
 from peer.training.joined.together import Together
 from peer.training.runner import Task, TrainingRunner
-from peer.training.trainer import Trainer, TrainingCall
+from peer.training.trainer import Trainer
 from protocol.errors import BadRequest, UnknownCall
 from tests.tools.lora import put_lora
 from tests.tools.spans import END, START, assert_same, states
@@ -128,7 +129,7 @@ def test_a_call_by_itself_is_what_it_always_was(spans: Callable[..., Span], fami
     for call in desk.calls(*(loras(desk, family) if family in TARGETS else [None] * 4)):
         (expected,), (gradients,) = desk.alone([call])
         ((hidden, call_id),) = desk.forward([call])
-        assert desk.trainer.meets(call_id)
+        assert desk.trainer.kept.meets(call_id)
         (found,) = desk.backward([(hidden, call_id)])
         assert torch.equal(hidden, expected)
         assert found.keys() == gradients.keys()
@@ -162,12 +163,11 @@ def test_each_keeps_and_is_counted_by_itself(spans: Callable[..., Span]) -> None
     """Memory for one call and a half: of two that were joined, the older gives way, as it would have alone."""
     span = spans("llama")
     call = Desk(span).call(1, 16, 1)
-    size = next(room for room in range(10_000, 10**7, 10_000) if Desk(span, room).forward([call])[0][1])
-    desk = Desk(span, size * 3 // 2)
+    desk = Desk(span, Desk(span).trainer.footprint.of(call) * 3 // 2)
     calls = [call, desk.call(1, 16, 2)]
     (_, gradients) = desk.alone(calls)
     answers = desk.forward(calls)
-    assert not desk.trainer.meets(answers[0][1])
+    assert not desk.trainer.kept.meets(answers[0][1])
     assert_same(desk.backward(answers[1:], (1,)), gradients[1:])
 
 
@@ -230,6 +230,17 @@ def test_memory_for_all_is_not_to_be_had(desk: Desk, monkeypatch: pytest.MonkeyP
     assert failed == [1] if where == "one call" else failed == [4] * 2 * 7 * (END - START)
     assert_same([hidden for hidden, _ in answers], results)
     assert_same(found, gradients)
+
+
+def test_what_does_not_fit_runs_alone(desk: Desk) -> None:
+    """Block by block; it does the others no harm."""
+    calls = desk.calls(*loras(desk))
+    results, gradients = desk.alone(calls)
+    small = Desk(desk.span, max(map(desk.trainer.footprint.of_checkpoints, calls)) * 11 // 10)
+    fits = [desk.trainer.footprint.of(call) <= small.trainer.kept.max_bytes for call in calls]
+    assert set(fits) == {True, False}
+    pairs = [(call, grad_of(result, i)) for i, (call, result) in enumerate(zip(calls, results, strict=True))]
+    assert_same(small.run([small.runner.backward(call, grad) for call, grad in pairs]), gradients)
 
 
 def test_who_runs_alone(desk: Desk, spans: Callable[..., Span]) -> None:

@@ -12,8 +12,8 @@ from peer.generation.joined.lockstep import Lockstep
 from peer.generation.joined.packing import Packer
 from peer.generation.steps import Step
 from peer.kv_cache.span_cache import SpanCache
+from peer.span.block_types import blocks_of_each_type
 from peer.span.span import Inputs, Mode, Span, find_module
-from peer.start.block_types import blocks_of_each_type
 from peer.start.joining_trial import find_joiner
 from protocol import swarm_pb2 as pb
 from protocol.errors import BadRequest, PeerFull, SessionLost, TooLong

@@ -13,12 +13,15 @@ import torch
 
 from bootstrap.member import Member, MemberOptions
 from client.swarm.loop import LOOP
+from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
-from protocol.errors import OutOfMemory, PeerFull
+from protocol.errors import OutOfMemory, PeerFailed, PeerFull
 from protocol.tensors import Limits
 from tests.tools.spans import WIDTH
 from tests.tools.swarm import ForkServer
-from tests.tools.wire import MAX_LENGTH, MIB, OPEN, Wire, forward, open_wire, step
+from tests.tools.wire import HIDDEN, MAX_LENGTH, MIB, OPEN, Wire, context, forward, open_wire, step
+
+BACKWARD = Message(pb.Backward(context=context(training=True)), {"hidden_states": HIDDEN, "grad": HIDDEN})
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,29 @@ def test_a_client_that_vanishes_leaves_nothing(small: Wire) -> None:
             assert time.monotonic() < end
             time.sleep(0.1)
     LOOP.run(member.shutdown())
+
+
+def test_a_device_that_refuses_a_call(fork_server: ForkServer, models: Callable[[str], Path]) -> None:
+    """But computes on: a client cannot end a peer with what a kernel does not take."""
+    with open_wire(fork_server, models("llama"), lie="device fails") as wire:
+        for _ in range(2):
+            with pytest.raises(PeerFailed, match="illegal memory access"):
+                wire.ask(BACKWARD)
+        assert wire.peer.is_alive()
+
+
+def test_a_device_that_fails_for_good(fork_server: ForkServer, models: Callable[[str], Path]) -> None:
+    """Not `PeerFailed` for ever while more and more clients are sent to it: it leaves the swarm, and says why."""
+    with open_wire(fork_server, models("llama"), lie="device is lost") as wire:
+        process, channel = psutil.Process(wire.peer.pid), wire.run(wire.greeted())
+        with pytest.raises(PeerFailed, match="illegal memory access"):
+            wire.run(channel.call(BACKWARD))
+        psutil.wait_procs([process], 20)
+        assert wire.peer.stdout.with_suffix(".code").read_text() == "1"
+        said = wire.peer.stderr.read_text()
+        sentence = "error: The device cpu has failed for good, and the log says how, so this peer can compute nothing"
+        assert said.rstrip().endswith(f"{sentence} any more; start the peer again.")
+        assert "could not be withdrawn" not in said
 
 
 def test_a_full_disk(fork_server: ForkServer, models: Callable[[str], Path]) -> None:

@@ -10,6 +10,7 @@ import torch
 from peer.generation.steps import StepRunner
 from peer.service import connection
 from peer.service.handover import Outbox
+from peer.span.span import Span
 from peer.training.trainer import Trainer
 
 _BEAT = 0.05
@@ -20,7 +21,14 @@ def begin_to_lie(kind: str) -> None:
 
     `cut off`: it reaches no other peer; `loses pushes`: what it pushes never comes; `hangs on pushes`: the next peer
     takes some of its signs of life to be found out of reach.
+
+    `device fails`: its backward passes fail as on a GPU that takes an illegal access; `device is lost`: for good.
     """
+    if kind in ("device fails", "device is lost"):
+        _change(Trainer, "backward", _fail)
+        if kind == "device is lost":
+            _change(Span, "computes", lambda found: False)
+        return
     if kind in ("cut off", "loses pushes", "hangs on pushes"):
         hangs = kind == "hangs on pushes"
         connection.HEARTBEAT = _BEAT if hangs else connection.HEARTBEAT
@@ -37,6 +45,10 @@ def begin_to_lie(kind: str) -> None:
     twist = _Replay() if kind == "replayed" else _Noise({"outputs": 1.0, "subtle": 0.05}[kind])
     _change(StepRunner, "run", lambda found: [twist(one) if isinstance(one, torch.Tensor) else one for one in found])
     _change(Trainer, "forward", lambda found: (twist(found[0]), found[1]))
+
+
+def _fail(_: Any) -> Any:
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
 
 def _push_nothing(says: bool, after: float) -> None:

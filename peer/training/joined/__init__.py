@@ -9,8 +9,8 @@ It pays for calls of few tokens, and for quantized weights (docs/performance.md,
 All of this can be taken out whole. Delete this folder, `tests/peer/test_joined_calls.py`,
 `benchmarks/joined_calls.py` and the test of `Products` in `tests/protocol/test_split_linear.py`; in
 `peer.start.assembly` (and in `tests/tools/fuzzing/handlers.py`) the import of `Together` and the second argument of
-`TrainingRunner`; in `peer.training.runner` the import, the argument `together` and what asks it, `Task.beside` and
-`Task.group`; in `peer.training.trainer` `Adding`, the arguments `adding`, and every `meets`.
+`TrainingRunner`; in `peer.training.runner` the import, the argument `together` and what asks it, `Task.beside`,
+`Task.prepare` and `Task.group`; in `peer.training.trainer` `Adding` and the arguments `adding`; every `meets`.
 
 How calls meet. Small forwards and backwards that wait at the same time (up to 64 tokens on CPUs, 512 on GPUs, and as
 much again riding along) each run the trunk on a thread of their own, one at a time, until they come to a linear

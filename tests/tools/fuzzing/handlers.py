@@ -148,7 +148,7 @@ class Handlers:
             adapters,
             BaseWeights(self._span),
             hand_over,
-            context_length=None,
+            self._span,
         )
 
     def play(self, data: bytes) -> None:
@@ -246,7 +246,7 @@ class Handlers:
             assert (service.memory.sessions, service.requests) == (0, 0)
             assert service.memory.free_tokens == _CACHE_TOKENS, "KV memory is still taken"
             memory, accounts = service.memory, service._reception.accounts
-            left = (service._generation._forks, accounts._open, memory._sessions, memory._held, trainer._kept)
+            left = (service._generation._forks, accounts._open, memory._sessions, memory._held, len(trainer.kept))
             assert not any(left), f"left behind: {left}"
 
 

@@ -1,0 +1,104 @@
+"""What a training call will keep for its backward: foreseen, from what small calls of its kind were seen to keep."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from peer.adapters.store import AdapterStore
+from peer.kv_cache.span_cache import prefix_tokens
+from peer.span.block_types import block_types
+from peer.span.span import Inputs, Mode, Span
+from peer.training.call import TrainingCall
+
+_TOKENS = 32
+"""Attention kernels round lengths up to this: measured is at one, two and three times as many."""
+_MOST_KINDS = 64
+
+
+@dataclass(frozen=True)
+class _Growth:
+    """Bytes that a block keeps of a row of t tokens: constant + linear * t + square * t**2.
+
+    Attention keeps its probabilities where no fused kernel computes it (ALiBi, soft caps), and masks: squares.
+    """
+
+    constant: float
+    linear: float
+    square: float
+
+    @classmethod
+    def through(cls, first: int, second: int, third: int) -> "_Growth":
+        """From the bytes of one, two and three times `_TOKENS`."""
+        square = (third - 2 * second + first) / (2 * _TOKENS**2)
+        linear = (second - first) / _TOKENS - 3 * _TOKENS * square
+        return cls(first - linear * _TOKENS - square * _TOKENS**2, linear, square)
+
+    def at(self, rows: int, tokens: int) -> int:
+        """Bytes, for so many rows of so many tokens."""
+        return max(0, round(self.constant + rows * (self.linear * tokens + self.square * tokens**2)))
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Calls that keep as much for each token: of one module tree, run in one way."""
+
+    types: dict[int, int]
+    """Block -> the first one of its type."""
+    growth: dict[int, _Growth] = field(default_factory=dict)
+    """The first block of a type -> what it keeps."""
+
+
+class Footprint:
+    """Foresees the bytes of activations that calls keep, without their inputs' own.
+
+    `measure`: runs a small call and returns the bytes of the graph that it makes. It is called three times for each
+    kind of calls and type of blocks, when the first such call comes: this belongs on the compute thread.
+    """
+
+    def __init__(self, span: Span, adapters: AdapterStore, measure: Callable[[TrainingCall], int]):
+        self._span, self._adapters, self._measure = span, adapters, measure
+        self._kinds: dict[Any, _Kind] = {}
+
+    def of(self, call: TrainingCall) -> int:
+        """Bytes that a call's autograd graph will keep."""
+        return sum(self._blocks(call))
+
+    def of_checkpoints(self, call: TrainingCall) -> int:
+        """Bytes that it takes at least: the hidden states between blocks, and the graph of one block at a time."""
+        return call.inputs.hidden.nbytes * (len(call.mode.blocks) + 1) + max(self._blocks(call))
+
+    def _blocks(self, call: TrainingCall) -> Iterable[int]:
+        kind, mode = self._kind(call), call.mode
+        rows, tokens = call.inputs.hidden.shape[:2]
+        for block in mode.blocks:
+            first = kind.types[block]
+            if first not in kind.growth:
+                kind.growth[first] = _Growth.through(*(self._measure(self._small(call, first, n)) for n in (1, 2, 3)))
+            yield kind.growth[first].at(rows, tokens + prefix_tokens(call.prefix))
+
+    def _kind(self, call: TrainingCall) -> _Kind:
+        mode, adapter, model = call.mode, call.adapter, self._span.model
+        own = (adapter.tree_key, len(adapter.manifest.trainable)) if adapter else None
+        key = own, mode.training, mode.autocast, call.inputs.mask is None
+        if key not in self._kinds:
+            if len(self._kinds) >= _MOST_KINDS:
+                self._kinds.clear()
+            if adapter:
+                model = self._adapters.adapt(adapter, adapter.tensors).model
+            self._kinds[key] = _Kind(block_types(self._span, model))
+        return self._kinds[key]
+
+    def _small(self, call: TrainingCall, block: int, number: int) -> TrainingCall:
+        span, tokens = self._span, number * _TOKENS
+        hidden = torch.ones(1, tokens, span.hidden_size, dtype=span.dtype, device=span.device)
+        mask = None if call.inputs.mask is None else (torch.arange(tokens) > 0)[None].long()
+        mode = replace(call.mode, blocks=range(block, block + 1), dropout_seed=0)
+        return TrainingCall(Inputs(hidden, mask), mode, call.adapter, {})
+
+
+def plain_call(span: Span, rows: int, tokens: int) -> TrainingCall:
+    """A call over all of a span's blocks without an adapter; its hidden states are on the meta device."""
+    hidden = torch.empty(rows, tokens, span.hidden_size, dtype=span.dtype, device="meta")
+    return TrainingCall(Inputs(hidden), Mode(span.blocks, training=True), None, {})

@@ -1,0 +1,158 @@
+"""Training within a peer's memory: what calls keep is foreseen, and what does not fit is computed again by blocks."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from peer.adapters.store import AdapterStore, StoredAdapter
+from peer.span.span import Inputs, Mode, Span
+from peer.start.memory import Budget
+from peer.training.call import TrainingCall
+from peer.training.kept import Checkpoints, Graph
+from peer.training.trainer import Trainer
+from protocol.errors import BadUsage, TooLong
+from tests.tools.lora import put_lora
+from tests.tools.spans import END, START, states
+from tests.tools.wire import Wire
+
+TARGETS = {
+    "llama": ("1.self_attn.q_proj", "2.mlp.down_proj", "3.self_attn.v_proj"),
+    "bloom": ("1.self_attention.query_key_value", "2.mlp.dense_h_to_4h", "3.self_attention.dense"),
+    "gpt2": ("1.attn.c_attn", "2.mlp.c_fc", "3.attn.c_attn"),
+    "opt": ("1.self_attn.q_proj", "2.fc1", "3.fc2"),
+    "qwen3_moe": ("1.self_attn.q_proj", "2.self_attn.o_proj"),
+    "gemma3": ("1.self_attn.q_proj", "2.mlp.down_proj", "3.self_attn.v_proj"),
+}
+AMPLE = 10**9
+
+
+class Desk:
+    """A span, a trainer with so many bytes, and calls for it."""
+
+    def __init__(self, span: Span, room: int = AMPLE):
+        self.span, self.store = span, AdapterStore(span, 10**8, 64, 10**8)
+        self.trainer = Trainer(span, self.store, room)
+
+    def put(self, family: str, **options: Any) -> StoredAdapter:
+        return put_lora(self.store, self.span, TARGETS[family], 4, 1, **options)
+
+    def call(self, rows: int, tokens: int, adapter: StoredAdapter | None = None, **options: Any) -> TrainingCall:
+        prefix = {}
+        if length := options.pop("prefix", 0):
+            for block in self.span.blocks:
+                sizes = [shape.sizes for shape in self.span.kv_shapes[block]]
+                prefix[block] = tuple(torch.randn(rows, heads, length, size) for heads, size in sizes)
+        mask = torch.ones(rows, tokens + length, dtype=torch.long)
+        mask[0, length : length + tokens // 3] = 0
+        inputs = Inputs(states(rows, tokens, 1), mask if options.pop("padded", True) else None)
+        mode = Mode(self.span.blocks, **({"training": True, "dropout_seed": 7} | options))
+        return TrainingCall(inputs, mode, adapter, prefix)  # type: ignore[arg-type]
+
+    def pass_(self, call: TrainingCall) -> list[dict[str, torch.Tensor]]:
+        """The result, and the gradients both from what was kept and by computing the forward again."""
+        hidden, call_id = self.trainer.forward(call, "me", keep=True)
+        grad = states(*hidden.shape[:2], 50)
+        kept = self.trainer.backward_kept(call_id, "me", grad)
+        return [{"hidden": hidden}, kept, self.trainer.backward(call, grad)]
+
+
+def sparing(desk: Desk, call: TrainingCall) -> Desk:
+    """A desk with just so much memory that the call's blocks have to be computed again."""
+    return Desk(desk.span, desk.trainer.footprint.of_checkpoints(call) * 11 // 10)
+
+
+KINDS: list[dict[str, Any]] = [{}, {"padded": False}, {"autocast": torch.bfloat16}, {"prefix": 3}, {"training": False}]
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("llama", kind) for kind in KINDS] + [(family, {}) for family in TARGETS if family != "llama"],
+    ids=str,
+)
+def test_blocks_computed_again_give_the_same_bits(
+    spans: Callable[..., Span], family: str, kind: dict[str, Any]
+) -> None:
+    desk = Desk(spans(family))
+    adapter = desk.put(family, lora_dropout=0.2)
+    call = desk.call(2, 120, adapter, **kind)
+    expected = desk.pass_(call)
+    again = sparing(desk, call)
+    assert isinstance(desk.trainer._passed(call, "", None, False), Graph)
+    assert isinstance(again.trainer._passed(call, "", None, False), Checkpoints)
+    for ours, theirs in zip(again.pass_(call), expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("quantization", ["nf4"])
+def test_quantized_blocks_too(spans: Callable[..., Span], quantization: str) -> None:
+    desk = Desk(spans("llama", quantization=quantization))
+    call = desk.call(1, 90, desk.put("llama"))
+    for ours, theirs in zip(sparing(desk, call).pass_(call), desk.pass_(call), strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt2", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_a_call_keeps_is_foreseen(spans: Callable[..., Span], family: str, padded: bool) -> None:
+    desk = Desk(spans(family))
+    for adapter in (None, desk.put(family, lora_dropout=0.1)):
+        for rows, tokens in ((1, 16), (3, 100), (1, 300)):
+            call = desk.call(rows, tokens, adapter, padded=padded)
+            foreseen = desk.trainer.footprint.of(call)
+            kept = desk.trainer._passed(call, "", None, False).size
+            assert kept <= foreseen * 1.02 + 2000, (rows, tokens)
+            assert foreseen <= kept * 1.25 + 20_000, (rows, tokens)
+
+
+def test_what_is_kept_by_blocks_is_foreseen(spans: Callable[..., Span]) -> None:
+    desk = Desk(spans("llama"))
+    call = desk.call(2, 120, padded=False)
+    again = sparing(desk, call)
+    kept = again.trainer._passed(call, "", None, False)
+    assert kept.size < desk.trainer.footprint.of_checkpoints(call) < desk.trainer.footprint.of(call)
+
+
+def test_a_row_too_long_even_for_that_is_refused(spans: Callable[..., Span]) -> None:
+    desk = Desk(spans("llama"))
+    call = desk.call(1, 120)
+    least = desk.trainer.footprint.of_checkpoints(call)
+    short = Desk(desk.span, least - 1000).trainer
+    told = rf"To train blocks {START}:{END} with 1 x 120 tokens takes {least / 1e6:,.1f} MB of memory at least"
+    for ask in (
+        lambda: short.forward(call, "me", keep=True),
+        lambda: short.backward(call, states(1, 120, 2)),
+    ):
+        with pytest.raises(TooLong, match=told):
+            ask()
+    assert short.forward(call, "me", keep=False)[0].shape == (1, 120, desk.span.hidden_size)
+
+
+# ---- what a peer's memory is for
+
+
+@pytest.mark.parametrize("cache_tokens", [None, 1, 1000, 20_000])
+def test_the_shares_add_up_to_what_is_free(cache_tokens: int | None) -> None:
+    budget = Budget.of(10**9, 50_000, cache_tokens, 8192)
+    assert budget.cache + budget.kept + budget.adapters + budget.call == 10**9
+    assert budget.cache == budget.cache_tokens * 50_000
+    assert budget.kept <= budget.call
+    assert budget.max_length == min(8192, budget.cache_tokens)
+    if cache_tokens is None:
+        assert budget.cache <= 10**9 / 4, "8,192 tokens would take 410 MB"
+
+
+def test_more_cache_than_there_is_memory() -> None:
+    with pytest.raises(BadUsage, match=r"it would take 1.50 GB, and 1.00 GB are free; choose fewer"):
+        Budget.of(10**9, 50_000, 30_000, 8192)
+
+
+def test_a_peer_says_what_its_memory_is_for(opened_wire: Wire) -> None:
+    said = opened_wire.peer.stderr.read_text()
+    assert re.search(r"memory: .* GB for KV caches of 1,024 tokens, .*; rows of up to 64 tokens", said), said
+    measured = re.search(r"training keeps ([\d.]+) MB of 1,024 tokens and block", said)
+    assert measured, said
+    assert 0.5 < float(measured[1]) < 20
