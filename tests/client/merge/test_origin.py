@@ -85,6 +85,18 @@ def test_an_adapter_that_names_no_base(adapter: Path, tmp_path: Path, command: C
     assert "adapter_config.json names no base model; name the one it was trained on (--base)." in refusal
 
 
+def test_the_output_of_a_run_is_no_adapter(adapter: Path, llama: Path, tmp_path: Path, command: Command) -> None:
+    refusal = command("merge", adapter.parent, "--base", llama, "--out", tmp_path / "out").refusal()
+    assert refusal.endswith(f"it has no adapter_config.json; did you mean {adapter}?")
+
+
+def test_tokens_that_the_base_lacks(adapter: Path, llama: Path, tmp_path: Path, command: Command) -> None:
+    edit(adapter / "adapter_config.json", trainable_token_indices=[128])
+    refusal = command("merge", adapter, "--base", llama, "--out", tmp_path / "out").refusal()
+    assert "trains tokens that this base has no embeddings for (index 128 is out of bounds" in refusal
+    assert refusal.endswith("if only the vocabulary was resized, save the resized base and merge into that.")
+
+
 def test_what_is_said_of_other_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "copies" / "tiny").mkdir(parents=True)
