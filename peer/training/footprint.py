@@ -12,8 +12,9 @@ from peer.span.block_types import block_types
 from peer.span.span import Inputs, Mode, Span
 from peer.training.call import TrainingCall
 
-_TOKENS = 32
-"""Attention kernels round lengths up to this: measured is at one, two and three times as many."""
+_ROWS, _TOKENS = 2, 32
+"""Measured is with two rows, as what is a view of one may be a copy of several, and at one, two and three times so many
+tokens: attention kernels round lengths up to this."""
 _MOST_KINDS = 64
 
 
@@ -30,10 +31,10 @@ class _Growth:
 
     @classmethod
     def through(cls, first: int, second: int, third: int) -> "_Growth":
-        """From the bytes of one, two and three times `_TOKENS`."""
+        """From the bytes of `_ROWS` rows of one, two and three times `_TOKENS`."""
         square = (third - 2 * second + first) / (2 * _TOKENS**2)
         linear = (second - first) / _TOKENS - 3 * _TOKENS * square
-        return cls(first - linear * _TOKENS - square * _TOKENS**2, linear, square)
+        return cls(first - linear * _TOKENS - square * _TOKENS**2, linear / _ROWS, square / _ROWS)
 
     def at(self, rows: int, tokens: int) -> int:
         """Bytes, for so many rows of so many tokens."""
@@ -92,8 +93,8 @@ class Footprint:
 
     def _small(self, call: TrainingCall, block: int, number: int) -> TrainingCall:
         span, tokens = self._span, number * _TOKENS
-        hidden = torch.ones(1, tokens, span.hidden_size, dtype=span.dtype, device=span.device)
-        mask = None if call.inputs.mask is None else (torch.arange(tokens) > 0)[None].long()
+        hidden = torch.ones(_ROWS, tokens, span.hidden_size, dtype=span.dtype, device=span.device)
+        mask = None if call.inputs.mask is None else (torch.arange(tokens) > 0).long().repeat(_ROWS, 1)
         mode = replace(call.mode, blocks=range(block, block + 1), dropout_seed=0)
         return TrainingCall(Inputs(hidden, mask), mode, call.adapter, {})
 

@@ -129,6 +129,10 @@ class Trainer:
         self, call: TrainingCall, leaves: Mapping[str, torch.Tensor], block: BlockCall, hidden: torch.Tensor
     ) -> torch.Tensor:
         cache = self._cache(call, leaves, range(block.block, block.block + 1))
+        if block.hidden is not call.inputs.hidden:
+            # In a whole graph it is no leaf. Of a leaf autocast makes one copy for all layers, so that gradients add up
+            # in 16 bits (in blocks that begin with linear layers: OPT-350M, OLMo 2).
+            hidden = hidden.view_as(hidden)
         return self._span.run_block(block, hidden, call.mode, cache, self._adapted(call, leaves))
 
     def _run(self, call: TrainingCall, leaves: Mapping[str, torch.Tensor], adding: Adding | None) -> torch.Tensor:

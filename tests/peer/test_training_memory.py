@@ -23,6 +23,7 @@ TARGETS = {
     "bloom": ("1.self_attention.query_key_value", "2.mlp.dense_h_to_4h", "3.self_attention.dense"),
     "gpt2": ("1.attn.c_attn", "2.mlp.c_fc", "3.attn.c_attn"),
     "opt": ("1.self_attn.q_proj", "2.fc1", "3.fc2"),
+    "olmo2": ("1.self_attn.q_proj", "2.mlp.down_proj", "3.self_attn.v_proj"),
     "qwen3_moe": ("1.self_attn.q_proj", "2.self_attn.o_proj"),
     "gemma3": ("1.self_attn.q_proj", "2.mlp.down_proj", "3.self_attn.v_proj"),
 }
@@ -69,7 +70,11 @@ KINDS: list[dict[str, Any]] = [{}, {"padded": False}, {"autocast": torch.bfloat1
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("llama", kind) for kind in KINDS] + [(family, {}) for family in TARGETS if family != "llama"],
+    [
+        *(("llama", kind) for kind in KINDS),
+        *((family, {}) for family in TARGETS if family not in ("llama", "olmo2")),
+        ("olmo2", {"autocast": torch.bfloat16}),
+    ],
     ids=str,
 )
 def test_blocks_computed_again_give_the_same_bits(
