@@ -94,7 +94,7 @@ class Footprint:
     def _small(self, call: TrainingCall, block: int, number: int) -> TrainingCall:
         span, tokens = self._span, number * _TOKENS
         hidden = torch.ones(_ROWS, tokens, span.hidden_size, dtype=span.dtype, device=span.device)
-        mask = None if call.inputs.mask is None else (torch.arange(tokens) > 0).long().expand(_ROWS, -1)
+        mask = None if call.inputs.mask is None else (torch.arange(tokens) > 0).long().repeat(_ROWS, 1)
         mode = replace(call.mode, blocks=range(block, block + 1), dropout_seed=0)
         return TrainingCall(Inputs(hidden, mask), mode, call.adapter, {})
 
