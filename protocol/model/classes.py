@@ -24,7 +24,8 @@ def class_for(checkpoint: Checkpoint, mapping: str) -> tuple[type[PreTrainedMode
             return cls, config_for(cls, config) or config
     task = mapping.removeprefix("MODEL_FOR_").removesuffix("_MAPPING").lower().replace("_", " ")
     raise UnsupportedModel(
-        f"{checkpoint.name} is a {config.model_type} model, for which Transformers has no {task} class."
+        f"{checkpoint.name} is a {config.model_type} model, of which Transformers makes no model for {task}; "
+        "expected a model of another family."
     )
 
 
