@@ -9,12 +9,8 @@ from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-try:
-    from uvloop import new_event_loop
-except ImportError:  # Windows
-    from asyncio import new_event_loop
-
 from protocol.errors import BadUsage
+from protocol.machine.event_loop import new_event_loop
 
 T = TypeVar("T")
 

@@ -8,14 +8,13 @@ import sys
 from collections.abc import Coroutine
 from typing import Any, NoReturn
 
+from protocol.machine.event_loop import new_event_loop
+
 
 def run(coroutine: Coroutine[Any, Any, None]) -> None:
-    """Run a command to its end, on uvloop where there is one."""
-    try:
-        from uvloop import run as run_loop
-    except ImportError:
-        from asyncio import run as run_loop
-    run_loop(coroutine)
+    """Run a command to its end."""
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(coroutine)
 
 
 def stop_on_signals() -> asyncio.Event:

@@ -2,6 +2,7 @@
 
 imports       importing torch and Transformers quickly
 openmp        how long torch's idle threads spin
+event_loop    uvloop's event loop, which says nothing of connections that were closed
 signals       signals that end a process in order
 inspection    SIGUSR1 shows what a process does: threads, tasks, state
 paths         paths and folders of models as people write them: `~`, no URLs
