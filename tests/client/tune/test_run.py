@@ -352,7 +352,7 @@ def described(folder: Path, **keys: Any) -> Path:
 
 
 def test_the_context_is_that_of_the_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(model: str, name: str, revision: str | None) -> str:
+    def download(model: str, name: str, revision: str | None, **_: object) -> str:
         LlamaConfig(max_position_embeddings=64 if revision == "old" else 256).save_pretrained(tmp_path)
         return str(tmp_path / name)
 
