@@ -203,6 +203,32 @@ def test_training_has_its_share_among_many_steps() -> None:
     assert had["training"] > 0.6 * had["steps"]
 
 
+def mean_riders(priority: Priority, groups: list[str], starts: list[float], pauses: list[float]) -> float:
+    """How much work goes in a pass of 30 ms, of clients that begin after so many seconds and pause for so many."""
+
+    async def use() -> float:
+        scheduler, riders = Scheduler(), list[int]()
+        end = time.monotonic() + 1.5
+
+        def run(items: list[int]) -> list[int]:
+            riders.append(len(items))
+            time.sleep(0.03)
+            return items
+
+        async def talk(number: int) -> None:
+            await asyncio.sleep(starts[number])
+            while time.monotonic() < end:
+                for group in groups:
+                    await scheduler.submit_batched(priority, run, number, f"client {number}", group)
+                    await asyncio.sleep(pauses[number])
+
+        await asyncio.gather(*(talk(number) for number in range(len(pauses))))
+        scheduler.close()
+        return sum(riders) / len(riders)
+
+    return asyncio.run(use())
+
+
 @pytest.mark.parametrize(
     ("priority", "groups", "pauses", "least"),
     [
@@ -217,52 +243,12 @@ def test_a_call_waits_a_moment_for_those_who_come_just_after(
 
     And two who train would miss each other: one would be at its backward when the other comes with its forward.
     """
-
-    async def use() -> float:
-        scheduler, riders = Scheduler(), list[int]()
-        end = time.monotonic() + 1.5
-
-        def run(items: list[int]) -> list[int]:
-            riders.append(len(items))
-            time.sleep(0.03)
-            return items
-
-        async def talk(number: int) -> None:
-            while time.monotonic() < end:
-                for group in groups:
-                    await scheduler.submit_batched(priority, run, number, f"client {number}", group)
-                    await asyncio.sleep(pauses[number])
-
-        await asyncio.gather(*(talk(number) for number in range(len(pauses))))
-        scheduler.close()
-        return sum(riders) / len(riders)
-
-    assert asyncio.run(use()) > least
+    assert mean_riders(priority, groups, [0.0] * len(pauses), pauses) > least
 
 
 def test_two_rounds_become_one() -> None:
     """Four who send while the pass of four others runs would meet these for ever at the device, each round in turn."""
-
-    async def use() -> float:
-        scheduler, riders = Scheduler(), list[int]()
-        end = time.monotonic() + 1.5
-
-        def run(items: list[int]) -> list[int]:
-            riders.append(len(items))
-            time.sleep(0.03)
-            return items
-
-        async def talk(number: int) -> None:
-            await asyncio.sleep(0.02 * (number % 2))
-            while time.monotonic() < end:
-                await scheduler.submit_batched(Priority.STEP, run, number, f"client {number}", "steps")
-                await asyncio.sleep(0.015)
-
-        await asyncio.gather(*(talk(number) for number in range(8)))
-        scheduler.close()
-        return sum(riders) / len(riders)
-
-    assert asyncio.run(use()) > 6
+    assert mean_riders(Priority.STEP, ["steps"], [0.0, 0.02] * 4, [0.015] * 8) > 6
 
 
 def test_a_peer_at_rest_gives_memory_back_once() -> None:
