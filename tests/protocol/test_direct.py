@@ -310,7 +310,8 @@ def test_a_stranger_that_trickles_has_no_more_time(people: list[Credentials], mo
             while not ended.done() and time.monotonic() - begin < 5:
                 raw.writer.write(b"\1")
                 await asyncio.sleep(0.1)
-            assert await ended == b""
+            with suppress(ConnectionResetError):  # a byte came after the end
+                assert await ended == b""
             assert time.monotonic() - begin < 3
             raw.writer.close()
 
