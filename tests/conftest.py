@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peer.span.span import Span
     from tests.tools.arena import Arena
     from tests.tools.command import Command
-    from tests.tools.swarm import ForkServer, Swarm
+    from tests.tools.swarm import Both, ForkServer, Swarm
     from tests.tools.wire import Wire
 
 
@@ -105,6 +105,14 @@ def llama_swarm(fork_server: "ForkServer", models: Callable[[str], Path]) -> "It
     with new_swarm(fork_server) as made:
         made.serve(models("llama"), "0:2", "2:3", "3:5")
         yield models("llama"), made
+
+
+@pytest.fixture(scope="module")
+def llamas(llama_swarm: "tuple[Path, Swarm]") -> "Both":
+    """The small llama, plain and through `llama_swarm`."""
+    from tests.tools.swarm import Both
+
+    return Both(*llama_swarm)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Averages of adapters over training (EMA, SWA): what this machine holds is averaged, the blocks stay what they are."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -11,19 +10,14 @@ from torch.optim import swa_utils
 
 from client.ghosts.questions import RemoteWeightError
 from tests.tools.arena import one
-from tests.tools.swarm import Both, Swarm
+from tests.tools.swarm import Both
 
 IDS = one()["input_ids"]
 
 
 @pytest.fixture(scope="module")
-def llama(llama_swarm: tuple[Path, Swarm]) -> Both:
-    return Both(*llama_swarm)
-
-
-@pytest.fixture(scope="module")
-def model(llama: Both) -> Any:
-    return llama.remote()
+def model(llamas: Both) -> Any:
+    return llamas.remote()
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -37,7 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_averaged_adapters(way: str, dora: bool, llama: Both) -> None:
+def test_averaged_adapters(way: str, dora: bool, llamas: Both) -> None:
     def run(model: Any) -> torch.Tensor:
         torch.manual_seed(0)
         config = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=dora, init_lora_weights=dora)
@@ -53,7 +47,7 @@ def test_averaged_adapters(way: str, dora: bool, llama: Both) -> None:
             assert not torch.equal(logits, tuned(input_ids=IDS).logits)
         return logits  # type: ignore[no-any-return]
 
-    torch.testing.assert_close(run(llama.remote()), run(llama.local()))
+    torch.testing.assert_close(run(llamas.remote()), run(llamas.local()))
 
 
 def test_only_averages_of_a_weight_with_itself(model: Any) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -12,14 +11,9 @@ from torch import nn
 
 from protocol.errors import BadAdapter, BadUsage
 from tests.tools.arena import one
-from tests.tools.swarm import Both, Swarm
+from tests.tools.swarm import Both
 
 IDS = one()["input_ids"]
-
-
-@pytest.fixture(scope="module")
-def llama(llama_swarm: tuple[Path, Swarm]) -> Both:
-    return Both(*llama_swarm)
 
 
 def _fewer_by_the_configuration(model: Any) -> None:
@@ -36,7 +30,7 @@ def _popped(model: Any) -> None:
 
 @pytest.mark.parametrize("change", [_fewer_by_the_configuration, _none_at_the_end, _popped])
 @pytest.mark.parametrize("used", [False, True], ids=["", "used"])
-def test_blocks_left_out_at_the_end(change: Callable[[Any], None], used: bool, llama: Both) -> None:
+def test_blocks_left_out_at_the_end(change: Callable[[Any], None], used: bool, llamas: Both) -> None:
     """A forward, tokens from a cache, and gradients of an adapter on what is left."""
 
     def run(model: Any) -> list[torch.Tensor]:
@@ -52,13 +46,13 @@ def test_blocks_left_out_at_the_end(change: Callable[[Any], None], used: bool, l
         tuned(input_ids=IDS, labels=IDS).loss.backward()
         return [logits, tokens, *(p.grad for p in tuned.parameters() if p.grad is not None)]
 
-    ours, theirs = run(llama.remote()), run(llama.local())
+    ours, theirs = run(llamas.remote()), run(llamas.local())
     assert len(ours) == len(theirs) == 6
     assert all(map(torch.equal, ours, theirs))
 
 
-def test_a_cache_of_more_blocks(llama: Both) -> None:
-    model = llama.remote()
+def test_a_cache_of_more_blocks(llamas: Both) -> None:
+    model = llamas.remote()
     with torch.no_grad():
         cache = model(input_ids=IDS).past_key_values
         model.config.num_hidden_layers = 2
@@ -127,8 +121,8 @@ CHANGES: dict[Callable[[Any], None], str] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("adapted", [False, True], ids=["", "adapter"])
-def test_blocks_in_another_order_or_of_another_kind(change: Callable[[Any], None], adapted: bool, llama: Both) -> None:
-    model = llama.remote()
+def test_blocks_in_another_order_or_of_another_kind(change: Callable[[Any], None], adapted: bool, llamas: Both) -> None:
+    model = llamas.remote()
     tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "up_proj"])) if adapted else model
     change(model.model.layers)
     with torch.no_grad(), pytest.raises((BadUsage, BadAdapter), match=f"^{CHANGES[change]}") as caught:
@@ -147,19 +141,19 @@ def _replicated(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("change", [_new_list, _replicated])
-def test_another_list_of_blocks(change: Callable[[Any], Any], llama: Both) -> None:
-    changed = change(llama.remote())
+def test_another_list_of_blocks(change: Callable[[Any], Any], llamas: Both) -> None:
+    changed = change(llamas.remote())
     with torch.no_grad(), pytest.raises(BadUsage, match=r"^The list of blocks was replaced.*layers\[8:\]\.$"):
         changed(input_ids=IDS)
 
 
-def test_a_configuration_that_changes_masks(llama: Both) -> None:
-    model = llama.remote()
+def test_a_configuration_that_changes_masks(llamas: Both) -> None:
+    model = llamas.remote()
     model.config.is_causal = False
     with pytest.raises(BadUsage, match=r"^config\.is_causal was None when the model was loaded, and is False"):
         model.generate(**one())
 
 
-def test_every_second_block(llama: Both) -> None:
+def test_every_second_block(llamas: Both) -> None:
     with pytest.raises(BadUsage, match="Remote blocks run in their order"):
-        llama.remote().model.layers[::2]
+        llamas.remote().model.layers[::2]

@@ -2,21 +2,15 @@
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
 
-from tests.tools.swarm import Both, Swarm
+from tests.tools.swarm import Both
 
 IDS = torch.arange(3, 13).reshape(2, 5)
-
-
-@pytest.fixture(scope="module")
-def llama(llama_swarm: tuple[Path, Swarm]) -> Both:
-    return Both(*llama_swarm)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +27,7 @@ def compiled(model: Any) -> Any:
     return model
 
 
-def test_training(llama: Both) -> None:
+def test_training(llamas: Both) -> None:
     def gradients(model: Any) -> list[torch.Tensor]:
         torch.manual_seed(0)
         config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
@@ -42,12 +36,12 @@ def test_training(llama: Both) -> None:
         loss.backward()
         return [loss.detach(), *(p.grad for p in tuned.parameters() if p.grad is not None)]
 
-    ours, theirs = gradients(llama.remote()), gradients(llama.local())
+    ours, theirs = gradients(llamas.remote()), gradients(llamas.local())
     assert len(ours) == len(theirs) > 5
     assert all(map(torch.equal, ours, theirs))
 
 
-def test_generating(llama: Both) -> None:
+def test_generating(llamas: Both) -> None:
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    ours = compiled(llama.remote()).generate(IDS, **options)
-    assert torch.equal(ours, llama.local().generate(IDS, **options))
+    ours = compiled(llamas.remote()).generate(IDS, **options)
+    assert torch.equal(ours, llamas.local().generate(IDS, **options))

@@ -3,7 +3,6 @@
 import os
 import sys
 import traceback
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +10,9 @@ import torch
 
 from protocol.errors import BadUsage
 from tests.tools.arena import one
-from tests.tools.swarm import Both, Swarm
+from tests.tools.swarm import Both
 
 IDS = one()["input_ids"]
-
-
-@pytest.fixture(scope="module")
-def llama(llama_swarm: tuple[Path, Swarm]) -> Both:
-    return Both(*llama_swarm)
 
 
 def in_a_child(run: Any) -> int:
@@ -38,9 +32,9 @@ def in_a_child(run: Any) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_child_that_loads_its_own_model(llama: Both) -> None:
+def test_a_child_that_loads_its_own_model(llamas: Both) -> None:
     """The parent's model goes on meanwhile, also on a cache that it had before."""
-    model = llama.remote()
+    model = llamas.remote()
     expected = model.generate(IDS, max_new_tokens=3, return_dict_in_generate=True)
 
     def load_anew() -> None:
@@ -48,9 +42,9 @@ def test_a_child_that_loads_its_own_model(llama: Both) -> None:
         for inherited in (model.generate, model.swarm.peers, model.swarm.route):
             with pytest.raises(BadUsage, match="forked from the one that loaded the model; load the model after"):
                 inherited(*([IDS] if inherited == model.generate else []))
-        own = llama.remote()
+        own = llamas.remote()
         assert torch.equal(own.generate(IDS, max_new_tokens=3), expected.sequences)
-        assert len(own.swarm.peers()) == len(llama.swarm.peers)
+        assert len(own.swarm.peers()) == len(llamas.swarm.peers)
 
     assert in_a_child(load_anew) == 0
     again = model.generate(expected.sequences, max_new_tokens=1, past_key_values=expected.past_key_values)

@@ -9,14 +9,9 @@ import torch
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
 from tests.tools import arena
-from tests.tools.swarm import Both, Swarm
+from tests.tools.swarm import Both
 
 BATCH = {name: arena.batch()[name] for name in ("input_ids", "attention_mask")}
-
-
-@pytest.fixture(scope="module")
-def llama(llama_swarm: tuple[Path, Swarm]) -> Both:
-    return Both(*llama_swarm)
 
 
 def adapter(model: Any, **options: Any) -> Any:
@@ -34,11 +29,11 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("with_patterns", [False, True], ids=["", "patterns"])
-def test_an_adapter_swapped_in_place(prepared: bool, with_patterns: bool, llama: Both, tmp_path: Path) -> None:
+def test_an_adapter_swapped_in_place(prepared: bool, with_patterns: bool, llamas: Both, tmp_path: Path) -> None:
     """For one of a higher rank and another scaling, and back (PEFT 2177)."""
     patterns: dict[str, Any] = {"rank_pattern": {"v_proj": 3}} if with_patterns else {}
     for name, rank in (("low", 2), ("high", 8)):
-        adapter(llama.local(), r=rank, **patterns).save_pretrained(tmp_path / name)
+        adapter(llamas.local(), r=rank, **patterns).save_pretrained(tmp_path / name)
 
     def outputs(model: Any) -> list[torch.Tensor]:
         tuned = peft.PeftModel.from_pretrained(model, tmp_path / "low")
@@ -51,6 +46,6 @@ def test_an_adapter_swapped_in_place(prepared: bool, with_patterns: bool, llama:
             found += [logits(tuned), tuned.generate(**BATCH, max_new_tokens=3)]
         return found
 
-    theirs, ours = outputs(llama.local()), outputs(llama.remote())
+    theirs, ours = outputs(llamas.local()), outputs(llamas.remote())
     assert all(map(torch.equal, ours, theirs))
     assert not torch.equal(ours[0], ours[-4])

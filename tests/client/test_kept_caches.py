@@ -1,6 +1,5 @@
 """More caches than peers hold sessions for: those that lie idle give way, and are made again when they are used."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,21 +13,16 @@ IDS = one()["input_ids"]
 MANY = 132
 
 
-@pytest.fixture(scope="module")
-def llama(llama_swarm: tuple[Path, Swarm]) -> Both:
-    return Both(*llama_swarm)
-
-
 def go_on(model: Any, cache: Any) -> torch.Tensor:
     return model(IDS[:, :2], past_key_values=cache).logits  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
-def test_outputs_that_are_kept(llama: Both) -> None:
+def test_outputs_that_are_kept(llamas: Both) -> None:
     """More than a client may have sessions, and no peer had to say so. The oldest, and a copy of it, go on."""
-    model, local = llama.remote(), llama.local()
+    model, local = llamas.remote(), llamas.local()
     outputs = [model.generate(IDS, max_new_tokens=1, return_dict_in_generate=True) for _ in range(MANY)]
-    assert not any(model.swarm.health.is_banned(peer.peer_id) for peer in llama.swarm.peers)
+    assert not any(model.swarm.health.is_banned(peer.peer_id) for peer in llamas.swarm.peers)
     expected = go_on(local, local(IDS).past_key_values)
     for number in (0, 1, MANY - 1):
         torch.testing.assert_close(go_on(model, outputs[number].past_key_values), expected)
@@ -36,9 +30,9 @@ def test_outputs_that_are_kept(llama: Both) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("limit", [("--client-sessions", "3"), ("--cache-tokens", "64", "--max-length", "32")])
-def test_peers_that_have_room_for_few(limit: tuple[str, ...], swarm: Swarm, llama: Both) -> None:
-    swarm.serve(llama.path, "0:5", options=limit)
-    model, local = swarm.connect(llama.path), llama.local()
+def test_peers_that_have_room_for_few(limit: tuple[str, ...], swarm: Swarm, llamas: Both) -> None:
+    swarm.serve(llamas.path, "0:5", options=limit)
+    model, local = swarm.connect(llamas.path), llamas.local()
     caches = [model(IDS).past_key_values for _ in range(9)]
     expected = go_on(local, local(IDS).past_key_values)
     for cache in caches:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -15,7 +14,7 @@ from client.ghosts.questions import RemoteWeightError
 from protocol.errors import BadUsage
 from tests.tools.arena import batch, one
 from tests.tools.methods import batch_for, load
-from tests.tools.swarm import Both, Swarm
+from tests.tools.swarm import Both
 
 NEW = 6
 IDS = one()["input_ids"]
@@ -23,18 +22,13 @@ GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
 
 
 @pytest.fixture(scope="module")
-def llama(llama_swarm: tuple[Path, Swarm]) -> Both:
-    return Both(*llama_swarm)
+def model(llamas: Both) -> Any:
+    return llamas.remote()
 
 
 @pytest.fixture(scope="module")
-def model(llama: Both) -> Any:
-    return llama.remote()
-
-
-@pytest.fixture(scope="module")
-def local(llama: Both) -> Any:
-    return llama.local().requires_grad_(False)  # as the swarm's: torch multiplies by a trainable matrix in another way
+def local(llamas: Both) -> Any:
+    return llamas.local().requires_grad_(False)  # as the swarm's: torch multiplies by a trainable matrix in another way
 
 
 def test_the_names_of_classes() -> None:
@@ -103,13 +97,13 @@ def test_masks_and_outputs_in_a_session(model: Any, local: Any) -> None:
     assert torch.equal(torch.stack([*first.logits, *second.logits]), torch.stack(expected.logits))
 
 
-def test_generating_with_an_adapter_in_a_session(llama: Both) -> None:
+def test_generating_with_an_adapter_in_a_session(llamas: Both) -> None:
     def tuned(model: Any) -> Any:
         torch.manual_seed(0)
         return peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False, target_modules=["q_proj"])).eval()
 
-    expected = tuned(llama.local()).generate(IDS, max_new_tokens=NEW, **GREEDY)
-    ours = tuned(llama.remote())
+    expected = tuned(llamas.local()).generate(IDS, max_new_tokens=NEW, **GREEDY)
+    ours = tuned(llamas.remote())
     with ours.inference_session(max_length=64) as session:
         parts = [ours.generate(IDS, max_new_tokens=2, session=session, **GREEDY)]
         parts.append(ours.generate(None, max_new_tokens=NEW - 2, session=session, **GREEDY))
@@ -173,7 +167,7 @@ MODES: dict[str, Any] = {"ptune": peft.PromptTuningConfig, "deep_ptune": peft.Pr
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
-def test_prompts_that_are_trained(mode: str, task: str, llama: Both) -> None:
+def test_prompts_that_are_trained(mode: str, task: str, llamas: Both) -> None:
     """The notebooks' prompt tuning and their sequence classification, which are PEFT's here."""
     options: dict[str, Any] = {"num_labels": 3} if task == "SEQ_CLS" else {}
     cls = {
@@ -181,11 +175,11 @@ def test_prompts_that_are_trained(mode: str, task: str, llama: Both) -> None:
         "SEQ_CLS": client.DistributedLlamaForSequenceClassification,
     }[task]
     ours = cls.from_pretrained(
-        str(llama.path), initial_peers=llama.swarm.initial_peers, tuning_mode=mode, pre_seq_len=3, **options
+        str(llamas.path), initial_peers=llamas.swarm.initial_peers, tuning_mode=mode, pre_seq_len=3, **options
     )
     trained = {name: parameter for name, parameter in ours.named_parameters() if parameter.requires_grad}
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in trained} <= {"embedding", "default"}
-    theirs = peft.get_peft_model(load(llama.path, task, None), MODES[mode](num_virtual_tokens=3, task_type=task))
+    theirs = peft.get_peft_model(load(llamas.path, task, None), MODES[mode](num_virtual_tokens=3, task_type=task))
     theirs.load_state_dict(ours.state_dict(), strict=False)
     for tuned in (ours, theirs):
         tuned.train()
@@ -196,8 +190,8 @@ def test_prompts_that_are_trained(mode: str, task: str, llama: Both) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_talking_to_a_model_with_trained_prompts(mode: str, llama: Both) -> None:
-    ours = llama.swarm.connect(llama.path, tuning_mode=mode, pre_seq_len=3).eval()
+def test_talking_to_a_model_with_trained_prompts(mode: str, llamas: Both) -> None:
+    ours = llamas.swarm.connect(llamas.path, tuning_mode=mode, pre_seq_len=3).eval()
     expected = ours.generate(input_ids=IDS, max_new_tokens=4, **GREEDY)
     more = ours.generate(input_ids=torch.cat([expected, IDS], 1), max_new_tokens=2, **GREEDY)
     with ours.inference_session(max_length=512) as session:
@@ -213,14 +207,14 @@ def test_a_copy_has_sessions_of_its_own(model: Any) -> None:
             model.generate(IDS, max_new_tokens=1, session=session)
 
 
-def test_options_by_petals_names(llama: Both) -> None:
-    peers = [peer.peer_id for peer in llama.swarm.peers]
-    model = llama.swarm.connect(llama.path, allowed_servers=peers, blocked_servers=[], use_auth_token=False)
+def test_options_by_petals_names(llamas: Both) -> None:
+    peers = [peer.peer_id for peer in llamas.swarm.peers]
+    model = llamas.swarm.connect(llamas.path, allowed_servers=peers, blocked_servers=[], use_auth_token=False)
     assert model.swarm.config.allowed_peers == frozenset(peers)
     with pytest.raises(BadUsage, match="allowed_servers is another name of allowed_peers"):
-        llama.swarm.connect(llama.path, allowed_servers=peers, allowed_peers=peers)
+        llamas.swarm.connect(llamas.path, allowed_servers=peers, allowed_peers=peers)
     with pytest.raises(BadUsage, match=r"use PeftModel\.from_pretrained"):
-        llama.swarm.connect(llama.path, active_adapter="me/lora")
+        llamas.swarm.connect(llamas.path, active_adapter="me/lora")
 
 
 @pytest.fixture
@@ -242,6 +236,6 @@ def test_what_a_session_cannot_do(model: Any, session: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [{"tuning_mode": "lora", "pre_seq_len": 3}, {"tuning_mode": "ptune"}])
-def test_a_tuning_mode_that_is_none(options: dict[str, Any], llama: Both) -> None:
+def test_a_tuning_mode_that_is_none(options: dict[str, Any], llamas: Both) -> None:
     with pytest.raises(BadUsage, match="tuning_mode is ptune or deep_ptune, and pre_seq_len the number of virtual"):
-        llama.swarm.connect(llama.path, **options)
+        llamas.swarm.connect(llamas.path, **options)

@@ -1,7 +1,6 @@
 """What cannot work through a swarm is refused in one sentence that a user understands."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -10,12 +9,7 @@ import torch
 
 from client.ghosts.questions import RemoteWeightError
 from protocol.errors import BadAdapter, BadUsage, SwarmError
-from tests.tools.swarm import Both, Swarm
-
-
-@pytest.fixture(scope="module")
-def llama(llama_swarm: tuple[Path, Swarm]) -> Both:
-    return Both(*llama_swarm)
+from tests.tools.swarm import Both
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -205,10 +199,10 @@ REFUSED: dict[Callable[[Any], Any], tuple[type[SwarmError], str]] = {
 
 
 @pytest.mark.parametrize("attempt", REFUSED)
-def test_what_cannot_work_is_refused_in_one_sentence(attempt: Callable[[Any], Any], llama: Both) -> None:
+def test_what_cannot_work_is_refused_in_one_sentence(attempt: Callable[[Any], Any], llamas: Both) -> None:
     kind, words = REFUSED[attempt]
     with pytest.raises(kind, match=words) as caught:
-        attempt(llama.remote())
+        attempt(llamas.remote())
     message = str(caught.value)
     assert "\n" not in message
     assert message.endswith(".")

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from client.ghosts.questions import RemoteWeightError
 from tests.tools.command import Command
-from tests.tools.swarm import Both, Swarm
+from tests.tools.swarm import Both
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -30,15 +30,10 @@ Found = dict[str, list[list[dict[str, list[float]]]]]
 
 
 @pytest.fixture(scope="module")
-def llama(llama_swarm: tuple[Path, Swarm]) -> Both:
-    return Both(*llama_swarm)
-
-
-@pytest.fixture(scope="module")
-def launch(llama: Both) -> Callable[..., Found]:
+def launch(llamas: Both) -> Callable[..., Found]:
     def run(folder: Path, launcher: tuple[str, ...], *scenarios: str) -> Found:
         command = [sys.executable, "-m", *launcher, "-m", "tests.tools.data_parallel"]
-        arguments = [str(llama.path), *llama.swarm.initial_peers, str(folder), *scenarios]
+        arguments = [str(llamas.path), *llamas.swarm.initial_peers, str(folder), *scenarios]
         ran = subprocess.run([*command, *arguments], cwd=ROOT, text=True, capture_output=True, timeout=240)
         assert ran.returncode == 0, ran.stdout + ran.stderr
         processes = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
@@ -141,16 +136,16 @@ WRAPPERS: dict[str, Callable[[Any], nn.Module]] = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_ghosts_are_left_out(wrapper: str, llama: Both, alone: None) -> None:
+def test_ghosts_are_left_out(wrapper: str, llamas: Both, alone: None) -> None:
     """Whatever is around the model, and so in their names."""
-    model = WRAPPERS[wrapper](llama.remote())
+    model = WRAPPERS[wrapper](llamas.remote())
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["mine"])
     assert "mine" in DistributedDataParallel(model).parameters_to_ignore
 
 
-def test_fully_sharded(llama: Both, alone: None) -> None:
+def test_fully_sharded(llamas: Both, alone: None) -> None:
     with pytest.raises(RemoteWeightError, match="DistributedDataParallel"):
-        fully_shard(with_lora(llama.remote()), mesh=init_device_mesh("cpu", (1,)))
+        fully_shard(with_lora(llamas.remote()), mesh=init_device_mesh("cpu", (1,)))
 
 
 def test_peer_tune(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

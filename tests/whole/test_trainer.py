@@ -29,11 +29,6 @@ class Run:
     model: Any
 
 
-@pytest.fixture(scope="module")
-def llama(llama_swarm: tuple[Path, Swarm]) -> Both:
-    return Both(*llama_swarm)
-
-
 def texts() -> list[dict[str, torch.Tensor]]:
     rows = torch.randint(3, VOCABULARY, (64, 16), generator=torch.Generator().manual_seed(0))
     return [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in rows]
@@ -69,10 +64,10 @@ def train(model: Any, folder: Path, steps: int = 20, resume: Path | None = None,
 
 
 @pytest.fixture(scope="module")
-def runs(llama: Both, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+def runs(llamas: Both, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
     """Twenty steps with gradient accumulation: locally, and through the swarm."""
     root = tmp_path_factory.mktemp("runs")
-    return train(with_lora(llama.local()), root / "local"), train(with_lora(llama.remote()), root / "remote")
+    return train(with_lora(llamas.local()), root / "local"), train(with_lora(llamas.remote()), root / "remote")
 
 
 def assert_equal(ours: Run, theirs: Run, steps: int) -> None:
@@ -98,13 +93,13 @@ def test_twenty_steps_with_gradient_accumulation(runs: tuple[Run, Run]) -> None:
     assert not trained
 
 
-def test_gradient_checkpointing(llama: Both, runs: tuple[Run, Run], tmp_path: Path) -> None:
-    ours = train(with_lora(llama.remote()), tmp_path, 5, gradient_checkpointing=True)
-    theirs = train(with_lora(llama.local()), tmp_path, 5, gradient_checkpointing=True)
+def test_gradient_checkpointing(llamas: Both, runs: tuple[Run, Run], tmp_path: Path) -> None:
+    ours = train(with_lora(llamas.remote()), tmp_path, 5, gradient_checkpointing=True)
+    theirs = train(with_lora(llamas.local()), tmp_path, 5, gradient_checkpointing=True)
     assert_equal(ours, theirs, 5)
 
 
-def test_an_evaluation_leaves_nothing_on_the_peers(llama: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_leaves_nothing_on_the_peers(llamas: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     """Activations are kept for a backward only; under `no_grad` none will come."""
     send, kept = Channel.send, list[bool]()
 
@@ -114,7 +109,7 @@ def test_an_evaluation_leaves_nothing_on_the_peers(llama: Both, monkeypatch: pyt
         await send(self, message)
 
     monkeypatch.setattr(Channel, "send", note)
-    tuned = with_lora(llama.remote())
+    tuned = with_lora(llamas.remote())
     with torch.no_grad():
         tuned(input_ids=batch(), use_cache=False)
     assert kept == [False] * 3
@@ -122,56 +117,56 @@ def test_an_evaluation_leaves_nothing_on_the_peers(llama: Both, monkeypatch: pyt
     assert kept[3:] == [True] * 3
 
 
-def test_bf16_autocast(llama: Both, runs: tuple[Run, Run], tmp_path: Path) -> None:
-    ours = train(with_lora(llama.remote()), tmp_path, 5, bf16=True)
-    assert_equal(ours, train(with_lora(llama.local()), tmp_path, 5, bf16=True), 5)
+def test_bf16_autocast(llamas: Both, runs: tuple[Run, Run], tmp_path: Path) -> None:
+    ours = train(with_lora(llamas.remote()), tmp_path, 5, bf16=True)
+    assert_equal(ours, train(with_lora(llamas.local()), tmp_path, 5, bf16=True), 5)
     assert ours.losses[1:] != runs[0].losses[1:5]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor", "sgd"])
-def test_optimizers(optimizer: str, llama: Both, tmp_path: Path) -> None:
+def test_optimizers(optimizer: str, llamas: Both, tmp_path: Path) -> None:
     """Also those that change parameters behind autograd's back."""
-    ours = train(with_lora(llama.remote()), tmp_path, 3, optim=optimizer)
-    assert_equal(ours, train(with_lora(llama.local()), tmp_path, 3, optim=optimizer), 3)
+    ours = train(with_lora(llamas.remote()), tmp_path, 3, optim=optimizer)
+    assert_equal(ours, train(with_lora(llamas.local()), tmp_path, 3, optim=optimizer), 3)
 
 
-def test_a_trained_adapter_in_plain_peft(runs: tuple[Run, Run], llama: Both, tmp_path: Path) -> None:
+def test_a_trained_adapter_in_plain_peft(runs: tuple[Run, Run], llamas: Both, tmp_path: Path) -> None:
     ours = runs[1].model
     ours.save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
-    plain = peft.PeftModel.from_pretrained(llama.local(), tmp_path)
+    plain = peft.PeftModel.from_pretrained(llamas.local(), tmp_path)
     assert torch.equal(logits(plain), logits(ours))
-    assert not torch.equal(logits(plain), logits(llama.local()))
+    assert not torch.equal(logits(plain), logits(llamas.local()))
 
 
-def test_a_plain_adapter_in_the_swarm(runs: tuple[Run, Run], llama: Both, tmp_path: Path) -> None:
+def test_a_plain_adapter_in_the_swarm(runs: tuple[Run, Run], llamas: Both, tmp_path: Path) -> None:
     theirs = runs[0].model
     theirs.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(llama.remote(), tmp_path)
+    loaded = peft.PeftModel.from_pretrained(llamas.remote(), tmp_path)
     assert torch.equal(logits(loaded), logits(theirs))
 
 
-def test_an_adapter_by_transformers_own_methods(llama: Both, tmp_path: Path) -> None:
+def test_an_adapter_by_transformers_own_methods(llamas: Both, tmp_path: Path) -> None:
     """`add_adapter`, `save_pretrained` and `load_adapter` of the model itself."""
-    ours = llama.remote()
+    ours = llamas.remote()
     torch.manual_seed(0)
     ours.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     ours.save_pretrained(tmp_path)
-    plain = llama.local()
+    plain = llamas.local()
     plain.load_adapter(str(tmp_path))
     assert torch.equal(logits(ours), logits(plain))
 
 
-def test_going_on_from_a_checkpoint(runs: tuple[Run, Run], llama: Both, tmp_path: Path) -> None:
+def test_going_on_from_a_checkpoint(runs: tuple[Run, Run], llamas: Both, tmp_path: Path) -> None:
     theirs, ours = runs
-    resumed = train(with_lora(llama.remote()), tmp_path, resume=ours.folder / "checkpoint-10")
+    resumed = train(with_lora(llamas.remote()), tmp_path, resume=ours.folder / "checkpoint-10")
     assert resumed.losses == theirs.losses
     assert resumed.norms[-10:] == theirs.norms[-10:]
 
 
-def test_dropout_comes_back_in_backward(llama: Both) -> None:
+def test_dropout_comes_back_in_backward(llamas: Both) -> None:
     """Forward and backward see the same dropout masks: the loss changes along a direction as the gradient says."""
-    tuned = with_lora(llama.remote(), lora_dropout=0.3, init_lora_weights=False).train()
+    tuned = with_lora(llamas.remote(), lora_dropout=0.3, init_lora_weights=False).train()
     weight = next(p for n, p in tuned.named_parameters() if "layers.2" in n and "lora_A" in n)
 
     def loss() -> torch.Tensor:
@@ -228,7 +223,7 @@ def test_classifiers(task: str, llama_swarm: tuple[Path, Swarm], tmp_path: Path)
     assert torch.equal(logits(peft.PeftModel.from_pretrained(fresh, tmp_path)), logits(our_model))
 
 
-def test_trainable_embeddings_without_peft(llama: Both, tmp_path: Path) -> None:
+def test_trainable_embeddings_without_peft(llamas: Both, tmp_path: Path) -> None:
     """What lies outside of the blocks can be trained directly; its gradient went through all remote blocks."""
 
     def step(model: Any) -> torch.Tensor:
@@ -237,4 +232,4 @@ def test_trainable_embeddings_without_peft(llama: Both, tmp_path: Path) -> None:
         model(input_ids=batch(), labels=batch()).loss.backward()
         return weight.grad  # type: ignore[no-any-return]
 
-    assert torch.equal(step(llama.remote()), step(llama.local()))
+    assert torch.equal(step(llamas.remote()), step(llamas.local()))

@@ -26,11 +26,6 @@ QUIET: dict[str, Any] = {"report_to": [], "use_cpu": True, "disable_tqdm": True,
 
 
 @pytest.fixture(scope="module")
-def llama(llama_swarm: tuple[Path, Swarm]) -> Both:
-    return Both(*llama_swarm)
-
-
-@pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
     return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), VOCABULARY)
 
@@ -81,7 +76,7 @@ SFT: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("variant", SFT)
-def test_sft(variant: str, llama: Both, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_sft(variant: str, llamas: Both, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     columns, options = SFT[variant]
 
     def run(model: Any) -> Figures:
@@ -91,11 +86,11 @@ def test_sft(variant: str, llama: Both, tokenizer: PreTrainedTokenizerFast, tmp_
             trl.SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer, peft_config=lora())
         )
 
-    assert_equal(run(llama.remote()), run(llama.local()), 4)
+    assert_equal(run(llamas.remote()), run(llamas.local()), 4)
 
 
 @pytest.mark.parametrize("reference", ["adapter disabled", "adapter as given"])
-def test_dpo(reference: str, llama: Both, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_dpo(reference: str, llamas: Both, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """The reference is the model without its adapter or, where it came with one, a frozen copy of that."""
 
     def run(model: Any) -> Figures:
@@ -106,8 +101,8 @@ def test_dpo(reference: str, llama: Both, tokenizer: PreTrainedTokenizerFast, tm
         arguments = trl.DPOConfig(str(tmp_path), **TUNING)
         return figures(trl.DPOTrainer(model, None, arguments, train_dataset=rows, processing_class=tokenizer, **config))
 
-    ours = run(llama.remote())
-    assert_equal(ours, run(llama.local()), 4)
+    ours = run(llamas.remote())
+    assert_equal(ours, run(llamas.local()), 4)
     assert ours[0]["rewards/margins"] == 0  # policy and reference begin equal
     assert ours[3]["rewards/margins"] != 0
 
@@ -136,23 +131,23 @@ def _reward(completions: list[str], **_columns: Any) -> list[float]:
 
 @pytest.mark.parametrize("make", [prefer, explore])
 def test_kto_and_grpo(
-    make: Callable[[Any, Any, Path], Trainer], llama: Both, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    make: Callable[[Any, Any, Path], Trainer], llamas: Both, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     def run(model: Any) -> Figures:
         torch.manual_seed(1)
         return figures(make(model, tokenizer, tmp_path))
 
-    ours = run(llama.remote())
-    assert_equal(ours, run(llama.local()), 2)
+    ours = run(llamas.remote())
+    assert_equal(ours, run(llamas.local()), 2)
     assert ours[0]["grad_norm"] > 0
 
 
-def test_a_reward_model(llama: Both, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_reward_model(llamas: Both, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """Its loss is of logits; the new head is trained whole."""
 
     def run(load: Callable[..., Any], **options: Any) -> Figures:
         torch.manual_seed(1)
-        model = load(str(llama.path), num_labels=1, **options)
+        model = load(str(llamas.path), num_labels=1, **options)
         arguments = trl.RewardConfig(str(tmp_path), **TUNING | {"max_steps": 2})
         config = lora(task_type="SEQ_CLS", modules_to_save=["score"])
         rows = records("chosen", "rejected")
@@ -161,7 +156,7 @@ def test_a_reward_model(llama: Both, tokenizer: PreTrainedTokenizerFast, tmp_pat
         )
 
     remote = AutoDistributedModelForSequenceClassification.from_pretrained
-    ours = run(remote, initial_peers=llama.swarm.initial_peers)
+    ours = run(remote, initial_peers=llamas.swarm.initial_peers)
     assert_equal(ours, run(transformers.AutoModelForSequenceClassification.from_pretrained), 2)
 
 
@@ -187,7 +182,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids]
 
 
-def test_trainer_with_many_options(llama: Both, tmp_path: Path) -> None:
+def test_trainer_with_many_options(llamas: Both, tmp_path: Path) -> None:
     options: dict[str, Any] = QUIET | {
         "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 2e-2, "save_steps": 2, "save_total_limit": 2,
         "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "label_smoothing_factor": 0.1,
@@ -199,7 +194,7 @@ def test_trainer_with_many_options(llama: Both, tmp_path: Path) -> None:
         trainer = Trainer(tuned(model), arguments, train_dataset=batches(), eval_dataset=batches()[:4])
         return figures(trainer), trainer
 
-    (ours, our_trainer), (theirs, their_trainer) = run(llama.remote(), "remote"), run(llama.local(), "local")
+    (ours, our_trainer), (theirs, their_trainer) = run(llamas.remote(), "remote"), run(llamas.local(), "local")
     assert_equal(ours, theirs, 6)
     assert our_trainer.evaluate()["eval_loss"] == their_trainer.evaluate()["eval_loss"]
     assert our_trainer.state.best_global_step == their_trainer.state.best_global_step
@@ -247,8 +242,8 @@ def with_accelerate(model: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("loop", [plain_loop, with_accelerate])
-def test_loops(loop: Callable[[Any], list[torch.Tensor]], llama: Both) -> None:
-    ours, theirs = loop(llama.remote()), loop(llama.local())
+def test_loops(loop: Callable[[Any], list[torch.Tensor]], llamas: Both) -> None:
+    ours, theirs = loop(llamas.remote()), loop(llamas.local())
     assert len(ours) == len(theirs) > 20
     for mine, reference in zip(ours, theirs, strict=True):
         assert torch.equal(mine, reference)
