@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from peer.span.span import Span, find_module
 from protocol.adapters import AdapterSpec
 from protocol.errors import BadAdapter
+from protocol.model.anatomy import configurations
 
 
 def build_tree(span: Span, specs: Sequence[AdapterSpec], max_bytes: int) -> PreTrainedModel:
@@ -49,7 +50,7 @@ def share_linears(model: PreTrainedModel) -> PreTrainedModel:
     its layers for later trees in the order in which it finds the parameters.
     """
     memo: dict[int, object] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    memo |= {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    memo |= {id(config): config for config in configurations(model)}
     memo |= {id(module): module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}
     return copy.deepcopy(model, memo)
 

@@ -74,6 +74,12 @@ def find_form(block: Any, run: Callable[[], Any], is_right: Callable[[Any], bool
     return False
 
 
+def configurations(model: "PreTrainedModel") -> "list[PreTrainedConfig]":
+    """Those of `model` and of its parts, each once, from the whole down: parts may have copies of their own."""
+    found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return list(found.values())  # type: ignore[arg-type]
+
+
 def has_other_parts(config: "PreTrainedConfig") -> bool:
     """Whether a model of this configuration is a language model and more: a part that sees or hears."""
     return config.get_text_config() is not config

@@ -21,6 +21,7 @@ from peer.generation.joined.batched_pass import BatchedPass, BatchMember
 from peer.span.span import Adapted, Inputs, Mode, Span
 from peer.span.transfer import to_host
 from protocol.machine.forwards import attention, register_attention
+from protocol.model.anatomy import configurations
 
 _NAME = "hivetune_packed"
 
@@ -125,8 +126,7 @@ class Packer:
     def __init__(self, span: Span):
         self._span = span
         # From the trunk down: setting a configuration's attention sets that of its parts.
-        configs = {id(module.config): module.config for module in span.model.modules() if hasattr(module, "config")}
-        self._configs: list[Any] = list(configs.values())
+        self._configs: list[Any] = configurations(span.model)
         self._kinds = DynamicCache(config=span.config)
         """Always empty: it only tells of which kind each layer is."""
 
