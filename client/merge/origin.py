@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from protocol.model.checkpoint import may_be_on_hub
+
 
 def choose_revision(adapter: Mapping[str, Any], base: str, revision: str | None) -> tuple[str | None, list[str]]:
     """The revision of `base` (a folder or hub name) to put an adapter on, and a sentence for each thing that the
@@ -28,4 +30,4 @@ def choose_revision(adapter: Mapping[str, Any], base: str, revision: str | None)
 
 
 def _on_hub(name: str) -> bool:
-    return not name.startswith((".", "/", "~")) and name.count("/") <= 1 and not Path(name).is_dir()
+    return may_be_on_hub(name) and not name.startswith("~") and not Path(name).is_dir()

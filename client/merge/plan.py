@@ -99,9 +99,8 @@ class MergePlan:
         return config
 
     def _is_other_class(self) -> bool:
-        is_part = self._layout.config.model_type != self._base.config.get(
-            "model_type"
-        )  # the language model of the base
+        # of the whole base only its language model may have been adapted
+        is_part = self._layout.config.model_type != self._base.config.get("model_type")
         return not is_part and type(self._layout).__name__ not in (self._base.config.get("architectures") or [])
 
     def _check_base(self) -> None:

@@ -178,12 +178,17 @@ def open_checkpoint(model: str, revision: str | None = None, hub: Hub = Hub()) -
     return Checkpoint(model, revision, config, raw, hub)
 
 
+def may_be_on_hub(model: str) -> bool:
+    """Whether a name that is no folder here can be a hub's, by its form."""
+    return not model.startswith((".", "/")) and model.count("/") <= 1
+
+
 def find_file(model: str, name: str, revision: str | None = None, hub: Hub = Hub()) -> Path | None:
     """The local path of a file of `model`, downloaded when it is a hub model; `None` when there is no such file."""
     folder = Path(model)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
-    if model.startswith((".", "/")) or model.count("/") > 1:
+    if not may_be_on_hub(model):
         return None
     try:
         return Path(hf_hub_download(model, name, revision=revision, **asdict(hub)))

@@ -155,9 +155,8 @@ class Renderer:
             asked, told = (self._apply(before, tools, place, ask=ask) for ask in (True, False))
             if text.startswith(told):
                 return _common_prefix(asked, text), end
-            header = asked.removeprefix(
-                told
-            )  # and this answer changes what is told before (gpt-oss drops its thinking)
+            # This answer changes what is told before (gpt-oss drops its thinking).
+            header = asked.removeprefix(told)
         other = replace(last, content="1" if last.text.strip().startswith("0") else "0", more={})
         words = _common_prefix(self._apply([*before, other], tools, place), text)
         asks = text.rfind(header, 0, words) if header else -1
