@@ -94,7 +94,7 @@ class Scheduler:
     """Runs submitted work on a thread of its own, and hands results to the event loop.
 
     `joined_size`: how much work, in sizes as `submit_batched` is told, may be done along with that whose turn it is.
-    `at_rest` is called on the thread when there has been work, and then none for `rest` seconds.
+    `at_rest` is called on the thread when there has been no work for `rest` seconds, once until there is some again.
     """
 
     def __init__(
