@@ -88,11 +88,13 @@ def _rows(model: Path, whole: str, trees: list[Path]) -> dict[str, Callable[[], 
     }
     name = "AutoDistributedModelForCausalLM"
     client = f"from client import {name} as M; M.from_pretrained({str(model)!r}, initial_peers=[{whole!r}])"
+    first = f"{client}.generate(max_new_tokens=1)"
     for tree in trees:
         suffix = f" ({tree.name})" if len(trees) > 1 else ""
         rows |= {
             f"from client import {name}{suffix}": lambda tree=tree: run_code(f"from client import {name}", tree),  # type: ignore[misc]
             f"client: import, join and load{suffix}": lambda tree=tree: run_code(client, tree),  # type: ignore[misc]
+            f"client: the same, and the first token{suffix}": lambda tree=tree: run_code(first, tree),  # type: ignore[misc]
             f"peer serve, {_BLOCKS} blocks, until ready{suffix}": lambda tree=tree: _one_peer(model, tree),  # type: ignore[misc]
         }
     return rows
