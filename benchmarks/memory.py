@@ -53,6 +53,18 @@ def _after(code: str) -> float:
         process.wait()
 
 
+def _of_a_swarm(node: psutil.Process, model: Path) -> float:
+    """MiB of a bootstrap node and two peers."""
+    peers = [start_peer(model, _BLOCKS // 2, _ROOT)[0] for _ in range(2)]
+    time.sleep(_REST)
+    try:
+        return sum(_mebibytes(one) for process in (node, *peers) for one in (process, *process.children()))
+    finally:
+        for process in peers:
+            process.terminate()
+            process.wait()
+
+
 def _train(model: Path, address: str) -> None:
     client = AutoDistributedModelForCausalLM.from_pretrained(str(model), initial_peers=[address])
     tuned = peft.get_peft_model(client, peft.LoraConfig(task_type="CAUSAL_LM", r=8))
@@ -73,6 +85,7 @@ def main() -> None:
     )
     node.stdout.readline()
     rows["a bootstrap node"] = _mebibytes(node)
+    rows["a bootstrap node and two peers of 15 blocks, with their p2pd"] = _of_a_swarm(node, model)
     process, address, _ = start_peer(model, _BLOCKS, _ROOT)
     try:
         time.sleep(_REST)
