@@ -1,5 +1,6 @@
 """This process on its machine, and the modules of a model in it. Nothing here knows of a swarm.
 
+devices       which device to compute on, tried out; the dtype that it can
 imports       importing torch and Transformers quickly
 openmp        how long torch's idle threads spin
 event_loop    uvloop's event loop, which says nothing of connections that were closed
