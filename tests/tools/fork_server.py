@@ -1,7 +1,8 @@
 """Starts peers fast: imports everything once, then forks a real process per peer, which runs the real command line.
 
 Reads one JSON object a line on stdin, as `ForkServer.start` writes it; answers with the child's pid. With a `script`,
-the child runs that file instead of the `peer` command. With a `lie`, the peer answers wrongly: see `liars.py`.
+the child runs that file instead of the `peer` command. With a `lie`, the peer answers wrongly: see `liars.py`. Started
+with the argument `pretended-gpu`, it and all peers have that.
 """
 
 import atexit
@@ -16,6 +17,8 @@ import sys
 import traceback
 from pathlib import Path
 
+if "pretended-gpu" in sys.argv:
+    import tests.tools.pretended_gpu  # noqa: F401  before torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 from hivemind.utils.multiaddr import Multiaddr
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping

@@ -17,17 +17,19 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 from client import AutoDistributedModelForCausalLM
+from tests.tools.device_library import is_loaded
 
 _ROOT = Path(__file__).parents[2]
 _READY = re.compile(r"^ready address=(\S+)(?: blocks=(\d+):(\d+) model=(\S+))?", re.M)
 
 
 class ForkServer:
-    """See `fork_server.py`."""
+    """See `fork_server.py`. Where this process has the pretended GPU, its peers have one each."""
 
     def __init__(self) -> None:
+        gpu = ["pretended-gpu"] if is_loaded() else []
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.tools.fork_server"], cwd=_ROOT, text=True,
+            [sys.executable, "-m", "tests.tools.fork_server", *gpu], cwd=_ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         assert self._process.stdout
