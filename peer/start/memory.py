@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 from dataclasses import dataclass
 
 import psutil
@@ -67,11 +68,13 @@ def free_memory(device: torch.device) -> int:
 
 
 def return_freed_memory() -> None:
-    """Have the C library, and torch's allocator of a GPU, give back what they hold.
+    """Have Python, the C library and torch's allocator of a GPU give back what they hold.
 
-    Quantizing leaves a multiple of each block's size behind, and a training call what its activations took: 2.8 GB of
-    3.6, after steps of 8 x 256 tokens over 30 blocks of SmolLM2-135M on a CPU.
+    Module trees of adapters that are dropped refer to themselves, and Python looks for such at its leisure: 50
+    trainings of small adapters leave 40 MB. Quantizing leaves a multiple of each block's size behind, and a training
+    call what its activations took: 2.8 GB of 3.6, after steps of 8 x 256 tokens over 30 blocks of SmolLM2-135M.
     """
+    gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc

@@ -1,4 +1,4 @@
-"""The devices that torch can compute on here: CUDA's, which AMD's ROCm calls the same, Intel's, Apple's, and the CPU."""
+"""The devices that torch can compute on here: CUDA's (AMD's ROCm has the same name), Intel's, Apple's, and the CPU."""
 
 import logging
 

@@ -1,8 +1,10 @@
 """Many clients at once: a peer joins their steps, each gets what it would get alone, and nobody starves."""
 
 import asyncio
+import gc
 import re
 import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -275,6 +277,20 @@ def test_freed_memory_goes_back() -> None:
     return_freed_memory()
     assert psutil.Process().memory_info().rss < held - 150 * 2**20
     assert len(kept) == 32
+
+
+def test_what_refers_to_itself_is_found_at_rest() -> None:
+    """Dropped adapters' module trees do."""
+    gc.disable()
+    try:
+        tree = torch.nn.Linear(1, 1)
+        tree.parent = [tree]
+        gone = weakref.ref(tree)
+        del tree
+        return_freed_memory()
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def learn(streams: int, think: float) -> BatchingWindow:

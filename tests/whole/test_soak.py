@@ -10,24 +10,28 @@ from typing import Any
 import torch
 
 from benchmarks.loads import KINDS
-from benchmarks.soak import soaking
+from benchmarks.soak import REST, soaking
 from client import AutoDistributedModelForCausalLM
 from client.requests.work import Work
 from client.swarm.loop import LOOP
 from tests.tools.swarm import ForkServer, Swarm
 
-ROUNDS, SECONDS = 4, 5
+SECONDS = 5
+RESTS = (1.5, REST, 1.5, REST)
+"""Of each round; those of the rounds that are compared are full ones."""
 FEW = 2
 """Threads and tasks that come and go by themselves; what leaks, leaks with every session or call."""
 KEPT = 12
 """Connections that peers keep to each other, once a busy machine's round trips had results handed over."""
+FRAGMENTED = 1.1
+"""What the C library cannot give back of rounds that left nothing is 3 to 30 MiB of 380, now more and now less."""
 ALL = {"dropped generations", "cancelled calls", "training runs of 4 steps", "evaluations", "refused requests"}
 
 
 def test_nothing_grows(fork_server: ForkServer, models: Callable[[str], Path]) -> None:
     with soaking(fork_server, models("llama")) as soak:
-        for _ in range(ROUNDS):
-            soak.run_round(SECONDS)
+        for rest in RESTS:
+            soak.run_round(SECONDS, rest)
     assert not soak.problems
     assert set(soak.done) >= ALL
     assert set(soak.done) & set(KINDS)
@@ -42,7 +46,7 @@ def allowed(name: str, before: float) -> float:
         return before + KEPT
     if name.endswith(("threads", "tasks")):
         return before + (8 if name.startswith("p2pd") else FEW)  # Go starts threads as it likes
-    return before * (1.25 if name.startswith("p2pd") else 1.05)
+    return before * (1.25 if name.startswith("p2pd") else FRAGMENTED)
 
 
 def test_a_cancelled_call_is_silent(models: Callable[[str], Path], swarm: Swarm) -> None:
