@@ -1,0 +1,75 @@
+"""What a GPU does with the product: right, how fast, what was left off; one Markdown table.
+
+    python -m benchmarks.gpu                                  all of it, on cuda:0
+    python -m benchmarks.gpu --sections speed --budget 300    a part, of which nothing begins after 300 s
+    python -m benchmarks.gpu --device cpu --tiny              whether the program itself works, on any machine
+
+Every figure is printed when it is known, and results.json and table.md in --out are written anew after each.
+"""
+
+import argparse
+import faulthandler
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import transformers
+
+from benchmarks.gpu import blocks, info, parity, speed, waits
+from benchmarks.gpu.gpu import Gpu
+from benchmarks.gpu.report import Report
+
+_SHARED = Path("/dev/shm")
+_ROOM = 20e9
+"""Bytes that the 7B llama's files take, and some more."""
+_STUCK = 120.0
+"""Seconds after the budget's end when every thread's stack is printed, as something must hang."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the sections; 1 if anything failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--sections", default="info,parity,waits,blocks,speed", help="all of them, in this order")
+    parser.add_argument("--budget", type=float, default=1800, metavar="SECONDS", help="begin nothing after that")
+    parser.add_argument("--tiny", action="store_true", help="small sizes: figures mean nothing")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="a folder for results.json and table.md")
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args(given)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    gpu, tiny = Gpu(options.device), options.tiny
+    command = shlex.join(["python", "-m", "benchmarks.gpu", *given])
+    report = Report(options.out, f"`{command}`, {date.today()}:", options.budget)
+    faulthandler.dump_traceback_later(options.budget + _STUCK)
+    in_memory = _SHARED.is_dir() and shutil.disk_usage(_SHARED).free > _ROOM
+    with tempfile.TemporaryDirectory(dir=_SHARED if in_memory else None) as folder:
+        root = Path(folder)
+        sections: dict[str, Callable[[], None]] = {
+            "info": lambda: info.run(report, gpu, tiny),
+            "parity": lambda: parity.run(report, gpu, root, tiny),
+            "waits": lambda: waits.run(report, gpu, root, tiny),
+            "blocks": lambda: blocks.run(report, gpu, tiny),
+            "speed": lambda: speed.run(report, gpu, root, tiny),
+        }
+        chosen = options.sections.split(",")
+        if unknown := set(chosen) - sections.keys():
+            parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(sections)}")
+        for name in chosen:
+            sections[name]()
+    faulthandler.cancel_dump_traceback_later()
+    print(f"\n{report.table()}", flush=True)
+    for failure in report.failures:
+        print(f"FAILED {failure}")
+    return bool(report.failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
