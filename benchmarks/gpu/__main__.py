@@ -10,7 +10,6 @@ Every figure is printed when it is known, and results.json and table.md in --out
 import argparse
 import faulthandler
 import os
-import shlex
 import shutil
 import sys
 import tempfile
@@ -26,6 +25,13 @@ from benchmarks.gpu import blocks, info, parity, speed, waits
 from benchmarks.gpu.gpu import Gpu
 from benchmarks.gpu.report import Report
 
+_SECTIONS: dict[str, Callable[[Report, Gpu, Path, bool], None]] = {
+    "info": lambda report, gpu, _, tiny: info.run(report, gpu, tiny),
+    "parity": parity.run,
+    "waits": waits.run,
+    "blocks": lambda report, gpu, _, tiny: blocks.run(report, gpu, tiny),
+    "speed": speed.run,
+}
 _SHARED = Path("/dev/shm")
 _ROOM = 20e9
 """Bytes that the 7B llama's files take, and some more."""
@@ -33,38 +39,39 @@ _STUCK = 120.0
 """Seconds after the budget's end when every thread's stack is printed, as something must hang."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the sections; 1 if anything failed."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of `arguments`, or of the command line. Ends the program where they cannot be right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--sections", default="info,parity,waits,blocks,speed", help="all of them, in this order")
+    parser.add_argument("--sections", default=",".join(_SECTIONS), help="default: all, in this order")
     parser.add_argument("--budget", type=float, default=1800, metavar="SECONDS", help="begin nothing after that")
     parser.add_argument("--tiny", action="store_true", help="small sizes: figures mean nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="a folder for results.json and table.md")
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    options = parser.parse_args(given)
+    options = parser.parse_args(arguments)
+    options.sections = options.sections.split(",")
+    if unknown := set(options.sections) - set(_SECTIONS):
+        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(_SECTIONS)}")
+    return options
+
+
+def run(options: argparse.Namespace) -> Report:
+    """The sections that were chosen, one after the other."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     gpu, tiny = Gpu(options.device), options.tiny
-    command = shlex.join(["python", "-m", "benchmarks.gpu", *given])
-    report = Report(options.out, f"`{command}`, {date.today()}:", options.budget)
-    faulthandler.dump_traceback_later(options.budget + _STUCK)
+    report = Report(options.out, f"`python -m benchmarks.gpu` on `{gpu.name}`, {date.today()}:", options.budget)
     in_memory = _SHARED.is_dir() and shutil.disk_usage(_SHARED).free > _ROOM
     with tempfile.TemporaryDirectory(dir=_SHARED if in_memory else None) as folder:
-        root = Path(folder)
-        sections: dict[str, Callable[[], None]] = {
-            "info": lambda: info.run(report, gpu, tiny),
-            "parity": lambda: parity.run(report, gpu, root, tiny),
-            "waits": lambda: waits.run(report, gpu, root, tiny),
-            "blocks": lambda: blocks.run(report, gpu, tiny),
-            "speed": lambda: speed.run(report, gpu, root, tiny),
-        }
-        chosen = options.sections.split(",")
-        if unknown := set(chosen) - sections.keys():
-            parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(sections)}")
-        for name in chosen:
-            sections[name]()
-    faulthandler.cancel_dump_traceback_later()
+        for name in options.sections:
+            _SECTIONS[name](report, gpu, Path(folder), tiny)
+    return report
+
+
+def main() -> int:
+    """Print the table; 1 if anything failed."""
+    options = parse()
+    faulthandler.dump_traceback_later(options.budget + _STUCK)
+    report = run(options)
     print(f"\n{report.table()}", flush=True)
     for failure in report.failures:
         print(f"FAILED {failure}")

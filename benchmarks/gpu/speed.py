@@ -9,7 +9,7 @@ from benchmarks.core import measure, running_swarm, with_lora
 from benchmarks.gpu.gpu import Gpu
 from benchmarks.gpu.models import RandomCheckpoint, load_local, shaped
 from benchmarks.gpu.report import Figures, Report
-from benchmarks.many import Bench
+from benchmarks.many import Bench, rate
 from benchmarks.training import measure_steps
 from client import AutoDistributedModelForCausalLM
 
@@ -38,9 +38,9 @@ class _Speed:
                 self._batches[quantize, rows] = bench.local_rate(rows, context=self._context, whole=False)
             batches = {f"a batch of {rows}, tokens/s": self._batches[quantize, rows] for rows in self._crowds}
             self._local[quantize] = found = self._figures(model)
-        return found | batches | {"peak GB": peak.size / 1e9}
+        return _in_ms(found) | batches | {"peak GB": peak.size / 1e9}
 
-    def swarm(self, quantize: str, count: int, name: str) -> Figures:
+    def swarm(self, quantize: str, count: int, title: str) -> Figures:
         """The same through peers."""
         local, options = self._local.get(quantize, {}), (*self._peer, "--quantize", quantize)
         with (
@@ -50,34 +50,36 @@ class _Speed:
             address = peers[0].address
             model = AutoDistributedModelForCausalLM.from_pretrained(str(self._path), initial_peers=[address])
             found = self._figures(model.to(self._gpu.device))
-            ratios = {
-                f"local / swarm: {figure.removesuffix(', ms')}": local[figure] / found[figure] for figure in local
-            }
+            ratios = {f"local / swarm, {name}": seconds / found[name] for name, seconds in local.items()}
             starts = {"s until a peer was ready": max(peer.seconds for peer in peers)}
-            self._report.put("speed", name, found | ratios | starts)
+            self._report.put("speed", title, _in_ms(found) | ratios | starts)
             if count == 1:
                 for clients in self._crowds:
-                    crowd = f"{name}, {clients} clients"
+                    crowd = f"{title}, {clients} clients"
                     self._report.attempt("speed", crowd, lambda n=clients: self._crowd(address, n, quantize))  # type: ignore[misc]
         return {"peak GB of all": peak.size / 1e9}
 
     def _crowd(self, address: str, clients: int, quantize: str) -> Figures:
         """Threads of this process, on the CPU: what is theirs beside the blocks, the LM head above all, is left out."""
         bench = Bench(self._path, (address,), self._tokens)
-        rate, batch = (
-            bench.swarm_rate(clients, context=self._context, whole=False),
-            self._batches.get((quantize, clients)),
-        )
-        return {"tokens/s": rate} | ({"of a local batch's": rate / batch} if batch else {})
+        runs = bench.swarm(clients, context=self._context, whole=False)
+        if len(runs) < clients:
+            raise RuntimeError(f"{clients - len(runs)} of {clients} clients failed")
+        batch = self._batches.get((quantize, clients))
+        return {"tokens/s": rate(runs)} | ({"of a local batch's": rate(runs) / batch} if batch else {})
 
     def _figures(self, model: Any) -> dict[str, float]:
-        """Of one client."""
+        """Of one client, milliseconds."""
         rows, tokens = self._batch
         taken = measure([model], model.config.vocab_size, (self._prompt,), self._rounds)
-        found = {f"{name}, ms": 1000 * seconds for name, (seconds,) in taken.items()}
+        found = {name: 1000 * seconds for name, (seconds,) in taken.items()}
         tuned = with_lora(model).to(self._gpu.device)
-        rate = measure_steps(tuned, 1, rows, tokens, self._rounds).tokens_per_second
-        return found | {f"LoRA step {rows}x{tokens}, ms": 1000 * rows * tokens / rate}
+        speed = measure_steps(tuned, 1, rows, tokens, self._rounds).tokens_per_second
+        return found | {f"LoRA step {rows}x{tokens}": 1000 * rows * tokens / speed}
+
+
+def _in_ms(figures: dict[str, float]) -> dict[str, float]:
+    return {f"{name}, ms": value for name, value in figures.items()}
 
 
 def run(report: Report, gpu: Gpu, root: Path, tiny: bool) -> None:
