@@ -24,6 +24,7 @@ import transformers
 from benchmarks.gpu import blocks, info, parity, speed, waits
 from benchmarks.gpu.gpu import Gpu
 from benchmarks.gpu.report import Report
+from protocol.errors import BadUsage
 
 _SECTIONS: dict[str, Callable[[Report, Gpu, Path, bool], None]] = {
     "info": lambda report, gpu, _, tiny: info.run(report, gpu, tiny),
@@ -55,7 +56,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> Report:
-    """The sections that were chosen, one after the other."""
+    """The sections that were chosen, one after the other. Raises `BadUsage` where the device does not work."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     gpu, tiny = Gpu(options.device), options.tiny
@@ -68,10 +69,14 @@ def run(options: argparse.Namespace) -> Report:
 
 
 def main() -> int:
-    """Print the table; 1 if anything failed."""
+    """Print the table; 1 if anything failed, 2 if there is no such device."""
     options = parse()
     faulthandler.dump_traceback_later(options.budget + _STUCK)
-    report = run(options)
+    try:
+        report = run(options)
+    except BadUsage as error:
+        print(error, file=sys.stderr)
+        return 2
     print(f"\n{report.table()}", flush=True)
     for failure in report.failures:
         print(f"FAILED {failure}")

@@ -11,7 +11,7 @@ from benchmarks.capacity import LINKS, link_seconds
 from benchmarks.gpu.gpu import Gpu
 from benchmarks.gpu.models import RandomCheckpoint, shaped
 from benchmarks.gpu.report import Figures, Report
-from benchmarks.gpu.trials import try_all
+from benchmarks.gpu.trials import try_arena_and_joining, try_compiling
 from benchmarks.joined_calls import Bench
 from peer.adapters.store import AdapterStore
 from peer.generation.steps import Step, StepRunner
@@ -72,6 +72,7 @@ def _run_case(report: Report, gpu: Gpu, case: Case, name: str, tiny: bool) -> Fi
         report.attempt("blocks", f"{name}: training block by block", bench.training_block_by_block)
     if case.model.startswith("Llama"):
         report.attempt("blocks", f"{name}: training of 4 clients", bench.training_together)
+    report.attempt("blocks", f"{name}: trials", bench.compile, needs=60)
     return {}
 
 
@@ -102,10 +103,10 @@ class _Blocks:
             "forward block tokens/s": speed.forward,
         }
         slots = 512 if tiny else 8192
-        arena, joiner, self.trials = try_all(span, slots, "eager" if tiny else "inductor")
+        arena, self._joiner, self.trials = try_arena_and_joining(span, slots)
         self._memory = CacheMemory(slots, slots, 30.0, arena)
         self._store = AdapterStore(span, 2**30, 64, 2**30)
-        self._runner = StepRunner(span, self._store, joiner)
+        self._runner = StepRunner(span, self._store, self._joiner)
 
     def steps(self, context: int) -> Figures:
         """Of one session: per block, and what a peer adds to its blocks; the whole model's steps that follow."""
@@ -212,6 +213,10 @@ class _Blocks:
             found["together"] = 1000 * together
             found[f"{tokens} tokens: times as fast"] = alone / together
         return found
+
+    def compile(self) -> Figures:
+        """Last, as it takes the longest, and its CUDA graphs keep memory."""
+        return try_compiling(self._span, self._joiner, "eager" if self._tiny else "inductor")
 
     def _session(self, blocks: range, context: int) -> Session:
         """One that has a prompt behind it."""

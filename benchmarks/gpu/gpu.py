@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.core import wait_for
+from protocol.machine.devices import choose_device
 
 _PERIOD = 0.01
 """Seconds between two looks at the memory."""
@@ -24,10 +25,11 @@ class Peak:
 
 
 class Gpu:
-    """A torch device by its name, such as `cuda:0`."""
+    """A torch device by its name, such as `cuda:0`. Raises `BadUsage` where it does not work."""
 
     def __init__(self, name: str):
-        self.name, self.device = name, torch.device(name)
+        self.device = choose_device(name)
+        self.name = str(self.device)
         self.is_gpu = self.device.type == "cuda"
         """AMD's, too."""
         self.is_real = self.is_gpu and torch.cuda.is_available()

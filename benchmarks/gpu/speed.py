@@ -24,7 +24,7 @@ class _Speed:
         self._report, self._gpu, self._path = report, gpu, path
         self._prompt, self._batch, self._rounds = (32, (2, 16), 1) if tiny else (1024, (4, 512), 3)
         self._context, self._tokens, self._crowds = (8, 4, (2,)) if tiny else (128, 48, (8, 32))
-        self._peer = ("--device", gpu.name, "--dtype", "bfloat16", "--cache-tokens", "1024" if tiny else "10240")
+        self._peer = ("--device", gpu.name, "--dtype", "bfloat16", "--cache-tokens", "1024" if tiny else "8192")
         self._local: dict[str, dict[str, float]] = {}
         self._batches: dict[tuple[str, int], float] = {}
         """Of a quantization and so many rows: tokens per second, of hidden states alone."""

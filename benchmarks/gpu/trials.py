@@ -1,4 +1,4 @@
-"""Which trials of a span came out how, and why: the arena, joined steps, compiled steps."""
+"""How the trials of a span came out, and why: the arena, joined steps, compiled steps."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -45,14 +45,16 @@ def _tried(trial: Callable[[], T]) -> tuple[T, str]:
         return trial(), ", ".join(said)
 
 
-def try_all(span: Span, slots: int, compiler: str) -> tuple[Arena, Joiner | None, Figures]:
-    """What the arena of `slots` and joining came to, and a line on each trial. `compiler`: torch.compile's backend."""
+def try_arena_and_joining(span: Span, slots: int) -> tuple[Arena, Joiner | None, Figures]:
+    """An arena of so many slots and how sessions are joined, as a peer finds them, and what is said about it."""
     arena, kept_out = _tried(lambda: arena_for(span, slots))
     joiner, unjoined = _tried(lambda: find_joiner(span))
     way = type(joiner).__name__ if joiner else "no way"
-    compiled = "not tried, as steps are not packed"
-    if isinstance(joiner, Packer):
-        _, compiled = _tried(lambda: compile_steps(span, compiler))
-    return arena, joiner, {
-        "arena:": kept_out or "yes", "joined by": f"{way} ({unjoined})" if unjoined else way, "compiled:": compiled,
-    }  # fmt: skip
+    return arena, joiner, {"arena:": kept_out or "yes", "joined by": f"{way} ({unjoined})" if unjoined else way}
+
+
+def try_compiling(span: Span, joiner: Joiner | None, compiler: str) -> Figures:
+    """As with `peer serve --compile`; `compiler` is torch.compile's backend."""
+    if not isinstance(joiner, Packer):
+        return {"compiled:": "not tried, as steps are not packed"}
+    return {"compiled:": _tried(lambda: compile_steps(span, compiler))[1]}

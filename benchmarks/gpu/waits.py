@@ -24,7 +24,7 @@ def run(report: Report, gpu: Gpu, root: Path, tiny: bool) -> None:
     width, rows, tokens = (64, 2, 32) if tiny else (2048, 16, 1024)
     config = tf.LlamaConfig(
         vocab_size=512, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4,
-        num_attention_heads=width // 16, max_position_embeddings=2048,
+        num_attention_heads=width // 64, max_position_embeddings=2048,
     )  # fmt: skip
     path = RandomCheckpoint.of(config, gpu.name).write(root / "waits")
     ids = torch.randint(3, 512, (rows, tokens), generator=torch.Generator().manual_seed(0)).to(gpu.device)
