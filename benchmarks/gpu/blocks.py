@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.capacity import LINKS, link_seconds
@@ -157,7 +156,7 @@ class _Blocks:
         launches = sum(count for key, count in counts.items() if "Launch" in key or "MemcpyAsync" in key)
         # The clock waits for the whole device, everything else for a stream or an event.
         waits = sum(count for key, count in counts.items() if key.endswith(("StreamSynchronize", "EventSynchronize")))
-        busy = [event.self_device_time_total for event in events if event.device_type == DeviceType.CUDA]
+        busy = [event.self_device_time_total for event in events if event.device_type.name == "CUDA"]
         return {
             "launches and copies per block": launches / len(blocks),
             "waits": waits,

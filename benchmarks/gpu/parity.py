@@ -67,10 +67,10 @@ def _case(report: Report, gpu: Gpu, root: Path, name: str, family: str, dtype: s
 
 def _compare(path: Path, address: str, at: torch.device, local: Any, family: str, dtype: str) -> dict[str, float]:
     """Relative differences of the swarm's figures, its client's own part being `at` a device."""
-    remote = AutoDistributedModelForCausalLM.from_pretrained(
+    remote: Any = AutoDistributedModelForCausalLM.from_pretrained(
         str(path), initial_peers=[address], dtype=_DTYPES[dtype]
-    ).to(at)
-    models = remote, local
+    )
+    models = remote.to(at), local
     batches = [{name: tensor.to(model.device) for name, tensor in padded_batch().items()} for model in models]
     seen = padded_batch()["attention_mask"].bool()
     greedy = {"max_new_tokens": _NEW_TOKENS, "do_sample": False, "eos_token_id": None}

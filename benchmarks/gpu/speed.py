@@ -23,7 +23,8 @@ class _Speed:
     def __init__(self, report: Report, gpu: Gpu, path: Path, tiny: bool):
         self._report, self._gpu, self._path = report, gpu, path
         self._prompt, self._batch, self._rounds = (32, (2, 16), 1) if tiny else (1024, (4, 512), 3)
-        self._context, self._tokens, self._crowds = (8, 4, (2,)) if tiny else (128, 48, (8, 32))
+        self._context, self._tokens = (8, 4) if tiny else (128, 48)
+        self._crowds: tuple[int, ...] = (2,) if tiny else (8, 32)
         self._peer = ("--device", gpu.name, "--dtype", "bfloat16", "--cache-tokens", "1024" if tiny else "8192")
         self._local: dict[str, dict[str, float]] = {}
         self._batches: dict[tuple[str, int], float] = {}
@@ -48,7 +49,7 @@ class _Speed:
             running_swarm(self._path, count, torch.get_num_threads(), *options) as peers,
         ):
             address = peers[0].address
-            model = AutoDistributedModelForCausalLM.from_pretrained(str(self._path), initial_peers=[address])
+            model: Any = AutoDistributedModelForCausalLM.from_pretrained(str(self._path), initial_peers=[address])
             found = self._figures(model.to(self._gpu.device))
             ratios = {f"local / swarm, {name}": seconds / found[name] for name, seconds in local.items()}
             starts = {"s until a peer was ready": max(peer.seconds for peer in peers)}
