@@ -75,10 +75,15 @@ def blocks_per_gpu(sizes: Sizes, memory: float, form: str, tokens: int = CONTEXT
     return int(memory * GIB * _SHARE // block)
 
 
+def link_seconds(hidden: int, spans: int, bandwidth: float, round_trip: float) -> float:
+    """Of one decode step, what goes by between the peers: hidden states in bf16, handed from span to span."""
+    return (spans + 1) * (round_trip / 2 + hidden * 2 / bandwidth)
+
+
 def decode_seconds(sizes: Sizes, spans: int, form: str, read: float, bandwidth: float, round_trip: float) -> float:
     """A lower bound of one decode step: each weight read once, hidden states handed from span to span."""
     reading = sizes.blocks * sizes.block_weights * BYTES_PER_WEIGHT[form] / read
-    return reading + (spans + 1) * (round_trip / 2 + sizes.hidden * 2 / bandwidth)
+    return reading + link_seconds(sizes.hidden, spans, bandwidth, round_trip)
 
 
 def model_table() -> str:

@@ -61,10 +61,10 @@ class Started:
 
 @contextmanager
 def running_swarm(model: Path, peers: int, threads: int, *options: str) -> Iterator[list[Started]]:
-    """`peers` processes of `peer serve` over even spans, with `options`."""
+    """`peers` processes of `peer serve` over even spans, with `options`. Raises `RuntimeError` if one cannot start."""
     total = transformers.AutoConfig.from_pretrained(model).num_hidden_layers
     started: list[Started] = []
-    with tempfile.TemporaryFile("w") as log:
+    with tempfile.TemporaryFile("w+") as log:
         try:
             for i in range(peers):
                 span = f"{total * i // peers}:{total * (i + 1) // peers}"
@@ -77,10 +77,14 @@ def running_swarm(model: Path, peers: int, threads: int, *options: str) -> Itera
                     stderr=log,
                     text=True,
                 )
+                started.append(Started(process, "", 0.0))
                 assert process.stdout
                 line = process.stdout.readline()
-                address = line.split("address=")[1].split()[0]
-                started.append(Started(process, address, time.perf_counter() - begin))
+                if "address=" not in line:
+                    log.seek(0)
+                    raise RuntimeError(f"a peer of blocks {span} did not start: {log.read()[-2000:]}")
+                started[-1].address = line.split("address=")[1].split()[0]
+                started[-1].seconds = time.perf_counter() - begin
             yield started
         finally:
             for peer in started:
@@ -100,14 +104,23 @@ def prompt(vocabulary: int, tokens: int) -> torch.Tensor:
     return torch.randint(3, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
 
 
+def wait_for(device: torch.device) -> None:
+    """Until what was handed to a GPU is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def generate(model: Any, ids: torch.Tensor, count: int) -> float:
     """Seconds of `count` greedy tokens."""
+    ids = ids.to(model.device)
+    wait_for(model.device)
     begin = time.perf_counter()
     with torch.no_grad():
         model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
             min_new_tokens=count, max_new_tokens=count,
         )  # fmt: skip
+    wait_for(model.device)
     return time.perf_counter() - begin
 
 
@@ -117,17 +130,19 @@ def decode_step(model: Any, vocabulary: int) -> float:
     return (generate(model, ids, _TOKENS + 1) - generate(model, ids, 1)) / _TOKENS
 
 
-def measure(models: Sequence[Any], vocabulary: int, prompts: Sequence[int]) -> dict[str, list[float]]:
-    """Each figure, seconds, of each of `models`: the median of some rounds in which they take turns. `prompts`:
-    lengths, of each of which the first token is waited for."""
+def measure(
+    models: Sequence[Any], vocabulary: int, prompts: Sequence[int], rounds: int = _ROUNDS
+) -> dict[str, list[float]]:
+    """Each figure, seconds, of each of `models`: the median of some rounds in which they take turns, after one that
+    does not count. `prompts`: lengths, of each of which the first token is waited for."""
     figures: dict[str, Callable[[Any], float]] = {"decode step": lambda model: decode_step(model, vocabulary)}
     for tokens in prompts:
         ids = prompt(vocabulary, tokens)
         figures[f"first token of {tokens}"] = lambda model, ids=ids: generate(model, ids, 1)  # type: ignore[misc]
     found = {}
     for name, take in figures.items():
-        rounds = [[take(model) for model in models] for _ in range(_ROUNDS + 1)][1:]
-        found[name] = [statistics.median(times) for times in zip(*rounds, strict=True)]
+        taken = [[take(model) for model in models] for _ in range(rounds + 1)][1:]
+        found[name] = [statistics.median(times) for times in zip(*taken, strict=True)]
     return found
 
 

@@ -8,7 +8,7 @@ turns, and the fastest of some rounds counts: whatever else runs on the machine 
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,24 +35,26 @@ _WEIGHTS: dict[str, tuple[torch.dtype, str]] = {
 
 
 class Bench:
-    """Clients of one span."""
+    """Clients of one span of a llama. `clock`: seconds, of whatever is to be compared."""
 
-    def __init__(self, span: Span, clients: int):
+    def __init__(self, span: Span, clients: int, clock: Callable[[], float] = time.process_time):
         store = AdapterStore(span, 10**9, 64, 10**9)
         self._span, self._runner = span, TrainingRunner(Trainer(span, store, 10**10), Together(span, 10**6))
         targets = [f"{block}.self_attn.{name}_proj" for block in span.blocks for name in "qv"]
         self._bundles = [put_lora(store, span, targets, 8, seed, f"client {seed}") for seed in range(clients)]
+        self._clock = clock
 
     def times(self, tokens: int, joined: bool) -> tuple[float, float]:
-        """CPU seconds of all clients' forwards, and of these with their backwards."""
-        runner, mode = self._runner, Mode(self._span.blocks, training=True)
-        hidden = torch.randn(1, tokens, _HIDDEN, dtype=self._span.dtype)
-        begin = time.process_time()
+        """Seconds of all clients' forwards, and of these with their backwards."""
+        runner, span, clock = self._runner, self._span, self._clock
+        mode = Mode(span.blocks, training=True)
+        hidden = torch.randn(1, tokens, span.hidden_size, dtype=span.dtype, device=span.device)
+        begin = clock()
         calls = [TrainingCall(Inputs(hidden), mode, bundle, {}) for bundle in self._bundles]
         answers = self._run([runner.forward(call, "client", keep=True) for call in calls], joined)
-        middle = time.process_time()
+        middle = clock()
         self._run([runner.backward_kept(call_id, "client", hidden) for _, call_id in answers], joined)
-        return middle - begin, time.process_time() - begin
+        return middle - begin, clock() - begin
 
     def _run(self, tasks: Sequence[Task], joined: bool) -> list[Any]:
         return self._runner.run(tasks) if joined else [self._runner.run([task])[0] for task in tasks]

@@ -3,8 +3,8 @@
 python -m benchmarks.many --model llama      (random llama, hidden 1024, 16 blocks, float32)
 python -m benchmarks.many --model smollm2    (SmolLM2-135M-Instruct, float32)
 
-The clients are threads of one process, each with a model of its own (its weights are mapped from one file): on a small
-machine processes would fight for its cores. So they have one peer ID, and the fair shares are those of its sessions;
+The clients are threads of one process, and those without an adapter of their own share a model: on a small machine
+processes would fight for its cores. So they have one peer ID, and the fair shares are those of its sessions;
 `--processes` makes each a process with a peer ID of its own. What a client does itself, the LM head above all, runs on
 the same cores as the peers, once per client, where a local batch does it once for all rows. So besides whole
 `generate`s steps of hidden states alone are measured: what the peers do, against the local trunk. With `--peers 1` the
@@ -29,7 +29,7 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from benchmarks.core import MODELS, fetch_model, running_swarm
+from benchmarks.core import MODELS, fetch_model, running_swarm, wait_for
 from client import AutoDistributedModelForCausalLM
 
 _CONTEXTS = (128, 1000)
@@ -65,7 +65,7 @@ def decode(model: Any, rows: int, job: Job, ready: Callable[[], Any]) -> Run:
     config, times = model.config, list[float]()
     cache, chance = DynamicCache(config=config), torch.Generator().manual_seed(job.context)
     ids = torch.randint(3, config.vocab_size, (rows, job.context), generator=chance)
-    embeds = model.get_input_embeddings()
+    ids, embeds = ids.to(model.device), model.get_input_embeddings()
     trunk = model if job.whole else model.get_base_model().model if job.adapter is not None else model.model
     ready()
     began = time.monotonic()
@@ -79,6 +79,7 @@ def decode(model: Any, rows: int, job: Job, ready: Callable[[], Any]) -> Run:
                 else:
                     trunk(inputs_embeds=embeds(ids), past_key_values=cache, use_cache=True)
                     ids = ids[:, -1:]
+                wait_for(model.device)
                 times.append(time.monotonic() - begin)
     except Exception as error:  # it is counted
         return Run(times, began, f"{type(error).__name__}: {error}")
@@ -101,10 +102,10 @@ def connect(job: Job) -> Any:
 def in_threads(jobs: Sequence[Job]) -> list[Run]:
     """All jobs at once, in this process."""
     barrier, runs = threading.Barrier(len(jobs)), list[Run]()
-    models = [connect(job) for job in jobs]
+    models = {job: connect(job) for job in set(jobs)}
     threads = [
-        threading.Thread(target=lambda m=model, j=job: runs.append(decode(m, 1, j, barrier.wait)))  # type: ignore[misc]
-        for model, job in zip(models, jobs, strict=True)
+        threading.Thread(target=lambda job=job: runs.append(decode(models[job], 1, job, barrier.wait)))  # type: ignore[misc]
+        for job in jobs
     ]
     for thread in threads:
         thread.start()
@@ -148,16 +149,26 @@ def rate(runs: Sequence[Run]) -> float:
 
 
 class Bench:
-    """Runs clients on one swarm, and the same locally."""
+    """Runs clients on one swarm, and the same locally.
 
-    def __init__(self, path: Path, addresses: Sequence[str], tokens: int, processes: bool):
+    `local` makes the model that runs locally; `None`: the plain one, on the CPU.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        addresses: Sequence[str],
+        tokens: int,
+        processes: bool = False,
+        local: Callable[[], Any] | None = None,
+    ):
         self._make = partial(Job, path, tuple(addresses), tokens=tokens)
-        self._path, self._run = path, in_processes if processes else in_threads
+        self._run = in_processes if processes else in_threads
+        self._local = local or partial(transformers.AutoModelForCausalLM.from_pretrained, path)
 
     def local_rate(self, rows: int, **job: Any) -> float:
         """Tokens per second of one local batch."""
-        model = transformers.AutoModelForCausalLM.from_pretrained(self._path).eval()
-        return rate([decode(model, rows, self._make(**job), lambda: None)]) * rows
+        return rate([decode(self._local().eval(), rows, self._make(**job), lambda: None)]) * rows
 
     def swarm(self, clients: int, adapters: Callable[[int], int | None] = lambda _: None, **job: Any) -> list[Run]:
         """What so many clients did."""

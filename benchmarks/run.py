@@ -1,6 +1,7 @@
 """The figures of RESULTS.md that are ratios or sizes, one program after the other: `python -m benchmarks.run`.
 
-Takes about an hour on two quiet cores. The long runs (chaos, soak, fuzz, finetune) are programs of their own.
+Takes about an hour on two quiet cores. The long runs (chaos, soak, fuzz, finetune) and the one
+on a GPU (gpu) are programs of their own.
 """
 
 import argparse

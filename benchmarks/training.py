@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.core import MODELS, fetch_model, running_swarm, with_lora
+from benchmarks.core import MODELS, fetch_model, running_swarm, wait_for, with_lora
 from benchmarks.traffic import counting
 from client import AutoDistributedModelForCausalLM
 
@@ -38,6 +38,7 @@ class Step:
 def measure_steps(model: Any, spans: int, batch: int, length: int, count: int) -> Step:
     """Whole steps (forward, backward, AdamW) on `batch` rows of `length` tokens, after one that is not counted."""
     ids = torch.randint(3, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(model.device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     seconds, sent, received = list[float](), list[int](), list[int]()
@@ -48,6 +49,7 @@ def measure_steps(model: Any, spans: int, batch: int, length: int, count: int) -
             model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            wait_for(model.device)
             seconds.append(time.perf_counter() - begin)
         sent.append(traffic.sent)
         received.append(traffic.received)

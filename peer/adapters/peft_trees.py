@@ -15,6 +15,7 @@ from peer.span.span import Span, find_module
 from protocol.adapters import AdapterSpec
 from protocol.errors import BadAdapter
 from protocol.model.anatomy import configurations
+from protocol.model.loading import LOADING
 
 
 def build_tree(span: Span, specs: Sequence[AdapterSpec], max_bytes: int) -> PreTrainedModel:
@@ -102,7 +103,7 @@ def _inject(tree: PreTrainedModel, path: str, specs: Sequence[AdapterSpec]) -> N
     first, *rest = specs
     empty = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}
     try:
-        with torch.random.fork_rng(devices=[]):
+        with LOADING, torch.random.fork_rng(devices=[]):  # PEFT replaces a function of PyTorch's for `empty`
             wrapper = peft.get_peft_model(tree, _config(path, first), adapter_name=first.name, **empty)
             for spec in rest:
                 wrapper.add_adapter(spec.name, _config(path, spec), **empty)

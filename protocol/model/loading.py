@@ -13,8 +13,9 @@ from protocol.errors import UnsupportedModel, first_line
 from protocol.machine.forwards import become
 
 LOADING = threading.RLock()
-"""Held while a model is made. Transformers sets PyTorch's default dtype meanwhile, and replaces functions of PyTorch
-and its own; of two models made at once the later would put back what it found: what the earlier had put there."""
+"""Held while a model is made, or PEFT's layers for one. Transformers sets PyTorch's default dtype meanwhile, and both
+replace functions of PyTorch and their own; of two models made at once the later would put back what it found: what the
+earlier had put there."""
 
 
 def load_part(

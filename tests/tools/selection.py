@@ -8,6 +8,7 @@ LONGEST = (
     "whole/test_pretended_gpu.py",
     "whole/test_chaos.py",
     "whole/test_cli.py",
+    "whole/test_gpu_benchmark.py",
     "client/test_verify.py",
     "whole/test_generate.py",
     "whole/test_handover.py",
