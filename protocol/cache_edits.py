@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from protocol import swarm_pb2 as pb
 from protocol.errors import BadRequest
@@ -76,7 +77,11 @@ class Repeat(Edit):
 
     def layer(self, layer: Any) -> None:
         """See `Edit.layer`."""
-        layer.batch_repeat_interleave(self.times)
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            rows: Any = torch.arange(_rows_of(layer)).repeat_interleave(self.times)
+            layer.reorder_cache(rows)
+        else:
+            layer.batch_repeat_interleave(self.times)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,8 @@ class Select(Edit):
 
     def layer(self, layer: Any) -> None:
         """See `Edit.layer`."""
-        layer.batch_select_indices(torch.tensor(list(self.index)))
+        # All kinds of layers have this one, and none asks whether there are as many rows as before.
+        layer.reorder_cache(torch.tensor(list(self.index)))
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,11 @@ class Reorder(Select):
     def _has_fitting_length(self, rows: int) -> bool:
         return len(self.index) == rows
 
-    def layer(self, layer: Any) -> None:
-        """See `Edit.layer`. Linear attention can reorder rows, but not select them."""
-        layer.reorder_cache(torch.tensor(list(self.index)))
+
+def _rows_of(layer: LinearAttentionCacheLayerMixin) -> int:
+    """Rows of a linear-attention layer; 0 before its first tokens."""
+    states = (*layer.conv_states.values(), *layer.recurrent_states.values())
+    return next((len(state) for state in states if state is not None), 0)
 
 
 def read_edit(message: pb.CacheEdit) -> Edit:

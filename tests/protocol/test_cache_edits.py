@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from protocol import swarm_pb2 as pb
 from protocol.cache_edits import read_edit
@@ -36,6 +36,22 @@ def test_shape_tensor_and_layer_agree(message: pb.CacheEdit) -> None:
     assert after.shape[:2] == (edit.rows(ROWS), edit.tokens(TOKENS))
     assert torch.equal(layer.keys[:, 0], after)
     assert torch.equal(layer.values[:, 0], -after)
+
+
+@pytest.mark.parametrize(
+    "message", [pb.CacheEdit(repeat_interleave=2), pb.CacheEdit(reorder=rows(2, 0, 0)), pb.CacheEdit(select=rows(2, 0))]
+)
+def test_rows_of_linear_attention(message: pb.CacheEdit) -> None:
+    """Transformers' layer has no name for repeating and selecting rows."""
+    edit, layer = read_edit(message), LinearAttentionLayer()
+    edit.layer(layer)  # it has seen nothing yet
+    states = torch.randn(ROWS, 4, 3)
+    layer.update_conv_state(states, conv_kernel_size=3)
+    layer.update_recurrent_state(-states)
+    edit.layer(layer)
+    after = edit.tensor(states)
+    assert torch.equal(layer.conv_states[0], after)
+    assert torch.equal(layer.recurrent_states[0], -after)
 
 
 def test_an_edit_that_nobody_knows() -> None:

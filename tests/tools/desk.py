@@ -79,14 +79,12 @@ class Desk:
 def play(desk: Desk, run: Callable[..., list[Any]], keep_past: bool) -> Iterator[torch.Tensor]:
     """Four sessions: long, padded with two rows, late, and edited. All that they are answered, but for the padding."""
     long, padded, late, beams = desk.open(), desk.open(padding=3), desk.open(), desk.open()
-    # Transformers' linear attention can only put rows in another order.
-    takes_rows = all(hasattr(layer, "batch_select_indices") for layer in beams.session.cache.own_layers())
-    repeat = [pb.CacheEdit(repeat_interleave=3)] if takes_rows else []
+    repeat = [pb.CacheEdit(repeat_interleave=3)]
     options: dict[str, Any] = {"keep_past": keep_past}
     outcome = run(
         desk.step(long, states(1, 11, 1), **options),
         desk.step(padded, states(2, 6, 2), **options),
-        desk.step(beams, states(1 if takes_rows else 3, 5, 3), **options),
+        desk.step(beams, states(1, 5, 3), **options),
     )
     yield from (outcome[0], outcome[1][:, 3:], outcome[2])
     yield from run(
@@ -104,6 +102,6 @@ def play(desk: Desk, run: Callable[..., list[Any]], keep_past: bool) -> Iterator
             desk.step(padded, states(2, 1, 11 * seed), **options),
             desk.step(late, states(1, 2, 12 * seed), *crop, **options),
         )
-    select = [pb.CacheEdit(select=pb.IndexList(index=[1]))] if takes_rows else []
-    padded.padding = 0 if takes_rows else 3
-    yield from run(desk.step(late, states(1, 1, 13)), desk.step(padded, states(1 if takes_rows else 2, 1, 14), *select))
+    select = [pb.CacheEdit(select=pb.IndexList(index=[1]))]
+    padded.padding = 0
+    yield from run(desk.step(late, states(1, 1, 13)), desk.step(padded, states(1, 1, 14), *select))
