@@ -30,7 +30,9 @@ from protocol.model.tensor_names import blocks_of
 
 _REMOTE = "remote"
 ALL_ATTENTION_FUNCTIONS.register(_REMOTE, lambda *args, **kwargs: None)
-ALL_MASK_ATTENTION_FUNCTIONS.register(_REMOTE, lambda *args, **kwargs: torch.zeros(1, 1, 1, 1, dtype=torch.bool))
+ALL_MASK_ATTENTION_FUNCTIONS.register(
+    _REMOTE, lambda *args, **kwargs: torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=kwargs.get("device"))
+)
 
 
 def build_model(

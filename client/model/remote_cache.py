@@ -89,7 +89,8 @@ class RemoteLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some rows, chosen in any way that a tensor is indexed."""
-        kept = torch.arange(self.rows)[indices].tolist()
+        device = indices.device if isinstance(indices, torch.Tensor) else None
+        kept = torch.arange(self.rows, device=device)[indices].tolist()
         self.rows = len(kept)
         self.edits.append(pb.CacheEdit(select=pb.IndexList(index=kept)))
 
