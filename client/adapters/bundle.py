@@ -1,6 +1,6 @@
 """All active adapters at one moment, and from them what the blocks of one span need, as it goes to a peer."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -31,9 +31,9 @@ class _Layout:
     """In the order of their numbers."""
     is_trained: bool
 
-    def bundle(self) -> AdapterBundle:
-        """The bundle with the tensors' values of now."""
-        values = [tensor.detach() for tensor in self.tensors]
+    def bundle(self, copies: Mapping[int, torch.Tensor]) -> AdapterBundle:
+        """The bundle with the tensors' values of now; `copies`: see `Snapshot`."""
+        values = [copies.get(id(tensor), tensor).detach() for tensor in self.tensors]
         named = {str(number): value for number, value in enumerate(values)}
         return AdapterBundle(self.manifest, named, bundle_hash(self.manifest, values), self.is_trained)
 
@@ -51,6 +51,8 @@ class Snapshot:
     """Whether any of it is live."""
     _layouts: dict[range, _Layout | None] = field(default_factory=dict)
     _bundles: dict[range, AdapterBundle | None] = field(default_factory=dict)
+    _copies: dict[int, torch.Tensor] = field(default_factory=dict)
+    """`id` of a tensor that is on a device -> its values in host memory."""
 
     @cached_property
     def trainable(self) -> tuple[str, ...]:
@@ -59,7 +61,24 @@ class Snapshot:
 
     def with_new_values(self) -> "Snapshot":
         """The same adapters, whose tensors may hold other values by now."""
-        return replace(self, _bundles={})
+        return replace(self, _bundles={}, _copies={})
+
+    def uncopied(self) -> Sequence[torch.Tensor]:
+        """The tensors on a device whose values are not in host memory yet, where `bundle` needs them."""
+        return () if self._copies else self._on_devices
+
+    def take_copies(self, copies: Iterable[torch.Tensor]) -> None:
+        """Keep the values of what was `uncopied`, in its order."""
+        self._copies.update(zip(map(id, self.uncopied()), copies, strict=True))
+
+    def in_host_memory(self, name: str) -> torch.Tensor:
+        """The values of a tensor there, without a way back for gradients."""
+        tensor = self.tensors[name]
+        return self._copies.get(id(tensor), tensor).detach()
+
+    @cached_property
+    def _on_devices(self) -> Sequence[torch.Tensor]:
+        return tuple({id(t): t for t in self.tensors.values() if t.device.type != "cpu"}.values())
 
     def bundle(self, blocks: range) -> AdapterBundle | None:
         """The bundle for a span; `None` when no adapter is on its blocks."""
@@ -67,7 +86,7 @@ class Snapshot:
             if blocks not in self._layouts:
                 self._layouts[blocks] = self._lay_out(blocks)
             layout = self._layouts[blocks]
-            self._bundles[blocks] = layout.bundle() if layout else None
+            self._bundles[blocks] = layout.bundle(self._copies) if layout else None
         return self._bundles[blocks]
 
     def _lay_out(self, blocks: range) -> _Layout | None:

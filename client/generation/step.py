@@ -28,10 +28,10 @@ class Step:
 
     @property
     def positions(self) -> torch.Tensor:
-        """(batch or 1, tokens) of the whole step, on the CPU, also where the user gave none."""
+        """(batch or 1, tokens) of the whole step, also where the user gave none."""
         step = self.whole or self
         if step.work.positions is not None:
-            return step.work.positions.cpu()
+            return step.work.positions
         return torch.arange(step.start, step.start + step.tokens)[None]
 
     def parts(self, sizes: Sequence[int]) -> "list[Step]":

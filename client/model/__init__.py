@@ -6,6 +6,7 @@ build           the Hugging Face class itself, with ghosts in the place of its b
 handle          `SwarmHandle`: what `model.swarm` shows
 pseudo_layer    what the trunk's loop over blocks runs: all of them at once, remotely
 remote_blocks   `RemoteBlocks`: the blocks as a differentiable function; training calls and sessions start here
+crossing        between the user's device and what goes through the swarm: one wait each way
 remote_cache    the KV cache as Transformers sees it: a length, and edits that travel with the next step
 petals          Petals' sessions and trained prompts
 parallel        several processes that train one adapter, by DistributedDataParallel

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from client.ghosts.blocks import BlockRange, GhostBlocks
+from client.model.crossing import leave, to_host_memory
 from client.model.petals import PetalsSession, active_session, new_session
 from client.model.remote_blocks import RemoteBlocks, check_hidden
 from client.model.remote_cache import RemoteLayer, adopt
@@ -144,7 +145,7 @@ class PseudoLayer:
         is_decoding = goes_on and hidden.shape[1] == 1  # more at once may be a prompt on a cache from before training
         work = self._remote.describe(self._caught.mask, self._caught.positions, fresh=not is_decoding)
         if layer is None:
-            return self._remote.apply(work, blocks, hidden)
+            return self._remote.apply(work, blocks, hidden, to_host_memory(work, hidden))
         layer.rows = len(hidden)
         if prefix:
             work = replace(work, prefix=prefix)
@@ -161,9 +162,10 @@ class PseudoLayer:
 
     def _train(self, work: Work, blocks: range, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
         """A forward with gradients. Transformers made a cache for it, which is filled only if it comes to be used."""
-        layer.unsent = (work.detached(), hidden.detach(), layer.length)
+        host = to_host_memory(work, hidden)
+        layer.unsent = (*host, layer.length)
         layer.length += hidden.shape[1]
-        return self._remote.apply(work, blocks, hidden)
+        return self._remote.apply(work, blocks, hidden, host)
 
     def _generate(self, work: Work, blocks: range, hidden: torch.Tensor, layer: RemoteLayer) -> torch.Tensor:
         if layer.session is None:
@@ -177,10 +179,9 @@ class PseudoLayer:
                 f"This cache is of {len(layer.session.blocks)} blocks, and the model has {len(blocks)} now; begin anew."
             )
         edits, layer.edits = layer.edits, []
-        work = work.detached() if work.prefix else work
-        output = layer.session.step(work, hidden.detach(), edits, layer.keep_past, layer.length)
+        output = layer.session.step(*to_host_memory(work, hidden), edits, layer.keep_past, layer.length)
         layer.length += hidden.shape[1]
-        return output
+        return leave(output, hidden.device)
 
 
 def refuse_outputs(config: Any, asked: Mapping[str, Any]) -> None:

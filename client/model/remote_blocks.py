@@ -10,6 +10,7 @@ from client.adapters.source import AdapterSource
 from client.generation.dynamic_rope import DynamicRope
 from client.generation.session import InferenceSession
 from client.ghosts.blocks import GhostBlocks
+from client.model.crossing import enter, leave, to_host_memory
 from client.requests.caller import Caller
 from client.requests.work import Codecs, Work
 from client.training.micro_batches import Trace, TrainingCalls
@@ -49,7 +50,7 @@ class RemoteBlocks:
         if not 0 <= start < end <= len(self):
             raise BadUsage(f"Blocks {start}:{end} do not lie in this model's 0:{len(self)}.")
         work = self.describe(attention_mask, position_ids)
-        return self.apply(work, range(start, end), hidden_states)
+        return self.apply(work, range(start, end), hidden_states, to_host_memory(work, hidden_states))
 
     def describe(self, mask: torch.Tensor | None, positions: torch.Tensor | None, fresh: bool = True) -> Work:
         """The work for one forward through the model, in the state that it is in now.
@@ -77,17 +78,22 @@ class RemoteBlocks:
             codecs=self._codecs,
         )
 
-    def apply(self, work: Work, blocks: range, hidden: torch.Tensor) -> torch.Tensor:
-        """Take hidden states through `blocks`, differentiably."""
-        trained = {}
+    def apply(self, work: Work, blocks: range, hidden: torch.Tensor, host: tuple[Work, torch.Tensor]) -> torch.Tensor:
+        """Take hidden states through `blocks`, differentiably. `host`: what `to_host_memory` has made of these."""
+        trained, copies = dict[str, torch.Tensor](), [host[1]]
         if work.adapters:
-            own = (name for name in work.adapters.trainable if int(name.partition(".")[0]) in blocks)
-            trained = {f"adapter.{name}": work.adapters.tensors[name] for name in own}
+            for name in work.adapters.trainable:
+                if int(name.partition(".")[0]) in blocks:
+                    trained[f"adapter.{name}"] = work.adapters.tensors[name]
+                    copies.append(work.adapters.in_host_memory(name))
         for block, (key, value) in work.prefix.items():
             trained |= {f"prefix.{block}.key": key, f"prefix.{block}.value": value}
+            copies += host[0].prefix[block]
+        given = (hidden, *trained.values())
         # Asked here: within the function, `needs_input_grad` says the same under `no_grad`.
-        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, *trained.values()))
-        return _RemoteCall.apply(self.training, work, blocks, keep, tuple(trained), hidden, *trained.values())  # type: ignore[no-any-return]
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+        output = _RemoteCall.apply(self.training, host[0], blocks, keep, tuple(trained), *enter(given, copies))
+        return leave(output, hidden.device)
 
     def new_session(self, blocks: range) -> InferenceSession:
         """A generation over some blocks."""
@@ -95,7 +101,7 @@ class RemoteBlocks:
 
 
 class _RemoteCall(torch.autograd.Function):
-    """Forward on the peers, backward on the peers; the tensors are the adapters' and the prefix's."""
+    """Forward on the peers, backward on the peers; the tensors are the adapters' and the prefix's, in host memory."""
 
     @staticmethod
     def forward(
@@ -108,9 +114,9 @@ class _RemoteCall(torch.autograd.Function):
         hidden: torch.Tensor,
         *tensors: Any,
     ) -> torch.Tensor:
-        output, ctx.traces = training.loop.run(training.forward(work.detached(), blocks, hidden.detach(), keep))
+        output, ctx.traces = training.loop.run(training.forward(work, blocks, hidden.detach(), keep))
         ctx.training, ctx.names = training, names
-        ctx.like = [(tensor.device, tensor.dtype) for tensor in tensors]
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
         return output
 
     @staticmethod
@@ -119,13 +125,13 @@ class _RemoteCall(torch.autograd.Function):
         traces: list[Trace] = ctx.traces
         hidden, gradients = ctx.training.loop.run(ctx.training.backward(traces, grads[0]))
         found = [gradients.get(name) for name in ctx.names]
-        cast = [g if g is None else g.to(*like) for g, like in zip(found, ctx.like, strict=True)]
+        cast = [g if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)]
         return None, None, None, None, None, hidden, *cast
 
 
 def _autocast_dtype() -> torch.dtype | None:
     """What the user's `torch.autocast` says, on whatever device this machine computes."""
-    for device in ("cuda", "cpu"):
+    for device in ("cuda", "cpu", "xpu", "mps"):
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
     return None

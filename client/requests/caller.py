@@ -128,7 +128,7 @@ class Caller:
             return grad, gradients
         if found is None or found.shape != grad.shape:
             raise PeerFailed(f"Peer {hop.peer.peer_id} answered a backward without the gradient of the hidden states.")
-        found = found.to(grad.device, grad.dtype)
+        found = found.to(grad.dtype)
         if after:
             await after.passed(found, pushed=False)
         return found, gradients

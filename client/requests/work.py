@@ -1,7 +1,7 @@
 """What a piece of work on remote blocks consists of, and how it is put into messages."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -85,14 +85,6 @@ class Work:
                     tensors[f"prefix.{block}.key"], tensors[f"prefix.{block}.value"] = self.prefix[block]
         return tensors
 
-    def detached(self) -> "Work":
-        """This work without a way back for gradients."""
-        if not self.prefix:
-            return self
-        return replace(
-            self, prefix={block: (key.detach(), value.detach()) for block, (key, value) in self.prefix.items()}
-        )
-
 
 def result_of(answer: Message) -> pb.Result:
     """The body of an answer; an empty one where a peer answered with something else."""
@@ -100,11 +92,11 @@ def result_of(answer: Message) -> pb.Result:
 
 
 def answered_hidden(answer: Message, like: torch.Tensor, remote: str) -> torch.Tensor:
-    """The hidden states in the answer of the peer `remote`, in the shape, the dtype and on the device of `like`.
+    """The hidden states in the answer of the peer `remote`, in the shape and the dtype of `like`.
 
     Raises `PeerFailed` when the answer has none of that shape.
     """
     hidden = answer.tensors.get("hidden_states")
     if hidden is None or hidden.shape != like.shape or not hidden.is_floating_point():
         raise PeerFailed(f"Peer {remote} answered with something else than hidden states of {list(like.shape)}.")
-    return hidden.to(like.device, like.dtype)
+    return hidden.to(like.dtype)

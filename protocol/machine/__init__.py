@@ -9,6 +9,7 @@ inspection    SIGUSR1 shows what a process does: threads, tasks, state
 paths         paths and folders of models as people write them: `~`, no URLs
 terminal      what commands print, on a screen or not, in whatever encoding
 timing        how long a piece of work takes
+transfer      tensors between a device and this machine's memory
 forwards      the only file that replaces a module's forward, its class, or a model's attention function
 split_linear  linear layers of few rows, computed by several threads
 """

@@ -7,6 +7,8 @@ Without either these tests are skipped; `tests/whole/test_pretended_gpu.py` has 
 """
 
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +17,8 @@ from tests.tools.device_library import is_loaded
 
 if TYPE_CHECKING:
     import torch
+
+    from tests.tools.swarm import Both, ForkServer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,6 +29,25 @@ def device() -> "torch.device":
     if not is_loaded() and not torch.cuda.is_available():
         pytest.skip("there is no GPU; a pretended one: -n0 -p tests.tools.pretended_gpu")
     return torch.device("cuda:0")
+
+
+@pytest.fixture(scope="session")
+def other_device(device: "torch.device") -> "torch.device":
+    """A second GPU, or the only one."""
+    import torch
+
+    return torch.device("cuda:1") if is_loaded() or torch.cuda.device_count() > 1 else device
+
+
+@pytest.fixture(scope="session")
+def llamas(fork_server: "ForkServer", other_device: "torch.device", models: Callable[[str], Path]) -> "Iterator[Both]":
+    """The small llama, plain and through a peer on the CPU and one on a GPU; tests leave them as they find them."""
+    from tests.tools.swarm import Both, new_swarm
+
+    with new_swarm(fork_server) as swarm:
+        swarm.serve(models("llama"), "0:2")
+        swarm.serve(models("llama"), "2:5", options=("--device", str(other_device)))
+        yield Both(models("llama"), swarm)
 
 
 @pytest.fixture
