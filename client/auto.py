@@ -48,10 +48,10 @@ class _AutoDistributed:
         gradients until a PEFT adapter is put on it or `requires_grad` is set for a weight that is on this machine.
 
         `options`: the fields of `SwarmConfig` (`initial_peers=[...]` above all), or `swarm_config=` whole; `revision`;
-        `dtype` of what this machine holds (default: the checkpoint's) and `device_map`, its device; other arguments of
-        Transformers and Petals (docs/compatibility.md); fields of the model's configuration that no
-        block computes by (`num_labels=3`). Raises `BadUsage`, `UnsupportedModel`, `PeerUnreachable`; a call of the
-        model may raise `NoRoute` and other `protocol.errors`.
+        `dtype` of what this machine holds (default: the checkpoint's), and `device` for it: "auto", "cuda:0", ...
+        (default: torch's, the CPU); other arguments of Transformers and Petals (docs/compatibility.md), `device_map`
+        among them; fields of the model's configuration that no block computes by (`num_labels=3`). Raises `BadUsage`,
+        `UnsupportedModel`, `PeerUnreachable`; a call of the model may raise `NoRoute` and other `protocol.errors`.
         """
         return _load(None, cls._mapping, pretrained_model_name_or_path, options)
 

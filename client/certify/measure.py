@@ -33,17 +33,23 @@ _RANK, _LEARNING_RATE = 8, 5e-4
 
 
 def measure(
-    model: str, revision: str | None, dtype: str, data: Path, extent: Extent, report: Callable[[str], None]
+    model: str,
+    revision: str | None,
+    dtype: str,
+    device: torch.device,
+    data: Path,
+    extent: Extent,
+    report: Callable[[str], None],
 ) -> Certificate:
     """Measure every codec on `model` (a folder or hub name) in `dtype` (a name, or auto: the checkpoint's).
 
-    `data`: a file as for `peer tune`. Raises `BadUsage`, `UnsupportedModel`.
+    `data`: a file as for `peer tune`. Raises `BadUsage`, `UnsupportedModel`, `torch.OutOfMemoryError`.
     """
     checkpoint = open_checkpoint(model, revision)
-    rows = _read_text(load_tokenizer(model, revision), data, vocabulary_size(checkpoint.config))
+    rows = _read_text(load_tokenizer(model, revision), data, vocabulary_size(checkpoint.config)).to(device)
     checkpoint.state_dict(lambda _: True)  # says what is wrong with the files, which Transformers does in many ways
     cls, config = class_for(checkpoint, CAUSAL_LM)
-    local = cls.from_pretrained(model, config=config, revision=revision or "main", dtype=dtype).eval()
+    local = cls.from_pretrained(model, config=config, revision=revision or "main", dtype=dtype).eval().to(device)
     boundaries = Boundaries(local, extent.spans)
     report("the next token's distribution")
     compared = rows[: max(1, extent.tokens // _WINDOW)]

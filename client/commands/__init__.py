@@ -5,6 +5,7 @@ generate  `peer generate`: text through a swarm
 tune      `peer tune`: a fine-tuning run over a swarm, from its description to its adapter
 merge     `peer merge`: an adapter merged into its base model, on this machine
 certify   `peer certify`: what each wire codec does to a model, measured on this machine
+device    the option --device of those that compute here
 
 A command imports PyTorch, Transformers and the rest of the client when it runs; `--help` waits for none of them.
 """

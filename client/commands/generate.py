@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from bootstrap.options import InitialPeers, SwarmKeyFile, as_model, need_initial_peers
+from client.commands.device import Device, enough_memory
 from protocol.errors import BadUsage, first_line
 
 
@@ -24,6 +25,7 @@ def generate(
         str | None, typer.Option(parser=as_model, metavar="ADAPTER", help="A PEFT adapter: a folder or hub name.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of what this machine holds; default: the checkpoint's.")] = None,
+    device: Device = "auto",
     revision: Annotated[
         str | None, typer.Option(help="Revision of a hub model; default: the one that the adapter was trained on.")
     ] = None,
@@ -41,13 +43,16 @@ def generate(
         revision = _revision(model, revision, adapter)
         tokenizer = load_adapted_tokenizer(adapter, model, revision)
     inputs = encode_prompt(tokenizer, prompt, chat, vocabulary_size(open_checkpoint(model, revision).config))
-    swarm_model = _load_model(model, addresses, swarm_key, dtype=dtype, revision=revision, adapter=adapter)
+    swarm_model = _load_model(
+        model, addresses, swarm_key, dtype=dtype, device=device, revision=revision, adapter=adapter
+    )
     if seed is not None:
         torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    print_text(swarm_model, tokenizer, inputs, **sampling, max_new_tokens=max_new_tokens)
+    with enough_memory("give --device cpu"):
+        print_text(swarm_model, tokenizer, inputs, **sampling, max_new_tokens=max_new_tokens)
 
 
 def print_text(model: Any, tokenizer: Any, inputs: dict[str, Any], **options: Any) -> Any:
@@ -62,6 +67,7 @@ def print_text(model: Any, tokenizer: Any, inputs: dict[str, Any], **options: An
     from client.tune.running.samples import one_text
 
     has_beams = (model.generation_config.num_beams or 1) > 1
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     streamer = None if has_beams else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:
         with torch.no_grad():
@@ -95,14 +101,14 @@ def _revision(model: str, revision: str | None, adapter: str) -> str | None:
 
 
 def _load_model(
-    model: str, initial_peers: Sequence[str], swarm_key: Path | None, *, dtype: str | None, revision: str | None,
-    adapter: str | None,
+    model: str, initial_peers: Sequence[str], swarm_key: Path | None, *, dtype: str | None, device: str,
+    revision: str | None, adapter: str | None,
 ) -> Any:  # fmt: skip
     """The swarm's model, with an adapter on it when one is named. Raises `BadUsage` for an unusable adapter."""
     from client import AutoDistributedModelForCausalLM
 
     swarm_model = AutoDistributedModelForCausalLM.from_pretrained(
-        model, initial_peers=initial_peers, swarm_key=swarm_key, dtype=dtype, revision=revision
+        model, initial_peers=initial_peers, swarm_key=swarm_key, dtype=dtype, device=device, revision=revision
     )
     if adapter is None:
         return swarm_model

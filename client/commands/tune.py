@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bootstrap.options import SwarmKeyFile, as_path
+from client.commands.device import enough_memory
 from protocol.errors import BadUsage
 from protocol.machine.signals import like_interrupt
 
@@ -25,6 +26,9 @@ def tune(
     config: Annotated[str | None, typer.Argument(help="A YAML file that describes the run; see --init.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: trainer.steps=100 ...")] = None,
     swarm_key: SwarmKeyFile = None,
+    device: Annotated[
+        str | None, typer.Option(help="For what this machine holds: auto, cpu, cuda:0, ...; default: as CONFIG says.")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint of this run.")] = False,
     plan: Annotated[bool, typer.Option(help="Show what the run would do, and stop.")] = False,
     init: Annotated[bool, typer.Option(help="Write a commented example file (to CONFIG, or to the screen).")] = False,
@@ -37,6 +41,8 @@ def tune(
     path = None if config is None else as_path(config)
     if swarm_key is not None:
         changes.append(f"swarm_key={json.dumps(str(swarm_key))}")  # YAML takes JSON
+    if device is not None:
+        changes.append(f"device={json.dumps(device)}")
     if init:
         _write_example(path)
     elif schema:
@@ -82,9 +88,11 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
         swarm_key=config.swarm_key,
         **config.network.model_dump(exclude_unset=True),
         dtype=config.dtype,
+        device=config.device,
     )
     again = shlex.join(["peer", "tune", *([str(path)] if path else []), *overrides, "--resume"])
-    with like_interrupt(signal.SIGTERM):  # it saves a checkpoint too
+    less = "make trainer.batch_size or data.max_length smaller, or give --device cpu"
+    with like_interrupt(signal.SIGTERM), enough_memory(less):  # it saves a checkpoint too
         run = TuneRun(config, model, tokenizer, prepared, resume=resume, resume_command=f"`{again}`")
         plan = run.plan()
         console.print(run.plan(_swarm_rows(model, plan, config)))

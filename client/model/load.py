@@ -46,7 +46,7 @@ def load_distributed(
 
     `cls` None: the class that Transformers' auto mapping of the name `mapping` has for the model.
     """
-    hub, device = take_loading_options(options)
+    hub, place = take_loading_options(options)
     checkpoint = open_checkpoint(str(model), revision, hub)
     cls, config = _class_of(checkpoint, cls, mapping)
     for name, value in options.items():
@@ -55,12 +55,13 @@ def load_distributed(
         refuse_outputs(part, {})
     base = base_of(checkpoint)
     swarm = Swarm.connect(network, base, joining)
-    built = build_model(cls, checkpoint, config, swarm, _dtype(dtype or torch_dtype, checkpoint))
+    with torch.device("cpu"):  # whatever torch.set_default_device says: it is read and tried out there
+        built = build_model(cls, checkpoint, config, swarm, _dtype(dtype or torch_dtype, checkpoint))
     built.config._name_or_path = built.name_or_path = checkpoint.name
     name_base(built, base)
     load_generation_config(built, checkpoint)
-    if device is not None:
-        built.to(device)  # type: ignore[arg-type]
+    if place is not None:
+        place.take(built)
     return with_prompts(built, tuning_mode, pre_seq_len) if tuning_mode else built
 
 

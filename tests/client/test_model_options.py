@@ -13,6 +13,7 @@ import client
 from client import AutoDistributedModelForCausalLM
 from client.model import options
 from protocol.errors import BadUsage
+from protocol.machine.devices import choose_device
 from protocol.model import checkpoint
 from protocol.model.checkpoint import Hub
 from tests.tools.damage import CONFIG, edit
@@ -155,10 +156,12 @@ def test_arguments_of_every_second_script(
     "place", ["auto", "balanced", "cpu", torch.device("cpu"), {"": "cpu"}, {"a": "cpu", "b": "cpu"}]
 )
 def test_a_place_for_what_this_machine_holds(place: Any) -> None:
-    hub, device = options.take_loading_options({"device_map": place})
-    expected = torch.accelerator.current_accelerator() or torch.device("cpu")
-    assert device == (expected if place in ("auto", "balanced") else torch.device("cpu"))
-    assert hub == Hub()
+    for name in ("device", "device_map"):
+        hub, found = options.take_loading_options({name: place})
+        found_here = place in ("auto", "balanced")
+        assert found == options.Place(choose_device("auto" if found_here else "cpu"), is_asked_for=not found_here)
+        assert hub == Hub()
+    assert options.take_loading_options({})[1] is None
 
 
 def test_where_files_come_from(served: Swarm, llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -182,9 +185,11 @@ def test_where_files_come_from(served: Swarm, llama: Path, monkeypatch: pytest.M
     [
         (
             {"device_map": {"model": 0, "lm_head": "cpu"}},
-            'What this machine holds goes to one device; give device_map="auto"',
+            'What this machine holds goes to one device; give device="auto"',
         ),
-        ({"device_map": "disk"}, "device_map 'disk' is no device of this machine"),
+        ({"device_map": "disk"}, "The device 'disk' cannot be used: "),
+        ({"device": -1}, "The device '-1' cannot be used: "),
+        ({"device": "cpu", "device_map": "auto"}, "device and device_map say the same here; give one of them"),
         ({"use_safetensors": False}, "Weights are read in the safetensors format only"),
         ({"load_in_4bit": True}, "load_in_4bit: the blocks are as their peers quantize them"),
         (

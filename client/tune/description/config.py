@@ -127,6 +127,7 @@ class TuneConfig(Section):
     swarm_key: LocalPath | None = Field(default=None, description="key file of a private swarm")
     network: NetworkOptions = Field(default_factory=NetworkOptions)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = Field(default="auto", description="for what this machine holds: auto, cpu, cuda:0, ...")
     data: DataConfig
     adapter: AdapterChoice = Field(default_factory=lambda: OPTIONS["lora"](method="lora"))
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)

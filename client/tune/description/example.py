@@ -15,6 +15,7 @@ initial_peers: []                            # addresses of the swarm, as `peer 
 #   codec_out: bf16                          # fewer bytes; also: codec_back, codec_gradients (see `peer certify`)
 #   blocked_peers: []                        # also: allowed_peers, pins, carrier, silence_timeout, ...
 dtype: auto                                  # of what this machine holds: auto, float32, bfloat16, float16
+device: auto                                 # for what this machine holds: auto, cpu, cuda:0, ...
 
 data:
   path: data.jsonl            # a file, a folder, a pattern such as data/*.jsonl, or a list of them; of the types

@@ -181,8 +181,7 @@ class TuneRun:
     def _trainer(self, recorder: Recorder) -> TuneTrainer:
         data, config = self._prepared, self._config
         validated = 0 if data.validation is None else len(data.validation)
-        on_cpu = self.model.device.type == "cpu"
-        args = training_arguments(config, self.folder.checkpoints, self.steps, validated, on_cpu)
+        args = training_arguments(config, self.folder.checkpoints, self.steps, validated, self.model.device)
         args.eval_on_start = validated > 0 and self._start is None
         callbacks: list[object] = [recorder]
         if config.adapter.method == "adalora":

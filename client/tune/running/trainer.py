@@ -60,7 +60,7 @@ class TuneTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Trainer.evaluate`; but the seed that a data loader draws must not shift the training's dropout."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=()):  # it is the CPU's generator that is drawn from
             return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -120,14 +120,16 @@ class RankAllocation(TrainerCallback):
         model.base_model.update_and_allocate(state.global_step)
 
 
-def training_arguments(config: TuneConfig, folder: Path, steps: int, validated: int, on_cpu: bool) -> TrainingArguments:
-    """The run's `TrainingArguments`: `steps` optimizer steps, checkpoints in `folder`, every step logged.
+def training_arguments(
+    config: TuneConfig, folder: Path, steps: int, validated: int, device: torch.device
+) -> TrainingArguments:
+    """The run's `TrainingArguments`: `steps` optimizer steps on `device`, checkpoints in `folder`, every step logged.
 
     `validated` rows are validated on; 0: there is no validation.
     """
     trainer = config.trainer
     warm_constant = trainer.schedule == "constant" and trainer.warmup > 0
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=trainer.batch_size,
@@ -156,7 +158,12 @@ def training_arguments(config: TuneConfig, folder: Path, steps: int, validated: 
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to="none",
-        use_cpu=on_cpu,
+        use_cpu=device.type == "cpu",
         # Rows are gathered from memory: worker processes would only add a fork of a process that runs a network loop.
         dataloader_num_workers=0,
+        dataloader_pin_memory=False,  # they are small, and not every machine lets memory be pinned (WSL2)
     )
+    # Trainer takes the first GPU there is, and all of them for copies of the model; accelerate asks its own state.
+    args.distributed_state.device = args._setup_devices = device  # type: ignore[union-attr, method-assign]
+    args._n_gpu = 1
+    return args

@@ -448,6 +448,10 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("empty_strided", &empty_strided);
   library.impl("copy_", &copy);
   library.impl("set_.source_Storage_storage_offset", &set_storage);
+  library.impl("set_.source_Storage", [](Tensor& self, c10::Storage source) -> Tensor& {  // as torch.save does
+    const int64_t size = source.nbytes() / self.element_size();
+    return set_storage(self, std::move(source), 0, {size}, {});
+  });
   library.impl("as_strided", &as_strided);
   library.impl("view", &view);
   library.impl("_reshape_alias", &reshape_alias);
