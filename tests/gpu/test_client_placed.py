@@ -1,11 +1,13 @@
-"""Where a client's model goes: `device`, `device_map`, `--device`; a GPU that lacks memory."""
+"""Where a client's model goes: `device`, `device_map`, `--device`, and GPUs that lack memory or are one too many."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 import yaml
 
 from client.commands.tune import run_tune
@@ -50,6 +52,20 @@ def test_a_device_without_room(
     assert caplog.messages == ["cuda:0 has no room for the 0.0 GiB that this machine holds of the model."]
     pretended.limit(limit)
     assert llamas.swarm.connect(llamas.path, device="auto").device == device
+
+
+def test_a_trainer_that_sees_two_gpus(
+    llamas: Both, device: torch.device, pretended: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It would copy the model to each."""
+    tuned = peft.get_peft_model(llamas.remote(), peft.LoraConfig(r=4, task_type="CAUSAL_LM")).to(device)
+    arguments = transformers.TrainingArguments(str(tmp_path), max_steps=1, report_to="none")
+    arguments._n_gpu = 2
+    rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 4
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(BadUsage, match=r"^DataParallel, .* show it one GPU \(CUDA_VISIBLE_DEVICES=0\), or"):
+        transformers.Trainer(tuned, arguments, train_dataset=rows).train()
 
 
 def test_generate(llamas: Both, llama: Path, other_device: torch.device, command: Command) -> None:
