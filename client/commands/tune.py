@@ -64,6 +64,7 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
     from client.tune.errors import ConfigError
     from client.tune.running.dataset import prepare
     from client.tune.running.run import TuneRun, check_output
+    from protocol.machine.devices import choose_device
     from protocol.machine.terminal import new_console
     from protocol.model.anatomy import context_length
     from protocol.model.checkpoint import open_checkpoint
@@ -78,6 +79,8 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
     if not config.initial_peers:
         raise ConfigError("initial_peers is empty; give the address of a member, which `peer serve` prints when ready")
     check_output(config, resume)
+    if config.device != "auto":
+        choose_device(config.device)  # before the data is read, which may take long
     tokenizer = load_tokenizer(config.model, config.revision)
     described = open_checkpoint(config.model, config.revision).config
     prepared = prepare(config, tokenizer, context_length(described), vocabulary_size(described))

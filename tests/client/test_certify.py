@@ -125,6 +125,7 @@ def test_bad_usage_is_told(command: Command, llama: Path, text: Path, tmp_path: 
     assert "has 4 tokens, too few" in command("certify", llama, "--data", few).refusal()
     assert "more than the model's 5 blocks" in command("certify", llama, "--data", text, "--spans", "6").refusal()
     assert "'int4' is unknown" in command("certify", llama, "--dtype", "int4").refusal()
+    assert "The device 'gpu' cannot be used" in command("certify", llama, "--device", "gpu").refusal()
     assert "has no config.json" in command("certify", tmp_path / "nothing").refusal()
 
 

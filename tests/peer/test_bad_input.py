@@ -455,6 +455,7 @@ def test_commands_of_a_client(
     assert "The prompt is empty" in command("generate", llama, "", *joined).refusal()
     assert "no chat template" in command("generate", llama, "w5", "--chat", *joined).refusal()
     assert "expected one of float32" in command("generate", llama, "w5", "--dtype", "float9", *joined).refusal()
+    assert "The device 'gpu' cannot be used" in command("generate", llama, "w5", "--device", "gpu", *joined).refusal()
     said = command("generate", llama, "w5", "--adapter", "/nonexistent", *joined).refusal()
     assert "--adapter /nonexistent cannot be put on" in said
     (tmp_path / "adapter").mkdir()

@@ -191,6 +191,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
         2,
         "data.jsonl: line 1 has the columns 'instruction', 'input', 'output'; known are alpaca (instruction, reply)",
     ),
+    "device": ({"device": "gpu"}, 2, "The device 'gpu' cannot be used"),
     "key": ({"trainer": {"learning_rat": 1e-3}}, 2, "did you mean 'learning_rate'?"),
     "module": ({"adapter": {"target_modules": ["q_proj", "query"]}}, 2, "'query' matches no module"),
     "pins": ({"network": {"pins": {"0-2": []}}}, 2, "'0-2' is not a span of blocks; expected START:END"),
