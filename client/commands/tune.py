@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bootstrap.options import SwarmKeyFile, as_path
+from bootstrap.options import SwarmName, as_path, find_swarm
 from protocol.errors import BadUsage
 from protocol.machine.signals import like_interrupt
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def tune(
     config: Annotated[str | None, typer.Argument(help="A YAML file that describes the run; see --init.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: trainer.steps=100 ...")] = None,
-    swarm_key: SwarmKeyFile = None,
+    swarm: SwarmName = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint of this run.")] = False,
     plan: Annotated[bool, typer.Option(help="Show what the run would do, and stop.")] = False,
     init: Annotated[bool, typer.Option(help="Write a commented example file (to CONFIG, or to the screen).")] = False,
@@ -35,8 +35,8 @@ def tune(
     if config is not None and _is_override(config):  # a run that is described by overrides alone
         changes, config = [config, *changes], None
     path = None if config is None else as_path(config)
-    if swarm_key is not None:
-        changes.append(f"swarm_key={json.dumps(str(swarm_key))}")  # YAML takes JSON
+    if swarm is not None:
+        changes.append(f"swarm={json.dumps(swarm)}")  # YAML takes JSON
     if init:
         _write_example(path)
     elif schema:
@@ -55,7 +55,6 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
     from client.auto import AutoDistributedModelForCausalLM
     from client.tokenizer import load_tokenizer, vocabulary_size
     from client.tune.description.config import load_config
-    from client.tune.errors import ConfigError
     from client.tune.running.dataset import prepare
     from client.tune.running.run import TuneRun, check_output
     from protocol.machine.terminal import new_console
@@ -69,8 +68,7 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
         )
     console = new_console()
     config = load_config(path, overrides)
-    if not config.initial_peers:
-        raise ConfigError("initial_peers is empty; give the address of a member, which `peer serve` prints when ready")
+    find_swarm(config.swarm, config.initial_peers)  # what is wrong with them need not wait
     check_output(config, resume)
     tokenizer = load_tokenizer(config.model, config.revision)
     described = open_checkpoint(config.model, config.revision).config
@@ -79,7 +77,7 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
         config.model,
         revision=config.revision,
         initial_peers=config.initial_peers,
-        swarm_key=config.swarm_key,
+        swarm=config.swarm,
         **config.network.model_dump(exclude_unset=True),
         dtype=config.dtype,
     )
