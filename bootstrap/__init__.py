@@ -6,7 +6,7 @@ identity       who a member is: an RSA key and what it signs
 directory      what peers announce, and looking it up, in a DHT (hivemind's)
 neighbours     the members that one knows: the first contact, and finding them again
 validator      which records may stand in the DHT: signed ones; storage: keeping them, within bounds
-gate, seal     in a private swarm, the DHT's requests only between holders of the key
-key_file       the file with a swarm's keys; private_files: writing files that hold a secret
+membership/    private swarms: what this machine knows of them, their gate, letting others in
+joining        becoming a member of one, by a ticket
 options        the command line options that every member has
 """

@@ -13,9 +13,9 @@ from hivemind.dht import DHTNode
 
 from bootstrap.neighbours import Neighbours
 from bootstrap.storage import MAX_LIFETIME
-from bootstrap.validator import MODELS_KEY, complaints_key, model_key
+from bootstrap.validator import MEMBERS_KEY, MODELS_KEY, complaints_key, model_key
 from protocol.errors import BadRequest
-from protocol.records import MAX_RECORD_BYTES, Complaint, ModelId, PeerRecord, PeerState
+from protocol.records import MAX_RECORD_BYTES, Complaint, MemberRecord, ModelId, PeerRecord, PeerState
 
 PERIOD = 20.0
 """Seconds between two announcements of a peer."""
@@ -26,7 +26,7 @@ RETRY = 5.0
 MAX_MODELS = 256
 WITHDRAW_TIMEOUT = 1.5
 _log = logging.getLogger(__name__)
-R = TypeVar("R", ModelId, PeerRecord, Complaint)
+R = TypeVar("R", ModelId, PeerRecord, Complaint, MemberRecord)
 
 
 class Directory:
@@ -73,6 +73,15 @@ class Directory:
         key = complaints_key(config_hash)
         said = _parse((await self._look_up([key]))[key], Complaint)
         return Counter(peer_id for complaint in said for peer_id in {accused.peer_id for accused in complaint.accused})
+
+    async def announce_member(self, record: MemberRecord) -> None:
+        """Say that this process of a private swarm's member is up, for `LIFETIME` seconds."""
+        await self._neighbours.ensure()
+        await self._node.store(MEMBERS_KEY, record.to_bytes(), time.time() + LIFETIME, subkey=record.peer_id)
+
+    async def members(self) -> list[MemberRecord]:
+        """The processes of members that are up, in a private swarm."""
+        return _parse((await self._look_up([MEMBERS_KEY]))[MEMBERS_KEY], MemberRecord)
 
     async def models(self) -> dict[ModelId, list[PeerRecord]]:
         """Every model of the swarm with its peers; a model without peers is left out."""

@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from google.protobuf.message import DecodeError
 from hivemind.proto import crypto_pb2
 
-from bootstrap.private_files import create_private
 from protocol.errors import BadUsage
+from protocol.machine.private_files import create_private
 from protocol.name import NAME
 
 KEY_BITS = 2048
@@ -33,7 +33,7 @@ class Identity:
     def __init__(self, path: Path, file: BinaryIO, temporary: bool = False):
         self.path = path
         self._file = file
-        self._temporary = temporary
+        self.is_temporary = temporary
         self._key = _read_key(path, file)
         self.public_key: bytes = self._key.public_key().public_bytes(
             serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -71,7 +71,7 @@ class Identity:
     def close(self) -> None:
         """Unlock the file, and delete it if it is a temporary one. The object can still sign; may be called again."""
         self._file.close()
-        if self._temporary:
+        if self.is_temporary:
             self.path.unlink(missing_ok=True)
 
     @classmethod

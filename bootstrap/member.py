@@ -2,30 +2,42 @@
 
 import asyncio
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from hivemind.dht import DHTNode
 from hivemind.p2p import P2PDaemonError
 from hivemind.utils.logging import use_hivemind_log_handler
 
-from bootstrap.addresses import check_announced, for_others, is_loopback, listening_address, split_peer_address
+from bootstrap.addresses import (
+    check_announced,
+    for_others,
+    is_loopback,
+    listening_address,
+    parts_of,
+    split_peer_address,
+)
 from bootstrap.daemon import Connection, Daemon, DaemonFailed
 from bootstrap.directory import Directory
 from bootstrap.door import OwnDoor
-from bootstrap.gate import Gate
 from bootstrap.identity import Identity, signer_of
-from bootstrap.key_file import KeyFile
+from bootstrap.membership.desk import Desk
+from bootstrap.membership.folder import Known, SwarmFolder
+from bootstrap.membership.gate import Gate
+from bootstrap.membership.own import OwnMembership
+from bootstrap.membership.rounds import Rounds
 from bootstrap.neighbours import Neighbours, create_node
 from bootstrap.ports import bind
 from bootstrap.validator import SignedRecords
-from protocol.errors import BadUsage, NoSwarm, PeerFailed
-from protocol.handshake import Handshake
-from protocol.records import MAX_ADDRESSES, Door
-from protocol.swarm_key import Keyring
+from protocol.errors import BadUsage, NoSwarm, PeerFailed, SwarmError
+from protocol.membership.certificate import Role
+from protocol.membership.handshake import Handshake
+from protocol.name import installed_version
+from protocol.records import MAX_ADDRESSES, Door, MemberRecord
 from protocol.transport.carriers import Carriers
 from protocol.transport.direct import DirectCaller
 from protocol.transport.introduction import Credentials
@@ -35,7 +47,10 @@ JOIN_TIMEOUT = 12.0
 """Seconds for the whole of `Member.join`."""
 UPKEEP_PERIOD = 10.0
 """Seconds between two looks at our own addresses and at lost initial peers."""
+SEEN_PERIOD = 20.0
+"""Seconds between two times that a member says in a private swarm that it is up, and looks who else is."""
 _LEAVE_TIMEOUT = 0.5
+_MAX_KNOWN = 20
 _log = logging.getLogger(__name__)
 
 
@@ -59,8 +74,11 @@ class MemberOptions:
     """Addresses (/ip4/…/tcp/…) for direct connections to announce, instead of this machine's own."""
     client_mode: bool = False
     """Listen nowhere and serve no DHT queries."""
-    swarm_key: Path | None = None
-    """The key file of a private swarm; None: the swarm is open."""
+    swarm: SwarmFolder | None = None
+    """The private swarm that this machine is a member of; None: the swarm is open. What it knows of other members'
+    addresses is used beside `initial_peers`, and its identity and port where none are given."""
+    role: Role = Role.USE
+    """The least role in a private swarm that this process needs."""
 
 
 class Member:
@@ -69,7 +87,7 @@ class Member:
     def __init__(
         self,
         identity: Identity,
-        keyring: Keyring | None,
+        membership: OwnMembership | None,
         daemon: Daemon,
         p2p: Connection,
         node: DHTNode,
@@ -77,7 +95,10 @@ class Member:
         own_door: OwnDoor | None,
     ):
         self.peer_id: str = identity.peer_id
-        self.handshake = Handshake(self.peer_id, keyring)
+        self._identity = identity
+        self.membership = membership
+        """In a private swarm; None in an open one."""
+        self.handshake = Handshake(self.peer_id, membership)
         """What every stream begins with."""
         self.addresses: list[str] = []
         """Full multiaddrs that others can join with; kept up to date. Empty for a client."""
@@ -95,16 +116,18 @@ class Member:
         self._p2p = p2p
         self._node = node
         self._neighbours = neighbours
+        self.rounds: Rounds | None = None
+        """With the other members of a private swarm."""
         self._resources = AsyncExitStack()
         self._ending: asyncio.Task[None] | None = None
 
     @classmethod
     async def join(cls, options: MemberOptions) -> Self:
-        """Join the swarm of `options.initial_peers`, or found one.
+        """Join the swarm of `options.initial_peers`, or `options.swarm`, or found one.
 
-        Raises `BadUsage` for options that cannot be right, `NoSwarm` when no initial peer answers in time, `WrongKey`
-        when they hold another swarm key or only one side has one, `PeerFailed` when p2pd cannot be started. Leaves
-        nothing behind when it fails or is cancelled.
+        Raises `BadUsage` for options that cannot be right, `NoSwarm` when no initial peer answers in time, `NotAMember`
+        when they are in another swarm, or this machine is out of theirs, `NotAllowed` when its role is too low,
+        `PeerFailed` when p2pd cannot be started. Leaves nothing behind when it fails or is cancelled.
         """
         for address in options.initial_peers:
             split_peer_address(address)
@@ -122,16 +145,19 @@ class Member:
     @classmethod
     async def _start(cls, options: MemberOptions, resources: AsyncExitStack) -> Self:
         quiet_hivemind()
-        keyring = KeyFile(options.swarm_key) if options.swarm_key is not None else None
-        identity = Identity.load_or_create(options.identity_path)
+        identity = _load_identity(options)
         resources.callback(identity.close)
-        daemon = await _start_daemon(options, identity)
+        membership = OwnMembership(options.swarm, identity.peer_id) if options.swarm is not None else None
+        if membership is not None:
+            membership.check_own(options.role)
+            options = _with_what_is_known(options, membership)
+        daemon = await start_daemon(options, identity)
         resources.push_async_callback(daemon.stop)
         own_door = None
         if options.direct_port is not None:
             own_door = OwnDoor(_credentials(identity), options.host, options.direct_port, options.announce_direct)
             resources.callback(own_door.listener.close)
-        if options.identity_path is None:
+        if identity.is_temporary:
             # p2pd has read the key; nothing may be left of it if this process is killed.
             identity.close()
         try:
@@ -139,13 +165,18 @@ class Member:
         except (OSError, EOFError) as error:
             raise PeerFailed("p2pd ended right after its start.") from error
         resources.push_async_callback(p2p.shutdown)
-        node = await create_node(Gate(p2p, keyring), SignedRecords(identity), options.client_mode)
-        neighbours = Neighbours(p2p, node, options.initial_peers)
+        gate = Gate(p2p, membership)
+        node = await create_node(gate, SignedRecords(identity, membership), options.client_mode)
+        may_be_alone = membership is not None and not options.client_mode
+        neighbours = Neighbours(p2p, node, options.initial_peers, may_be_alone)
+        member = cls(identity, membership, daemon, p2p, node, neighbours, own_door)
         await neighbours.join()
-        member = cls(identity, keyring, daemon, p2p, node, neighbours, own_door)
         if not options.client_mode:
             await member._refresh_addresses()
-        for task in (member._watch(), member._keep_up(listens=not options.client_mode)):
+        tasks = [member._watch(), member._keep_up(listens=not options.client_mode)]
+        if membership is not None:
+            tasks += await member._take_part(membership, gate, listens=not options.client_mode)
+        for task in tasks:
             resources.callback(asyncio.create_task(task).cancel)
         return member
 
@@ -185,8 +216,61 @@ class Member:
             except (OSError, EOFError, P2PDaemonError) as error:
                 _log.debug("p2pd did not answer: %r", error)
 
+    async def _take_part(self, membership: OwnMembership, gate: Gate, listens: bool) -> list[Coroutine[Any, Any, None]]:
+        """What a private swarm takes besides: the coroutines that are to run as long as this member lives."""
+        self.rounds = Rounds(membership, gate, self._neighbours.known)
+        membership.changed.append(self.handshake.enforce)
+        desk = Desk(membership, self.rounds, lambda: self.addresses)
+        if listens:
+            await desk.open(self._p2p, gate)
+            self._remember(membership, {})
+        return [self.rounds.run(), self._be_seen(membership)]
+
+    async def _be_seen(self, membership: OwnMembership) -> None:
+        """Announce this process to the other members, and write down where they are."""
+        while True:
+            record = MemberRecord(
+                peer_id=self.peer_id,
+                member=membership.member.id,
+                addresses=tuple(self.addresses)[:MAX_ADDRESSES],
+                version=installed_version(),
+            )
+            try:
+                await self.directory.announce_member(record)
+                await self.look_around()
+            except (SwarmError, OSError) as error:
+                _log.debug("the members could not be looked up: %s", error)
+            await asyncio.sleep(SEEN_PERIOD)
+
+    async def look_around(self) -> None:
+        """Write down which members of a private swarm are up, and where. Raises `PeerUnreachable`."""
+        if self.membership is not None:
+            seen = {one.peer_id: one for one in await self.directory.members()}
+            self._remember(self.membership, seen)
+            self._neighbours.add(address for one in seen.values() for address in one.addresses)
+
+    def _save_port(self, folder: SwarmFolder) -> None:
+        """Only the process with the swarm's own identity: at its address others will look for that again."""
+        port = int(parts_of(split_peer_address(self.addresses[0])[1]).get("tcp", 0))
+        if self._identity.path == folder.identity_path and port != folder.port:
+            folder.save_port(port)
+
+    def _remember(self, membership: OwnMembership, seen: Mapping[str, MemberRecord]) -> None:
+        now = time.time()
+        known = {
+            peer_id: Known(member=one.member, seen=now, version=one.version, addresses=one.addresses)
+            for peer_id, one in seen.items()
+        }
+        if self.addresses:
+            known[self.peer_id] = Known(
+                member=membership.member.id, seen=now, version=installed_version(), addresses=tuple(self.addresses)
+            )
+        membership.folder.remember(known)
+
     async def _refresh_addresses(self) -> None:
         self.addresses = for_others(await self._p2p.visible_addresses(), self.peer_id)
+        if self.membership is not None and self.addresses:
+            self._save_port(self.membership.folder)
         if self._own_door is not None:
             self.door = self._own_door.describe(self.addresses)
 
@@ -198,11 +282,45 @@ def quiet_hivemind() -> None:
     logging.addLevelName(logging.WARNING, "WARNING")
 
 
+def _load_identity(options: MemberOptions) -> Identity:
+    """The one that was asked for; else the swarm's, if this process listens and no other uses it; else a new one."""
+    if options.identity_path is None and options.swarm is not None and not options.client_mode:
+        try:
+            return Identity.load_or_create(options.swarm.identity_path)
+        except BadUsage as error:
+            _log.info("%s This process takes another identity.", error)
+    return Identity.load_or_create(options.identity_path)
+
+
+def _with_what_is_known(options: MemberOptions, membership: OwnMembership) -> MemberOptions:
+    """With the other members' last addresses, and the port where this machine listened last. Raises `NoSwarm`."""
+    known = membership.folder.addresses(without=[membership.peer_id])
+    peers = tuple(dict.fromkeys([*options.initial_peers, *known]))[:_MAX_KNOWN]
+    if options.client_mode:
+        if not peers:
+            raise NoSwarm(
+                f"No other member of the swarm {membership.folder.name} has been seen yet; start one (`peer serve` or "
+                "`peer bootstrap`), or give the address of one with --initial-peers."
+            )
+        return replace(options, initial_peers=peers)
+    return replace(options, initial_peers=peers, port=options.port or _free_port(options.host, membership.folder.port))
+
+
+def _free_port(host: str, port: int) -> int:
+    """`port`, or 0 when another process listens there."""
+    try:
+        bind(host, port, v6_only=True).close()
+    except (BadUsage, ValueError):
+        return 0
+    return port
+
+
 def _credentials(identity: Identity) -> Credentials:
     return Credentials(identity.peer_id, identity.public_key, identity.sign, signer_of)
 
 
-async def _start_daemon(options: MemberOptions, identity: Identity) -> Daemon:
+async def start_daemon(options: MemberOptions, identity: Identity) -> Daemon:
+    """A running p2pd. Raises `BadUsage` for options that cannot be right, `PeerFailed`."""
     arguments = [
         f"-id={identity.path}",
         "-relay=1",  # reach peers through relays

@@ -16,13 +16,17 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from bootstrap.addresses import split_peer_address
 from bootstrap.daemon import Connection
-from bootstrap.gate import Gate
-from bootstrap.seal import CLOCKS_DIFFER
+from bootstrap.membership.gate import Gate
 from bootstrap.storage import RecordStorage
-from protocol.errors import NoSwarm, PeerUnreachable, SwarmError, WrongKey
+from protocol.errors import BadUsage, NoSwarm, NotAMember, PeerUnreachable, SwarmError
+from protocol.membership.refusals import Refusal
 
 GRACE = 0.5
 """Seconds for the other initial peers once one has answered."""
+_MAX_ADDRESSES, _MAX_INITIAL = 8, 64
+"""Addresses of one member, and members, that are kept to be tried again."""
+_ALONE_TIMEOUT = 3.0
+"""Seconds that a member which may be alone looks for others before it begins; it goes on looking."""
 _SEARCH_TIMEOUT = 3.0
 _REASON_TIMEOUT = 1.0
 _log = logging.getLogger(__name__)
@@ -49,41 +53,61 @@ async def create_node(gate: Gate, validator: RecordValidatorBase, client_mode: b
 class Neighbours:
     """The members that this one knows, first of all the `initial_peers` (full multiaddrs)."""
 
-    def __init__(self, p2p: Connection, node: DHTNode, initial_peers: Iterable[str]):
+    def __init__(self, p2p: Connection, node: DHTNode, initial_peers: Iterable[str], may_be_alone: bool = False):
+        """`may_be_alone`: it is no failure that nobody else is there yet."""
         self._p2p = p2p
         self._node = node
+        self._may_be_alone = may_be_alone
         self._initial: dict[PeerID, list[Multiaddr]] = defaultdict(list)
-        for peer_id, address in map(split_peer_address, initial_peers):
-            if peer_id != p2p.peer_id:
-                self._initial[peer_id].append(address)
+        self.add(initial_peers)
+
+    def add(self, addresses: Iterable[str]) -> None:
+        """Take note of more members' full multiaddrs, to be tried when they are not known otherwise."""
+        for address in addresses:
+            with suppress(BadUsage):  # it is another member's word
+                peer_id, where = split_peer_address(address)
+                is_new = peer_id not in self._initial
+                if peer_id == self._p2p.peer_id or (is_new and len(self._initial) == _MAX_INITIAL):
+                    continue
+                if where not in self._initial[peer_id]:
+                    self._initial[peer_id] = [where, *self._initial[peer_id]][:_MAX_ADDRESSES]
 
     @property
     def cut_off(self) -> bool:
         """Whether this member has lost its swarm. A founder may be alone."""
-        return self._p2p.broken.is_set() or bool(self._initial and not self._known())
+        return self._p2p.broken.is_set() or bool(self._initial and not self.known() and not self._may_be_alone)
 
     async def ensure(self) -> None:
-        """Find the swarm again if it is lost. Raises `PeerUnreachable` or `WrongKey` when that fails."""
+        """Find the swarm again if it is lost. Raises `PeerUnreachable` or `NotAMember` when that fails."""
         if self._p2p.broken.is_set():
             raise PeerUnreachable("This process has left the swarm: its p2pd process is gone.")
         failures = await self.rejoin() if self.cut_off else []
         if self.cut_off:
-            _raise_wrong_key(failures)
+            _raise_not_a_member(failures)
             raise PeerUnreachable(f"No member of the swarm answers any more, {self._names()} included.")
 
     async def join(self) -> None:
-        """Meet the initial peers, then the members nearest to us. Raises `NoSwarm` when none answers, or `WrongKey`."""
+        """Meet the initial peers, then the members nearest to us.
+
+        Raises `NoSwarm` when none answers, unless this member may be alone, `NotAMember`.
+        """
         if not self._initial:
             return
         tasks = {asyncio.create_task(self._meet(peer_id)): peer_id for peer_id in self._initial}
         try:
-            met = await _first_success(tasks)
+            async with asyncio.timeout(_ALONE_TIMEOUT if self._may_be_alone else None):
+                met = await _first_success(tasks)
+        except TimeoutError:
+            met = False
         finally:
             for task in tasks:
                 task.cancel()
         failures = {tasks[task]: error for task in tasks if task.done() and (error := task.exception())}
         if not met:
-            _raise_wrong_key(failures.values())
+            _raise_not_a_member(failures.values())
+            if self._may_be_alone:
+                _log.info("None of the members that are known answers yet: %s.", self._explain(failures))
+                return
             raise NoSwarm(f"None of the initial peers answers: {self._explain(failures)}.")
         for peer_id, error in failures.items():
             _log.warning("Initial peer %s does not answer: %s", peer_id, error)
@@ -95,16 +119,16 @@ class Neighbours:
 
         Returns why those that cannot be met cannot.
         """
-        missing = [peer_id for peer_id in self._initial if peer_id not in self._known()]
+        missing = [peer_id for peer_id in self._initial if peer_id not in self.known()]
         results = await asyncio.gather(*map(self._meet, missing), return_exceptions=True)
         return [result for result in results if result is not None]
 
     def describe(self) -> str:
         """How many members are known, and whether the swarm is lost: a line for people."""
-        return f"{len(self._known())} other members known" + (", none of which answers" if self.cut_off else "")
+        return f"{len(self.known())} other members known" + (", none of which answers" if self.cut_off else "")
 
     async def _meet(self, peer_id: PeerID) -> None:
-        """Connect to an initial peer and exchange DHT IDs with it. Raises `PeerUnreachable`, `WrongKey`."""
+        """Connect to an initial peer and exchange DHT IDs with it. Raises `PeerUnreachable`, `NotAMember`."""
         try:
             await self._p2p.dial(peer_id, self._initial[peer_id])
             dht_id = await self._node.protocol.call_ping(peer_id, validate=True, strict=True)
@@ -129,7 +153,8 @@ class Neighbours:
             _log.debug("peer %s does not answer: %r", peer_id, error)
         return PeerUnreachable("it is no member of a swarm, or too slow")
 
-    def _known(self) -> set[PeerID]:
+    def known(self) -> set[PeerID]:
+        """The members that answered of late."""
         return set(self._node.protocol.routing_table.peer_id_to_uid)
 
     def _names(self) -> str:
@@ -156,16 +181,16 @@ async def _first_success(tasks: Iterable[asyncio.Task[None]]) -> bool:
     return False
 
 
-def _raise_wrong_key(failures: Iterable[BaseException]) -> None:
-    """Raise the `WrongKey` among `failures`, if there is one: it tells more than that nobody answers."""
+def _raise_not_a_member(failures: Iterable[BaseException]) -> None:
+    """Raise the `NotAMember` among `failures`, if there is one: it tells more than that nobody answers."""
     for error in failures:
-        if isinstance(error, WrongKey):
+        if isinstance(error, NotAMember):
             raise error
 
 
 def _explain_refusal(message: str) -> str:
     if "local time" in message:
-        return CLOCKS_DIFFER
+        return Refusal.CLOCKS_DIFFER.sentence()
     return "it cannot reach this machine in return"
 
 

@@ -1,13 +1,17 @@
 """The command line options that members of a swarm share: how to find it, where to listen, who one is. And how any
 command reads a path."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from protocol.errors import BadUsage
 from protocol.machine.paths import expand, local_path
+
+if TYPE_CHECKING:
+    from bootstrap.membership.folder import SwarmFolder
 
 
 def as_path(text: str | Path) -> Path:
@@ -30,10 +34,12 @@ InitialPeers = Annotated[
     list[str] | None,
     typer.Option("--initial-peers", metavar="ADDRESS", help="Address of a member of the swarm (may be repeated)."),
 ]
-SwarmKeyFile = Annotated[
-    Path | None,
+SwarmName = Annotated[
+    str | None,
     typer.Option(
-        "--swarm-key", parser=as_path, metavar="FILE", help="Key file of a private swarm (`peer key create FILE`)."
+        "--swarm",
+        metavar="NAME",
+        help="A private swarm that this machine has joined; default: the only one. `open`: none of them.",
     ),
 ]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
@@ -47,8 +53,18 @@ Announce = Annotated[
 ]
 
 
-def need_initial_peers(addresses: list[str] | None) -> tuple[str, ...]:
-    """At least one address. Raises `BadUsage`."""
-    if not addresses:
-        raise BadUsage("Give the address of a member with --initial-peers; `peer serve` and `peer bootstrap` print it.")
-    return tuple(addresses)
+def find_swarm(name: str | None, addresses: Sequence[str] | None) -> "tuple[tuple[str, ...], SwarmFolder | None]":
+    """The members that were named, and the private swarm that is meant, for a command that needs one or the other.
+
+    Raises `BadUsage`.
+    """
+    from bootstrap.membership.folder import choose_swarm
+
+    given = tuple(addresses or ())
+    folder = choose_swarm(name, bool(given))
+    if not given and folder is None:
+        raise BadUsage(
+            "Give the address of a member with --initial-peers (in Python: initial_peers=), which `peer serve` and "
+            "`peer bootstrap` print, or join a private swarm with `peer join TICKET`."
+        )
+    return given, folder

@@ -4,7 +4,6 @@ import asyncio
 import importlib
 import logging
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 
 from bootstrap.directory import LIFETIME, Announcer
 from bootstrap.member import Member
@@ -14,18 +13,10 @@ from peer.start.options import ServeOptions
 from protocol.errors import PeerFailed
 from protocol.machine.imports import without_collection
 from protocol.model.checkpoint import Checkpoint
-from protocol.name import NAME
+from protocol.name import installed_version
 from protocol.records import MAX_ADDRESSES, ModelId, PeerRecord, PeerState
 
 logger = logging.getLogger(__name__)
-
-
-def own_version() -> str:
-    """The installed version."""
-    try:
-        return version(NAME)
-    except PackageNotFoundError:
-        return "0+source"
 
 
 class Server:
@@ -77,7 +68,7 @@ class Server:
             free_cache_tokens=self.service.memory.free_tokens,
             max_length=self.service.memory.max_length,
             sessions=self.service.memory.sessions,
-            version=own_version(),
+            version=installed_version(),
         )
 
     def describe(self) -> Iterator[str]:

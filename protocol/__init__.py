@@ -3,7 +3,7 @@
 swarm.proto    every message; swarm_pb2 is made of it by `python -m protocol.generate`
 stream         what a carrier gives: ordered byte streams between two authenticated ends (transport/: the carriers)
 channel        messages over a stream: a frame each, one request and one answer at a time
-handshake      in a private swarm, proof of the swarm's key (swarm_key) before anything else
+membership/    private swarms: certificates, and the handshake with which their streams begin
 connections    open channels to peers of one model, greeted once and used again
 tensors        tensors as bytes, checked before memory is taken for them; codecs: in fewer bytes
 adapters       PEFT adapters as they travel; records: what peers announce in the directory

@@ -5,7 +5,7 @@ import struct
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from google.protobuf.message import DecodeError
@@ -60,6 +60,17 @@ class Message:
         return self.tensors[name]
 
 
+class Standing(Protocol):
+    """What the other end of a channel is in a private swarm, now."""
+
+    @property
+    def role(self) -> int:
+        """See `protocol.membership.certificate.Role`. Raises as `check`."""
+
+    def check(self) -> None:
+        """Raises `NotAMember` when it is no member any more."""
+
+
 class Channel:
     """A stream that carries messages: one request, then its answer. Not for concurrent use.
 
@@ -74,8 +85,8 @@ class Channel:
         self.remote_codecs = SUPPORTED
         """Codecs that the other end reads. A tensor that is to travel in another codec travels RAW."""
         self.patience = patience
-        self.key_id = b""
-        """The ID of the swarm key that both ends have proved; empty in an open swarm. See `protocol.handshake`."""
+        self.standing: Standing | None = None
+        """The other end's, checked with every message; None in an open swarm. See `protocol.membership.handshake`."""
 
     @property
     def remote(self) -> str:
@@ -83,7 +94,10 @@ class Channel:
         return self.stream.remote
 
     async def send(self, message: Message) -> None:
-        """Write one frame. Raises `BadRequest` when it is over the limits, `PeerUnreachable` when the stream broke."""
+        """Write one frame. Raises `BadRequest` when it is over the limits, `PeerUnreachable` when the stream broke,
+        `NotAMember` when the other end is to get nothing any more but a refusal."""
+        if not isinstance(message.body, pb.Failure):
+            self.check_standing()
         coded = await self._encode(message) if message.codecs else encode_all(message.tensors, {})
         frame = pb.Frame(tensors=coded.entries)
         getattr(frame, _FIELD_OF_TYPE[type(message.body).__name__]).CopyFrom(message.body)
@@ -94,7 +108,10 @@ class Channel:
         await self.stream.send(prefix, *coded.data, patience=self.patience)
 
     async def receive_request(self) -> Message:
-        """Wait for one frame, without a time limit, and read it. Raises `BadRequest` for a malformed one."""
+        """Wait for one frame, without a time limit, and read it.
+
+        Raises `BadRequest` for a malformed one, `NotAMember` for one of who is no member any more.
+        """
         return await self._receive(None)
 
     async def receive_answer(self, on_working: OnWorking | None = None) -> Message:
@@ -120,6 +137,11 @@ class Channel:
         """Answer with an error."""
         await self.send(Message(to_failure(error)))
 
+    def check_standing(self) -> None:
+        """Raises `NotAMember` when the other end is no member of the swarm any more."""
+        if self.standing is not None:
+            self.standing.check()
+
     def close(self) -> None:
         """Close the stream."""
         self.stream.close()
@@ -143,6 +165,7 @@ class Channel:
             tensors = decode(frame.tensors, payload)
         else:
             tensors = await asyncio.to_thread(decode, frame.tensors, payload)
+        self.check_standing()
         cost = header_length + size + _TENSOR_COST * len(tensors)
         return Message(getattr(frame, frame.WhichOneof("body")), tensors, cost=cost)
 

@@ -11,7 +11,6 @@ from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
 from protocol.codecs import SUPPORTED
 from protocol.errors import BadRequest, NoConnection, PeerUnreachable, WrongModel
-from protocol.handshake import Handshake
 from protocol.records import ModelVersion, same_weights
 from protocol.stream import Carrier, Stream
 from protocol.tensors import Limits
@@ -26,6 +25,13 @@ class Dialer(Protocol):
         """A new stream to `peer_id`. Raises `PeerUnreachable`."""
 
 
+class Greeter(Protocol):
+    """What a member's streams begin with."""
+
+    async def initiate(self, channel: Channel) -> None:
+        """Before the first request. Raises `NotAMember` when the other end is no member of our swarm."""
+
+
 class End(Protocol):
     """The caller, as a member of the swarm."""
 
@@ -34,7 +40,7 @@ class End(Protocol):
         """What it connects with."""
 
     @property
-    def handshake(self) -> Handshake:
+    def handshake(self) -> Greeter:
         """What its streams begin with."""
 
 
@@ -62,7 +68,7 @@ class Connections:
     @asynccontextmanager
     async def channel(self, peer_id: str) -> AsyncIterator[Channel]:
         """A channel for a few requests, given back at the end, or closed when anything went wrong on it."""
-        channel = self._take_idle(peer_id) or await self.open(peer_id)
+        channel = self._idle[peer_id].pop() if self._idle[peer_id] else await self.open(peer_id)
         try:
             yield channel
         except BaseException:
@@ -76,7 +82,7 @@ class Connections:
     async def open(self, peer_id: str) -> Channel:
         """A new, greeted channel that the caller must close.
 
-        Raises `NoConnection`, `PeerUnreachable`, `WrongKey`, `WrongModel`.
+        Raises `NoConnection`, `PeerUnreachable`, `NotAMember`, `WrongModel`.
         """
         end = self._end()
         channel = Channel(await self._dial(end.transport, peer_id), Limits(), self._patience)
@@ -97,14 +103,6 @@ class Connections:
         """Close every idle channel."""
         for peer_id in list(self._idle):
             self.forget(peer_id)
-
-    def _take_idle(self, peer_id: str) -> Channel | None:
-        while self._idle[peer_id]:
-            channel = self._idle[peer_id].pop()
-            if self._end().handshake.is_preferred(channel):
-                return channel
-            channel.close()  # it was opened with a key that has been replaced since
-        return None
 
     async def _dial(self, transport: Dialer, peer_id: str) -> Stream:
         try:

@@ -23,8 +23,12 @@ class WrongModel(SwarmError):
     """The two ends hold different models, or different revisions of one."""
 
 
-class WrongKey(SwarmError):
-    """The two ends hold different swarm keys, or only one of them has one."""
+class NotAMember(SwarmError):
+    """One end is no member of the private swarm that the other is in: not yet, not any more, or of another one."""
+
+
+class NotAllowed(SwarmError):
+    """A member's role does not allow what it asks for."""
 
 
 class PeerFull(SwarmError):
@@ -104,8 +108,8 @@ class BadUsage(SwarmError):
 _BY_NAME = {
     cls.__name__: cls
     for cls in (
-        BadRequest, WrongModel, WrongKey, PeerFull, OverQuota, SessionLost, TooLong, UnknownAdapter, UnknownCall,
-        BadAdapter, OutOfMemory, Draining, PeerFailed, NotPushed,
+        BadRequest, WrongModel, NotAMember, NotAllowed, PeerFull, OverQuota, SessionLost, TooLong, UnknownAdapter,
+        UnknownCall, BadAdapter, OutOfMemory, Draining, PeerFailed, NotPushed,
     )
 }  # fmt: skip
 _MAX_MESSAGE = 2000

@@ -1,4 +1,4 @@
-"""Regenerates swarm_pb2.py and its stub from swarm.proto:  python -m protocol.generate"""
+"""Regenerates the code of all .proto files, and its stubs:  python -m protocol.generate"""
 
 import sys
 from pathlib import Path
@@ -7,10 +7,12 @@ HERE = Path(__file__).parent
 
 
 def generate(out: Path = HERE) -> None:
-    """Write `swarm_pb2.py` and `swarm_pb2.pyi` into `out`. Needs grpcio-tools (the `dev` extra)."""
+    """Write `swarm_pb2.py`, `membership/membership_pb2.py` and their stubs into `out`. Needs grpcio-tools (the `dev`
+    extra)."""
     from grpc_tools import protoc
 
-    code = protoc.main(["protoc", f"-I{HERE}", f"--python_out={out}", f"--pyi_out={out}", str(HERE / "swarm.proto")])
+    files = map(str, (HERE / "swarm.proto", HERE / "membership" / "membership.proto"))
+    code = protoc.main(["protoc", f"-I{HERE}", f"--python_out={out}", f"--pyi_out={out}", *files])
     if code:
         raise RuntimeError(f"protoc failed with exit code {code}")
 

@@ -146,6 +146,17 @@ class PeerRecord(_Record):
         return self
 
 
+class MemberRecord(_Record):
+    """One process of a private swarm's member, as it announces itself."""
+
+    peer_id: PeerIdText
+    member: str = Field(pattern=r"^[0-9a-f]{16}$")
+    """The member's short name, see `protocol.membership.certificate`."""
+    addresses: tuple[Annotated[Text, Field(max_length=300)], ...] = Field(default=(), max_length=MAX_ADDRESSES)
+    """None: it listens nowhere."""
+    version: Text = Field(max_length=40)
+
+
 def holes(peers: Iterable[PeerRecord], start: int, end: int) -> list[range]:
     """The runs of blocks in [start, end) that none of `peers` serves."""
     served = {block for peer in peers for block in range(peer.start, peer.end)}

@@ -107,22 +107,22 @@ class Frame(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., open_session: _Optional[_Union[OpenSession, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., fork_session: _Optional[_Union[ForkSession, _Mapping]] = ..., put_adapter: _Optional[_Union[PutAdapter, _Mapping]] = ..., read_weight: _Optional[_Union[ReadWeight, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ..., factorize: _Optional[_Union[Factorize, _Mapping]] = ..., push: _Optional[_Union[Push, _Mapping]] = ..., knock: _Optional[_Union[Knock, _Mapping]] = ..., proof: _Optional[_Union[Proof, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
 
 class Knock(_message.Message):
-    __slots__ = ("nonce", "keys")
+    __slots__ = ("nonce", "mac")
     NONCE_FIELD_NUMBER: _ClassVar[int]
-    KEYS_FIELD_NUMBER: _ClassVar[int]
-    nonce: bytes
-    keys: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, nonce: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
-
-class Proof(_message.Message):
-    __slots__ = ("nonce", "key", "mac")
-    NONCE_FIELD_NUMBER: _ClassVar[int]
-    KEY_FIELD_NUMBER: _ClassVar[int]
     MAC_FIELD_NUMBER: _ClassVar[int]
     nonce: bytes
-    key: bytes
     mac: bytes
-    def __init__(self, nonce: _Optional[bytes] = ..., key: _Optional[bytes] = ..., mac: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, nonce: _Optional[bytes] = ..., mac: _Optional[bytes] = ...) -> None: ...
+
+class Proof(_message.Message):
+    __slots__ = ("nonce", "certificate", "mac")
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    MAC_FIELD_NUMBER: _ClassVar[int]
+    nonce: bytes
+    certificate: bytes
+    mac: bytes
+    def __init__(self, nonce: _Optional[bytes] = ..., certificate: _Optional[bytes] = ..., mac: _Optional[bytes] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("version", "config_hash", "weights")

@@ -38,11 +38,14 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def exact_and_quiet() -> None:
-    """Tests compute as their peers do: with equal kernels the difference is 0.0."""
+def exact_and_quiet(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests compute as their peers do: with equal kernels the difference is 0.0. They are in no swarm of the user's."""
     import torch
     from transformers.utils import logging
 
+    from protocol.name import HOME_VARIABLE
+
+    os.environ[HOME_VARIABLE] = str(tmp_path_factory.getbasetemp() / "home")
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bootstrap.options import InitialPeers, SwarmKeyFile, as_model, need_initial_peers
+from bootstrap.options import InitialPeers, SwarmName, as_model, find_swarm
 from client.commands.device import Device, enough_memory
 from protocol.errors import BadUsage, first_line
 
@@ -15,7 +15,7 @@ def generate(
     model: Annotated[str, typer.Argument(parser=as_model, help="A Hugging Face folder or hub name.")],
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
     initial_peers: InitialPeers = None,
-    swarm_key: SwarmKeyFile = None,
+    swarm: SwarmName = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
@@ -31,7 +31,7 @@ def generate(
     ] = None,
 ) -> None:
     """Generate text through a swarm, streamed as it comes."""
-    addresses = need_initial_peers(initial_peers)
+    find_swarm(swarm, initial_peers)  # what is wrong with them need not wait
     import torch
 
     from client.tokenizer import encode_prompt, load_adapted_tokenizer, load_tokenizer, vocabulary_size
@@ -44,7 +44,7 @@ def generate(
         tokenizer = load_adapted_tokenizer(adapter, model, revision)
     inputs = encode_prompt(tokenizer, prompt, chat, vocabulary_size(open_checkpoint(model, revision).config))
     swarm_model = _load_model(
-        model, addresses, swarm_key, dtype=dtype, device=device, revision=revision, adapter=adapter
+        model, initial_peers, swarm, dtype=dtype, device=device, revision=revision, adapter=adapter
     )
     if seed is not None:
         torch.manual_seed(seed)
@@ -101,14 +101,14 @@ def _revision(model: str, revision: str | None, adapter: str) -> str | None:
 
 
 def _load_model(
-    model: str, initial_peers: Sequence[str], swarm_key: Path | None, *, dtype: str | None, device: str,
+    model: str, initial_peers: Sequence[str] | None, swarm: str | None, *, dtype: str | None, device: str,
     revision: str | None, adapter: str | None,
 ) -> Any:  # fmt: skip
     """The swarm's model, with an adapter on it when one is named. Raises `BadUsage` for an unusable adapter."""
     from client import AutoDistributedModelForCausalLM
 
     swarm_model = AutoDistributedModelForCausalLM.from_pretrained(
-        model, initial_peers=initial_peers, swarm_key=swarm_key, dtype=dtype, device=device, revision=revision
+        model, initial_peers=initial_peers, swarm=swarm, dtype=dtype, device=device, revision=revision
     )
     if adapter is None:
         return swarm_model

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bootstrap.options import SwarmKeyFile, as_path
+from bootstrap.options import SwarmName, as_path, find_swarm
 from client.commands.device import enough_memory
 from protocol.errors import BadUsage
 from protocol.machine.signals import like_interrupt
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def tune(
     config: Annotated[str | None, typer.Argument(help="A YAML file that describes the run; see --init.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: trainer.steps=100 ...")] = None,
-    swarm_key: SwarmKeyFile = None,
+    swarm: SwarmName = None,
     device: Annotated[
         str | None, typer.Option(help="For what this machine holds: auto, cpu, cuda:0, ...; default: as CONFIG says.")
     ] = None,
@@ -39,8 +39,8 @@ def tune(
     if config is not None and _is_override(config):  # a run that is described by overrides alone
         changes, config = [config, *changes], None
     path = None if config is None else as_path(config)
-    if swarm_key is not None:
-        changes.append(f"swarm_key={json.dumps(str(swarm_key))}")  # YAML takes JSON
+    if swarm is not None:
+        changes.append(f"swarm={json.dumps(swarm)}")  # YAML takes JSON
     if device is not None:
         changes.append(f"device={json.dumps(device)}")
     if init:
@@ -61,7 +61,6 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
     from client.auto import AutoDistributedModelForCausalLM
     from client.tokenizer import load_tokenizer, vocabulary_size
     from client.tune.description.config import load_config
-    from client.tune.errors import ConfigError
     from client.tune.running.dataset import prepare
     from client.tune.running.run import TuneRun, check_output
     from protocol.machine.devices import choose_device
@@ -76,8 +75,7 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
         )
     console = new_console()
     config = load_config(path, overrides)
-    if not config.initial_peers:
-        raise ConfigError("initial_peers is empty; give the address of a member, which `peer serve` prints when ready")
+    find_swarm(config.swarm, config.initial_peers)  # what is wrong with them need not wait
     check_output(config, resume)
     if config.device != "auto":
         choose_device(config.device)  # before the data is read, which may take long
@@ -88,7 +86,7 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
         config.model,
         revision=config.revision,
         initial_peers=config.initial_peers,
-        swarm_key=config.swarm_key,
+        swarm=config.swarm,
         **config.network.model_dump(exclude_unset=True),
         dtype=config.dtype,
         device=config.device,

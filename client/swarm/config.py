@@ -7,7 +7,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from protocol.errors import BadUsage, first_problem
-from protocol.machine.paths import LocalPath
 from protocol.stream import Carrier
 
 Codec = Literal["none", "bf16", "f16", "int8", "lossless"]
@@ -71,10 +70,11 @@ class SwarmConfig(NetworkOptions):
 
     model_config = ConfigDict(allow_inf_nan=True)  # seconds without end are an answer here
 
-    initial_peers: tuple[str, ...] = Field(min_length=1)
+    initial_peers: tuple[str, ...] = ()
     """Addresses of any members of the swarm: /ip4/…/tcp/…/p2p/…"""
-    swarm_key: LocalPath | None = None
-    """The key file of a private swarm."""
+    swarm: str | None = None
+    """A private swarm that this machine has joined (`peer join`). None: an open one, if there are `initial_peers`, or
+    else the only one that this machine has joined. "open": none of them."""
     look_up_period: float = Field(default=10.0, gt=0)
     """Seconds for which the directory of peers is taken to be unchanged."""
     max_attempts: int = Field(default=20, gt=0)

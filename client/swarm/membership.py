@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bootstrap.member import Member, MemberOptions
+from bootstrap.membership.folder import SwarmFolder
+from bootstrap.options import find_swarm
 from client.swarm.config import SwarmConfig
 from client.swarm.loop import LOOP
 from client.swarm.sessions import OpenSessions
@@ -22,16 +24,16 @@ logger = logging.getLogger(__name__)
 class Membership:
     """One swarm that this process is a member of; joined anew when its p2pd process dies. Used on the loop only."""
 
-    def __init__(self, initial_peers: tuple[str, ...], swarm_key: Path | None, member: Member):
+    def __init__(self, initial_peers: tuple[str, ...], swarm: SwarmFolder | None, member: Member):
         self.member, self.users = member, 0
         self.sessions = OpenSessions()
-        self._initial_peers, self._swarm_key = initial_peers, swarm_key
+        self._initial_peers, self._swarm = initial_peers, swarm
         self._joining = asyncio.Lock()
 
     @classmethod
-    async def begin(cls, initial_peers: tuple[str, ...], swarm_key: Path | None) -> "Membership":
+    async def begin(cls, initial_peers: tuple[str, ...], swarm: SwarmFolder | None) -> "Membership":
         """Join. Raises as `Member.join`."""
-        return cls(initial_peers, swarm_key, await _join(initial_peers, swarm_key))
+        return cls(initial_peers, swarm, await _join(initial_peers, swarm))
 
     @property
     def is_lost(self) -> bool:
@@ -45,7 +47,7 @@ class Membership:
                 logger.warning("joining the swarm again")
                 await self.member.shutdown()
                 others = [address for address in addresses if address not in self._initial_peers]
-                self.member = await _join((*self._initial_peers, *others[:_MAX_ADDRESSES]), self._swarm_key)
+                self.member = await _join((*self._initial_peers, *others[:_MAX_ADDRESSES]), self._swarm)
 
 
 class Memberships:
@@ -53,7 +55,7 @@ class Memberships:
 
     def __init__(self) -> None:
         self._shared: dict[tuple[tuple[str, ...], Path | None], Membership] = {}
-        """By initial peers and the file with the swarm's key."""
+        """By initial peers and the private swarm's folder."""
         self._joining = asyncio.Lock()
         self._inherited = list[Membership]()
         """The parent's, in a fork. Kept: their end would be that of the parent's p2pd."""
@@ -64,12 +66,12 @@ class Memberships:
         self._inherited += self._shared.values()
         self._shared, self._joining = {}, asyncio.Lock()
 
-    async def acquire(self, initial_peers: tuple[str, ...], swarm_key: Path | None) -> Membership:
+    async def acquire(self, initial_peers: tuple[str, ...], swarm: SwarmFolder | None) -> Membership:
         """Join, or share a membership that is there. Raises as `Member.join`."""
-        name = (initial_peers, swarm_key.absolute() if swarm_key is not None else None)
+        name = (initial_peers, swarm.path.absolute() if swarm is not None else None)
         async with self._joining:
             if name not in self._shared:
-                self._shared[name] = await Membership.begin(initial_peers, swarm_key)
+                self._shared[name] = await Membership.begin(initial_peers, swarm)
             membership = self._shared[name]
             await membership.renew(())
             membership.users += 1
@@ -101,10 +103,11 @@ LOOP.at_exit(MEMBERSHIPS.close)
 def joining(config: SwarmConfig) -> Iterator[Future[Membership]]:
     """A membership that begins in the background, to be held by others (`users`) before the block ends.
 
-    The result raises as `Member.join`. What is imported and read within the block takes this process's time, and a join
-    p2pd's.
+    Raises `BadUsage` when it is not clear which swarm is meant; the result raises as `Member.join`. What is imported
+    and read within the block takes this process's time, and a join p2pd's.
     """
-    future = LOOP.start(MEMBERSHIPS.acquire(config.initial_peers, config.swarm_key))
+    initial_peers, swarm = find_swarm(config.swarm, config.initial_peers)
+    future = LOOP.start(MEMBERSHIPS.acquire(initial_peers, swarm))
     try:
         yield future
     finally:
@@ -117,5 +120,5 @@ def _release(joined: Future[Membership]) -> None:
         LOOP.call(MEMBERSHIPS.release, joined.result())
 
 
-async def _join(initial_peers: tuple[str, ...], swarm_key: Path | None) -> Member:
-    return await Member.join(MemberOptions(initial_peers=initial_peers, client_mode=True, swarm_key=swarm_key))
+async def _join(initial_peers: tuple[str, ...], swarm: SwarmFolder | None) -> Member:
+    return await Member.join(MemberOptions(initial_peers=initial_peers, client_mode=True, swarm=swarm))

@@ -10,17 +10,18 @@ from protocol.errors import (
     BadRequest,
     NoConnection,
     NoRoute,
+    NotAllowed,
+    NotAMember,
     NotPushed,
     PeerUnreachable,
     SessionLost,
     SwarmError,
     TooLong,
-    WrongKey,
     WrongModel,
 )
 from protocol.records import PeerRecord
 
-_NOT_THIS = (BadRequest, BadAdapter, TooLong, WrongModel, WrongKey)
+_NOT_THIS = (BadRequest, BadAdapter, TooLong, WrongModel, NotAMember, NotAllowed)
 """What a peer refuses will not get better by waiting; another peer may still take it."""
 _WELL = (SessionLost, NotPushed)
 """The peer is well, and may be asked to begin again."""

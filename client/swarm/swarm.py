@@ -57,7 +57,7 @@ class Swarm:
 
     @classmethod
     def connect(cls, config: SwarmConfig, checkpoint: Checkpoint, joining: Future[Membership]) -> "Swarm":
-        """Once joined. Raises `BadUsage` for a malformed address or key file, `PeerUnreachable`, `WrongKey`."""
+        """Once joined. Raises `BadUsage` for a malformed address, `PeerUnreachable`, `NotAMember`."""
         _check_pins(config, checkpoint)
         membership = joining.result()
 

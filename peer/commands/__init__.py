@@ -3,7 +3,8 @@
     app             the `peer` command, `peer bootstrap`, `peer status`; exit codes
     serve           `peer serve`
     status          how `peer status` shows a swarm
-    key             `peer key`: the key file of a private swarm
+    swarm           `peer swarm`: the private swarms that this machine knows
+    invite          `peer invite`: tickets; members: `peer join`, `members`, `revoke`
     demo            `peer demo`: a swarm on this machine, and a fine-tuning through it
     sample_model    the small model of the demo
     options         `--config`, and the client's commands

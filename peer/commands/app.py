@@ -17,24 +17,27 @@ from bootstrap.options import (
     Identity,
     InitialPeers,
     Port,
-    SwarmKeyFile,
+    SwarmName,
     as_model,
     as_path,
-    need_initial_peers,
+    find_swarm,
 )
-from peer.commands.key import app as key_app
+from peer.commands.invite import invite, offer_invitation
+from peer.commands.members import join, members, revoke
 from peer.commands.options import Config, LazyGroup
 from peer.commands.process import leave_at_once, run, say_ready, stop_on_signals, unless_stopped
 from peer.commands.serve import serve
+from peer.commands.swarm import app as swarm_app
 from protocol.errors import (
     BadAdapter,
     BadRequest,
     BadUsage,
     NoSwarm,
+    NotAllowed,
+    NotAMember,
     SwarmError,
     TooLong,
     UnsupportedModel,
-    WrongKey,
     WrongModel,
 )
 from protocol.machine.inspection import describe_on_signal, show_stacks_on_signal
@@ -44,10 +47,21 @@ app = typer.Typer(
     cls=LazyGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Fine-tune and run models too big for your GPU, on a swarm of peers.",
 )  # fmt: skip
-app.add_typer(key_app, name="key")
-_USAGE_ERRORS = (BadUsage, BadRequest, BadAdapter, UnsupportedModel, NoSwarm, WrongKey, WrongModel, TooLong)
+app.add_typer(swarm_app, name="swarm")
+_USAGE_ERRORS = (
+    BadUsage,
+    BadRequest,
+    BadAdapter,
+    UnsupportedModel,
+    NoSwarm,
+    NotAMember,
+    NotAllowed,
+    WrongModel,
+    TooLong,
+)
 
-app.command()(serve)
+for command in (serve, invite, join, members, revoke):
+    app.command()(command)
 
 
 @app.command()
@@ -57,16 +71,16 @@ def bootstrap(
     initial_peers: InitialPeers = None,
     announce: Announce = None,
     identity: Identity = None,
-    swarm_key: SwarmKeyFile = None,
+    swarm: SwarmName = None,
     config: Config = None,
 ) -> None:
     """Run a node that only carries the directory of peers: a stable first address for a swarm."""
     from bootstrap.member import Member, MemberOptions
+    from bootstrap.membership.folder import choose_swarm
     from protocol.errors import PeerFailed
 
-    options = MemberOptions(
-        tuple(initial_peers or ()), host, port, tuple(announce or ()), identity, swarm_key=swarm_key
-    )
+    folder = choose_swarm(swarm, bool(initial_peers))
+    options = MemberOptions(tuple(initial_peers or ()), host, port, tuple(announce or ()), identity, swarm=folder)
 
     async def work() -> None:
         stop = stop_on_signals()
@@ -74,6 +88,8 @@ def bootstrap(
         if member is None:
             return
         say_ready(member.addresses)
+        if member.membership is not None:
+            offer_invitation(member.membership)
         describe_on_signal(member.describe)
         lost = asyncio.create_task(member.lost.wait())
         waiting = asyncio.create_task(stop.wait())
@@ -93,7 +109,7 @@ def status(
         str | None, typer.Argument(parser=as_model, help="Only this model (name as announced, or a folder).")
     ] = None,
     initial_peers: InitialPeers = None,
-    swarm_key: SwarmKeyFile = None,
+    swarm: SwarmName = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     watch: Annotated[bool, typer.Option(help="Show it again every 5 s.")] = False,
     config: Config = None,
@@ -102,11 +118,11 @@ def status(
     from bootstrap.member import Member, MemberOptions
     from peer.commands import status as view
 
-    addresses = need_initial_peers(initial_peers)
+    addresses, folder = find_swarm(swarm, initial_peers)
 
     async def work() -> None:
         stop = stop_on_signals()
-        member = await Member.join(MemberOptions(addresses, client_mode=True, swarm_key=swarm_key))
+        member = await Member.join(MemberOptions(addresses, client_mode=True, swarm=folder))
 
         async def look() -> tuple[view.Models, view.Complaints]:
             models = _only(await member.directory.models(), model)

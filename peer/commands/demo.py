@@ -225,7 +225,7 @@ def _processes() -> Iterator[_Start]:
 
 def _start_swarm(start: _Start, checkpoint: Checkpoint, console: Console) -> list[str]:
     """A bootstrap node and three peers; the middle one is quantized. Returns the address to join with."""
-    address = start.address_of(start("bootstrap"))
+    address = start.address_of(start("bootstrap", "--swarm", "open"))
     total = checkpoint.model_id.num_blocks
     borders = [total * i // 3 for i in range(4)]
     threads = str(os.cpu_count() or 1)  # the peers take turns

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bootstrap.options import Announce, Host, Identity, InitialPeers, Port, SwarmKeyFile, as_model
+from bootstrap.options import Announce, Host, Identity, InitialPeers, Port, SwarmName, as_model
 from peer.commands.fields import with_fields
+from peer.commands.invite import offer_invitation
 from peer.commands.options import Config
 from peer.commands.process import leave_at_once, run, say_ready, stop_on_signals, unless_stopped
 from peer.start.options import ServeOptions
@@ -40,19 +41,22 @@ def serve(
         typer.Option(metavar="ADDRESS", help="Address for direct connections to announce (may be repeated)."),
     ] = None,
     identity: Identity = None,
-    swarm_key: SwarmKeyFile = None,
+    swarm: SwarmName = None,
     *,
     options: ServeOptions,
     config: Config = None,
 ) -> None:
-    """Serve a span of a model's blocks: found a swarm, or join one with --initial-peers."""
+    """Serve a span of a model's blocks: found a swarm, or join one with --swarm or --initial-peers."""
     options.check()
-    if model is None and not initial_peers:
-        raise BadUsage("Name a MODEL to found a swarm, or join one with --initial-peers.")
     with without_collection():
         import torch
 
         from bootstrap.member import MemberOptions
+        from bootstrap.membership.folder import choose_swarm
+        from protocol.membership.certificate import Role
+    folder = choose_swarm(swarm, bool(initial_peers))
+    if model is None and not initial_peers and folder is None:
+        raise BadUsage("Name a MODEL to found a swarm, or join one with --swarm or --initial-peers.")
     options.check_machine()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -64,7 +68,8 @@ def serve(
         identity,
         direct_port,
         tuple(announce_direct or ()),
-        swarm_key=swarm_key,
+        swarm=folder,
+        role=Role.SERVE,
     )
     run(_serve(options, membership, model, revision))
 
@@ -75,6 +80,8 @@ async def _serve(options: ServeOptions, membership: "MemberOptions", model: str 
     if server is not None:
         span = f"blocks={server.span.start}:{server.span.end}"
         say_ready(server.member.addresses, f"{span} model={server.model_id.name}")
+        if server.member.membership is not None:
+            offer_invitation(server.member.membership)
         describe_on_signal(server.describe)
         await server.run(stop)
     leave_at_once()

@@ -19,6 +19,8 @@ from protocol import swarm_pb2 as pb
 from protocol.channel import PUSH_TOKEN_BYTES, Message
 from protocol.connections import Connections
 from protocol.errors import BadRequest, NotPushed, SwarmError
+from protocol.membership.certificate import Role
+from protocol.membership.handshake import require
 from protocol.records import ModelVersion
 from protocol.tensors import nbytes
 
@@ -144,6 +146,7 @@ class HandOver:
         There is no answer, not even to a push that is refused: it would be taken for that to the next request.
         """
         try:
+            require(connection.channel, Role.SERVE)
             with connection.account.request(message.cost):
                 self._mailbox.put(body.token, message.tensors)
         except SwarmError as error:

@@ -6,7 +6,7 @@ from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
 from protocol.codecs import SUPPORTED
 from protocol.errors import BadRequest, OverQuota, SwarmError, WrongModel
-from protocol.handshake import Handshake
+from protocol.membership.handshake import Handshake
 from protocol.records import ModelVersion, same_weights
 from protocol.stream import Stream
 from protocol.tensors import Limits, wire_dtype
@@ -15,7 +15,7 @@ _PATIENCE = 60.0
 
 
 class Reception:
-    """Lets in callers that hold the swarm's key, want this model, and have not too many streams yet."""
+    """Lets in callers that are members of the swarm, want this model, and have not too many streams yet."""
 
     def __init__(
         self,

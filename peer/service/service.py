@@ -26,7 +26,9 @@ from peer.span.failures import is_of_the_device, is_out_of_memory
 from peer.span.span import Span
 from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
-from protocol.errors import BadRequest, Draining, OutOfMemory, PeerFailed, SwarmError, TooLong, first_line
+from protocol.errors import BadRequest, Draining, NotAMember, OutOfMemory, PeerFailed, SwarmError, TooLong, first_line
+from protocol.membership.certificate import Role
+from protocol.membership.handshake import require
 from protocol.model.anatomy import context_length
 from protocol.stream import Stream
 
@@ -37,10 +39,12 @@ _LIVELY = 3.0
 
 
 class _Handler(NamedTuple):
-    """Who answers a kind of request, and whether that is still done when the peer is about to leave."""
+    """Who answers a kind of request, whether that is still done when the peer is about to leave, and for whom."""
 
     answer: Callable[[Connection, Message, Any], Awaitable[Message]]
     while_draining: bool = False
+    role: Role = Role.USE
+    """The least that a member of a private swarm must have."""
 
 
 class Service:
@@ -124,8 +128,7 @@ class Service:
         channel = connection.channel
         try:
             message = await channel.receive_request()
-            self._reception.handshake.check_current(channel)
-        except (BadRequest, PeerFailed) as error:  # no frame, or a stream that is not to go on
+        except (BadRequest, NotAMember) as error:  # no frame, or a stream that is not to go on
             await channel.fail(error)
             raise
         if isinstance(message.body, pb.Push):
@@ -134,6 +137,7 @@ class Service:
         try:
             with connection.account.request(message.cost):
                 handler = self._find_handler(message.body)
+                require(channel, handler.role)
                 answer = await handler.answer(connection, message, message.body)
         except SwarmError as error:
             await channel.fail(error)

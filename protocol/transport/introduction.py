@@ -15,7 +15,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from protocol.errors import PeerUnreachable, WrongKey
+from protocol.errors import BadRequest, PeerUnreachable
 from protocol.name import NAME
 from protocol.stream import Stream
 
@@ -55,18 +55,18 @@ async def introduce(stream: Stream, me: Credentials, fingerprint: bytes, patienc
 async def identify(stream: Stream, me: Credentials, fingerprint: bytes, patience: float) -> str:
     """As the peer whose certificate has the SHA-256 `fingerprint`: the caller's peer ID.
 
-    Raises `WrongKey` when the caller has not shown it, `PeerUnreachable`.
+    Raises `BadRequest` when the caller has not shown it, `PeerUnreachable`.
     """
     nonce = secrets.token_bytes(NONCE_BYTES)
     await stream.send(nonce, patience=patience)
     key_length, signature_length = _LENGTHS.unpack(await stream.receive(_LENGTHS.size, patience))
     if key_length > MAX_PUBLIC_KEY or signature_length > MAX_SIGNATURE:
-        raise WrongKey(f"A key of {key_length} bytes and a signature of {signature_length} are no introduction.")
+        raise BadRequest(f"A key of {key_length} bytes and a signature of {signature_length} are no introduction.")
     public_key = bytes(await stream.receive(key_length, patience))
     signature = bytes(await stream.receive(signature_length, patience))
     peer_id = me.signer(public_key, _signed(fingerprint, me.peer_id, nonce), signature)
     if peer_id is None:
-        raise WrongKey("The caller of a direct connection did not show that it has the key that it names.")
+        raise BadRequest("The caller of a direct connection did not show that it has the key that it names.")
     await stream.send(_ACCEPTED, patience=patience)
     return peer_id
 

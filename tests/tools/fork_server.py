@@ -27,6 +27,7 @@ import peer.adapters.peft_trees
 import peer.server  # noqa: F401
 from peer.commands.app import app, main
 from protocol.errors import BadUsage
+from protocol.name import HOME_VARIABLE
 from tests.tools.liars import begin_to_lie
 
 _PR_SET_PDEATHSIG = 1
@@ -43,6 +44,8 @@ def _become(request: dict) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the tests themselves may ignore, under nohup
     sys.argv = [request["script"] or "peer", *request["argv"]]
+    if request["home"]:
+        os.environ[HOME_VARIABLE] = request["home"]
     if request["cwd"]:
         os.chdir(request["cwd"])
     if request["lie"]:

@@ -42,7 +42,7 @@ QUICK = (
     "protocol/test_wire_codecs.py",
     "bootstrap/test_directory.py::test_every_member_sees_every_change_at_once",
     "bootstrap/test_door.py",
-    "bootstrap/test_key_file.py",
+    "bootstrap/test_membership.py",
     "bootstrap/test_member.py::test_stream_echo_between_members[run1-direct]",
     "bootstrap/test_member.py::test_stream_echo_between_members[run1-libp2p]",
     "bootstrap/test_records.py",

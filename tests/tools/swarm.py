@@ -44,21 +44,25 @@ class ForkServer:
         lie: str | None = None,
         script: Path | None = None,
         cwd: Path | None = None,
+        home: Path | None = None,
     ) -> int:
-        """Start `peer ARGV`, or `python SCRIPT ARGV`, whose output goes into files. Returns its process ID."""
+        """Start `peer ARGV`, or `python SCRIPT ARGV`, whose output goes into files. Returns its process ID.
+
+        `home`: of the machine that it is on, as far as private swarms go; None: of one that knows none.
+        """
         assert self._process.stdin
         assert self._process.stdout
-        paths = {"stdout": stdout, "stderr": stderr, "script": script, "cwd": cwd}
+        paths = {"stdout": stdout, "stderr": stderr, "script": script, "cwd": cwd, "home": home}
         request = {"argv": list(argv), "lie": lie} | {name: path and str(path) for name, path in paths.items()}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
 
-    def run(self, *argv: str, cwd: Path, script: Path | None = None) -> str:
+    def run(self, *argv: str, cwd: Path, script: Path | None = None, home: Path | None = None) -> str:
         """What `peer ARGV`, or `python SCRIPT ARGV`, prints. It must succeed, within four minutes."""
         with tempfile.TemporaryDirectory() as folder:
             stdout, stderr = Path(folder, "out"), Path(folder, "err")
-            process = Peer(self.start(argv, stdout, stderr, script=script, cwd=cwd), stdout, stderr)
+            process = Peer(self.start(argv, stdout, stderr, script=script, cwd=cwd, home=home), stdout, stderr)
             deadline = time.monotonic() + 240
             while process.is_alive():
                 if time.monotonic() > deadline:
@@ -146,6 +150,8 @@ class Swarm:
 
     def __init__(self, server: ForkServer, folder: Path):
         self._server, self._folder = server, folder
+        self.home: Path | None = None
+        """See `ForkServer.start`; of what is launched from now on."""
         self.peers: list[Peer] = []
 
     @property
@@ -161,7 +167,7 @@ class Swarm:
         """Start a command without waiting for it to be ready; `lie`: see `liars.py`."""
         stem = self._folder / f"peer{len(self.peers)}"
         out, err = stem.with_suffix(".out"), stem.with_suffix(".err")
-        peer = Peer(self._server.start(argv, out, err, lie=lie), out, err)
+        peer = Peer(self._server.start(argv, out, err, lie=lie, home=self.home), out, err)
         self.peers.append(peer)
         return peer
 

@@ -7,7 +7,9 @@ import pytest
 from tests.tools.fuzzing.choices import Choices
 from tests.tools.fuzzing.targets import bounded_memory, build_target, resident
 
-INPUTS = {"handlers": 4000, "frames": 6000, "introductions": 2000, "records": 5000, "seal": 3000}
+INPUTS = {
+    "handlers": 4000, "frames": 5000, "introductions": 2000, "records": 4000, "seal": 2000, "membership": 3000
+}  # fmt: skip
 MAX_GROWTH = 64
 """MiB."""
 

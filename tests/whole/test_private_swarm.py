@@ -1,11 +1,10 @@
-"""A private swarm of real members and a real peer: strangers get nothing but refusals, keys change while it runs."""
+"""A private swarm of real members and a real peer: who is no member, or not any more, gets nothing but refusals."""
 
 import asyncio
 import logging
-import shutil
 import time
-from collections.abc import Coroutine, Iterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +16,51 @@ from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2
 
 from bootstrap.addresses import split_peer_address
-from bootstrap.gate import Bytes
-from bootstrap.key_file import add_key, create_key, drop_old_keys, use_newest_key
 from bootstrap.member import Member, MemberOptions
-from bootstrap.seal import Refusal, refusal_in
+from bootstrap.membership.folder import SwarmFolder
+from bootstrap.membership.gate import Bytes
+from bootstrap.membership.own import OwnMembership
+from bootstrap.membership.rounds import RENEW, SYNC
+from bootstrap.membership.seal import refusal_in
 from bootstrap.validator import model_key
 from client import AutoDistributedModelForCausalLM
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
-from protocol.errors import NoSwarm, PeerFailed, PeerUnreachable, SwarmError, WrongKey
+from protocol.errors import NoSwarm, NotAllowed, NotAMember, PeerUnreachable, SwarmError
+from protocol.membership.certificate import Role
+from protocol.membership.refusals import Refusal
 from protocol.model.checkpoint import open_checkpoint
+from protocol.records import Accusation, Complaint
 from protocol.stream import Carrier, Stream
-from protocol.swarm_key import NO_KEY, OPEN, REFUSED
 from protocol.tensors import Limits
 from tests.tools.command import Command
 from tests.tools.members import HASH, record, send_store, stored_value
 from tests.tools.members import member as any_member
 from tests.tools.swarm import ForkServer, Swarm, new_swarm
+from tests.tools.swarms import found, home, let_in, revoke
 
-Keys = dict[str, Path | None]
 CARRIERS = pytest.mark.parametrize("carrier", ["libp2p", "direct"])
 
 
+class Machines:
+    """What the machines of two private swarms, and one that is in none, know."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.founder, self.other = found(root / "founder"), found(root / "other")
+        self.none: SwarmFolder | None = None
+        self.server, self.user = (
+            let_in(self.founder, root / r.name, r, r.name.lower()) for r in (Role.SERVE, Role.USE)
+        )
+
+
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
-    folder = tmp_path_factory.mktemp("keys")
-    for name in ("ours", "other"):
-        create_key(folder / name)
-    return {"ours": folder / "ours", "other": folder / "other", "none": None}
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Machines:
+    return Machines(tmp_path_factory.mktemp("machines"))
 
 
-def member(key: Path | None, *initial_peers: str, **options: Any) -> AbstractAsyncContextManager[Member]:
-    return any_member(*initial_peers, swarm_key=key, **options)
+def member(swarm: SwarmFolder | None, *initial_peers: str, **options: Any) -> AbstractAsyncContextManager[Member]:
+    return any_member(*initial_peers, swarm=swarm, **options)
 
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -59,35 +71,36 @@ def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("founders", "joiners", "said"), [("ours", "none", NO_KEY), ("ours", "other", REFUSED), ("none", "ours", OPEN)]
+    ("founders", "joiners", "why"),
+    [
+        ("founder", "none", Refusal.STRANGER),
+        ("founder", "other", Refusal.OTHER_SWARM),
+        ("none", "user", Refusal.OPEN),
+    ],
 )
-def test_joining_with_a_wrong_key_fails_at_once(keys: Keys, founders: str, joiners: str, said: str) -> None:
+def test_joining_another_swarm_fails_at_once(machines: Machines, founders: str, joiners: str, why: Refusal) -> None:
     async def main() -> None:
-        async with member(keys[founders]) as founder:
-            for client_mode in (True, False):
-                begin = time.monotonic()
-                with pytest.raises(WrongKey) as caught:
-                    await Member.join(
-                        MemberOptions(
-                            tuple(founder.addresses), "127.0.0.1", client_mode=client_mode, swarm_key=keys[joiners]
-                        )
-                    )
-                assert time.monotonic() - begin < 3
-                assert str(caught.value) == said
+        async with member(getattr(machines, founders)) as founder:
+            begin = time.monotonic()
+            swarm = getattr(machines, joiners)
+            with pytest.raises(NotAMember) as caught:
+                await Member.join(MemberOptions(tuple(founder.addresses), client_mode=True, swarm=swarm))
+            assert time.monotonic() - begin < 3
+            assert str(caught.value) == why.sentence()
             assert known(founder) == set()
 
     run(main())
 
 
-@pytest.mark.parametrize("key", ["none", "other"])
+@pytest.mark.parametrize("who", ["none", "other"])
 def test_a_stranger_gets_nothing_from_the_directory(
-    keys: Keys, key: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    machines: Machines, who: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     async def main() -> None:
         async with (
-            member(keys["ours"]) as founder,
-            member(keys["ours"], *founder.addresses) as victim,
-            member(keys[key]) as stranger,
+            member(machines.founder) as founder,
+            member(machines.server, *founder.addresses) as victim,
+            member(getattr(machines, who)) as stranger,
         ):
             assert await victim.directory.announce(record(victim, name="genuine"), 60)
             await meet(stranger, founder)
@@ -97,7 +110,6 @@ def test_a_stranger_gets_nothing_from_the_directory(
             assert await founder._node.protocol.call_ping(stranger._p2p.peer_id) is None
             await asyncio.sleep(0.1)  # hivemind updates its table in tasks
             assert known(founder) == {victim.peer_id}
-            assert known(stranger) == set()
             assert [subkeys(founder), subkeys(stranger)] == [{victim.peer_id}, set()]
             assert [peer.name for peer in await victim.directory.peers(HASH)] == ["genuine"]
 
@@ -109,10 +121,10 @@ def test_a_stranger_gets_nothing_from_the_directory(
 async def refuses_everything(stranger: Member, founder: Member) -> None:
     protocol, target = stranger._node.protocol, founder._p2p.peer_id
     for method, request in requests(stranger).items():
-        with pytest.raises(WrongKey):
+        with pytest.raises(NotAMember):
             await getattr(protocol.get_stub(target), method)(request, timeout=3)
         for data in (request.SerializeToString(), b"\x07garbage", b""):
-            assert refusal_in(await send_bytes(stranger, target, method, data)) is Refusal.NO_KEY
+            assert refusal_in(await send_bytes(stranger, target, method, data)) is Refusal.STRANGER
     key = DHTID.generate(source=model_key(HASH))
     assert await protocol.call_ping(target, validate=True) is None
     assert await protocol.call_find(target, [key]) is None
@@ -152,12 +164,12 @@ def subkeys(peer: Member) -> set[str]:
     return {subkey for subkey, _ in found.value.items()} if found is not None else set()
 
 
-def test_a_recorded_request_is_of_no_use(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recorded_request_is_of_no_use(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with (
-            member(keys["ours"]) as founder,
-            member(keys["ours"], *founder.addresses) as victim,
-            member(keys["none"]) as stranger,
+            member(machines.founder) as founder,
+            member(machines.server, *founder.addresses) as victim,
+            member(None) as stranger,
         ):
             recorded = record_calls(victim, monkeypatch)
             assert await victim.directory.announce(record(victim), 60)
@@ -168,11 +180,11 @@ def test_a_recorded_request_is_of_no_use(keys: Keys, monkeypatch: pytest.MonkeyP
             assert {method for method, _ in calls} >= {"rpc_find", "rpc_store"}
             for method, data in calls:
                 assert refusal_in(await send_bytes(victim, target, method, data)) is Refusal.REPEATED
-                assert refusal_in(await send_bytes(stranger, target, method, data)) is Refusal.WRONG_KEY
+                assert refusal_in(await send_bytes(stranger, target, method, data)) is Refusal.OTHER_SWARM
             # Nor can a member pass on what it is asked, or use it for another method.
             _, data = calls[0]
-            assert refusal_in(await send_bytes(founder, victim._p2p.peer_id, "rpc_find", data)) is Refusal.WRONG_KEY
-            assert refusal_in(await send_bytes(victim, target, "rpc_ping", data)) is Refusal.WRONG_KEY
+            assert refusal_in(await send_bytes(founder, victim._p2p.peer_id, "rpc_find", data)) is Refusal.OTHER_SWARM
+            assert refusal_in(await send_bytes(victim, target, "rpc_ping", data)) is Refusal.OTHER_SWARM
 
     run(main())
 
@@ -188,12 +200,12 @@ def record_calls(caller: Member, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
     return calls
 
 
-def test_a_member_cannot_forge_anothers_record(keys: Keys) -> None:
+def test_a_member_cannot_forge_anothers_record(machines: Machines) -> None:
     async def main() -> None:
         async with (
-            member(keys["ours"]) as founder,
-            member(keys["ours"], *founder.addresses) as victim,
-            member(keys["ours"], *founder.addresses) as mallory,
+            member(machines.founder) as founder,
+            member(machines.server, *founder.addresses) as victim,
+            member(machines.server, *founder.addresses) as mallory,
         ):
             mallory._node.protocol.record_validator.validate = lambda record: True
             assert await victim.directory.announce(record(victim, name="genuine"), 60)
@@ -205,65 +217,148 @@ def test_a_member_cannot_forge_anothers_record(keys: Keys) -> None:
     run(main())
 
 
-# Rotation
+# Who is known, and may not
 
 
-@CARRIERS
-def test_keys_change_while_the_swarm_runs(tmp_path: Path, carrier: Carrier) -> None:
-    """A founder, a peer and a client, each with its own copy of the file; every order in which the copies change."""
-    master = tmp_path / "master"
-    create_key(master)
-    files = [Path(shutil.copy(master, tmp_path / name)) for name in ("founder", "peer", "client", "left behind")]
+WRONG: dict[str, Refusal] = {
+    "expired": Refusal.EXPIRED,
+    "revoked": Refusal.REVOKED,
+    "of another process": Refusal.OTHER_PROCESS,
+    "of another root": Refusal.OTHER_SWARM,
+    "of a revoked admin": Refusal.ISSUER_REVOKED,
+}
 
+
+def wrong(machines: Machines, what: str) -> SwarmFolder:
+    """A folder with the swarm's secret, and a certificate that is not to let in."""
+    if what == "expired":
+        return let_in(machines.founder, lifetime=60, ago=120)
+    if what == "of a revoked admin":
+        admin = let_in(machines.founder, role=Role.ADMIN)
+        folder = let_in(admin)
+        revoke(machines.founder, admin)
+        return folder
+    folder = let_in(machines.founder)
+    if what == "revoked":
+        revoke(machines.founder, folder)
+    return folder
+
+
+@asynccontextmanager
+async def intruder(machines: Machines, what: str, *initial_peers: str) -> AsyncIterator[Member]:
+    """A member that does not know, or care, that it is to be refused."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OwnMembership, "check_own", lambda self, role: None)
+        async with member(wrong(machines, what), direct_port=0) as made:
+            ours = made.membership
+            assert ours is not None
+            if what == "of another process":
+                ours._process = OwnMembership(machines.user, "other").certificate()
+            if what == "of another root":
+                ours._process = OwnMembership(machines.other, made.peer_id).certificate()
+            for address in initial_peers:
+                peer_id, place = split_peer_address(address)
+                await made._p2p.dial(peer_id, [place])
+            yield made
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_the_directory_refuses_who_is_no_member_any_more(machines: Machines, what: str) -> None:
     async def main() -> None:
         async with (
-            member(files[0]) as founder,
-            member(files[1], *founder.addresses, direct_port=0) as peer,
-            member(files[2], *founder.addresses, client_mode=True) as client,
-            member(files[3], *founder.addresses, client_mode=True) as left_behind,
+            member(machines.founder) as founder,
+            intruder(machines, what, *founder.addresses) as outsider,
         ):
-            await peer.transport.serve(lambda stream: serve_echo(peer, stream))
-            await works(peer, client, carrier)
-            left_behind.transport.learn(record(peer, direct=peer.door))
-            first = await open_echo(client, peer, carrier)
-            for number, step in enumerate((add_key, use_newest_key, drop_old_keys)):
-                step(master)
-                for file in (files[:3], files[2::-1])[number % 2]:
-                    shutil.copy(master, file)
-                    await works(peer, client, carrier)
-            with pytest.raises(PeerFailed, match="open another"):
-                await first.call(Message(pb.Ping()))
-            with pytest.raises(WrongKey) as caught:
-                await left_behind.directory.peers(HASH)
-            assert str(caught.value) == REFUSED
-            with pytest.raises(WrongKey):
-                await open_echo(left_behind, peer, carrier)
-            with pytest.raises(WrongKey):
-                await Member.join(MemberOptions(tuple(founder.addresses), client_mode=True, swarm_key=files[3]))
-            shutil.copy(master, files[3])
-            await works(peer, left_behind, carrier)
+            founder.membership.refresh()
+            target, gate = founder._p2p.peer_id, outsider._node.protocol
+            for method, request in requests(outsider).items():
+                with pytest.raises(NotAMember) as caught:
+                    await getattr(gate.get_stub(target), method)(request, timeout=3)
+                assert str(caught.value) == WRONG[what].sentence()
+            for method in (SYNC, RENEW):
+                with pytest.raises(NotAMember):
+                    await outsider.rounds._gate.call_protobuf_handler(target, method, Bytes(b""), Bytes)
+            # Nor is it asked.
+            assert await founder._node.protocol.call_ping(outsider._p2p.peer_id) is None
+            await asyncio.sleep(0.1)
+            assert known(founder) == set()
 
     run(main())
 
 
-async def works(peer: Member, client: Member, carrier: Carrier) -> None:
-    name = f"at {time.time()}"
-    assert await peer.directory.announce(record(peer, name=name, direct=peer.door), 60)
-    assert [found.name for found in await client.directory.peers(HASH)] == [name]
-    (await open_echo(client, peer, carrier)).close()
+def test_who_may_only_use_announces_nothing(machines: Machines) -> None:
+    async def main() -> None:
+        async with (
+            member(machines.founder) as founder,
+            member(machines.user, *founder.addresses) as user,
+            member(machines.server, *founder.addresses) as server,
+        ):
+            assert not await user.directory.announce(record(user), 60)
+            assert await server.directory.announce(record(server), 60)
+            assert [peer.peer_id for peer in await user.directory.peers(HASH)] == [server.peer_id]
+            complaint = Complaint(
+                peer_id=user.peer_id,
+                model=record(user).model,
+                accused=(Accusation(peer_id=server.peer_id, kind="step"),),
+            )
+            await user.directory.complain(complaint)
+            assert await server.directory.complaints(HASH) == {server.peer_id: 1}
+            # Who is put out is forgotten by those who have heard of it, at once.
+            revoke(machines.founder, machines.server)
+            founder.membership.refresh()
+            assert await founder.directory.peers(HASH) == []
+
+    try:
+        run(main())
+    finally:
+        machines.server = let_in(machines.founder, role=Role.SERVE)
+    with pytest.raises(NotAllowed, match="role in the swarm lab is use, and this takes serve"):
+        run(Member.join(MemberOptions(host="127.0.0.1", swarm=machines.user, role=Role.SERVE)))
+
+
+@CARRIERS
+def test_open_streams_end_when_their_member_is_put_out(machines: Machines, carrier: Carrier) -> None:
+    leaver = let_in(machines.founder)
+
+    async def main() -> None:
+        async with (
+            member(machines.founder, direct_port=0) as founder,
+            member(leaver, *founder.addresses, client_mode=True) as client,
+        ):
+            await founder.transport.serve(lambda stream: serve_echo(founder, stream))
+            client.transport.learn(record(founder, direct=founder.door))
+            asked, idle = [await open_echo(client, founder, carrier) for _ in range(2)]
+            await asked.call(Message(pb.Ping()))
+            revoke(machines.founder, leaver)
+            begin = time.monotonic()
+            with pytest.raises(SwarmError):
+                await ask_for_ever(asked)
+            with pytest.raises(PeerUnreachable):
+                await idle.receive_answer()
+            assert time.monotonic() - begin < 3
+            with pytest.raises(NotAMember, match="has been revoked"):
+                await open_echo(client, founder, carrier)
+
+    run(main())
 
 
 async def serve_echo(peer: Member, stream: Stream) -> None:
-    """What a peer's service does with keys."""
+    """What a peer's service does with streams."""
     channel = Channel(stream, Limits(), 5)
     try:
         answer = await peer.handshake.respond(channel)
         while True:
             await channel.send(answer)
             answer = await channel.receive_request()
-            peer.handshake.check_current(channel)
     except SwarmError as error:
-        await channel.fail(error)
+        with suppress(SwarmError):
+            await channel.fail(error)
+
+
+async def ask_for_ever(channel: Channel) -> None:
+    while True:
+        await channel.call(Message(pb.Ping()))
+        await asyncio.sleep(0.05)
 
 
 async def open_echo(caller: Member, peer: Member, carrier: Carrier) -> Channel:
@@ -277,10 +372,11 @@ async def open_echo(caller: Member, peer: Member, carrier: Carrier) -> Channel:
 
 
 @pytest.fixture(scope="module")
-def served(fork_server: ForkServer, llama: Path, keys: Keys) -> Iterator[Swarm]:
-    """The small llama on one peer of a private swarm."""
+def served(fork_server: ForkServer, llama: Path, machines: Machines) -> Iterator[Swarm]:
+    """The small llama on one peer of a private swarm: its founder's."""
     with new_swarm(fork_server) as made:
-        made.serve(llama, "0:5", options=("--swarm-key", str(keys["ours"])))
+        made.home = machines.root / "founder"
+        made.serve(llama, "0:5")
         yield made
         assert "Traceback" not in made.peers[0].stderr.read_text()
 
@@ -290,30 +386,36 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return Command(monkeypatch, capsys)
 
 
-def test_commands_need_the_key(served: Swarm, llama: Path, keys: Keys, command: Command) -> None:
+def test_commands_need_a_membership(served: Swarm, llama: Path, machines: Machines, command: Command) -> None:
+    address = ("--initial-peers", served.initial_peers[0])
     for name in (("status",), ("generate", llama, "w5 w6", "--max-new-tokens", 4)):
-        for key, said in (("none", NO_KEY), ("other", REFUSED)):
-            begin = time.monotonic()
-            outcome = command(*name, "--initial-peers", served.initial_peers[0], *flag(keys[key]))
-            assert outcome.refusal() == f"error: {said}"
-            assert time.monotonic() - begin < 4
-        outcome = command(*name, "--initial-peers", served.initial_peers[0], *flag(keys["ours"]))
-        assert (outcome.code, outcome.stderr) == (0, "")
-        assert outcome.stdout
+        begin = time.monotonic()
+        assert command(*name, *address).refusal() == f"error: {Refusal.STRANGER.sentence()}"
+        with home(machines.root / "other"):
+            refused = command(*name, *address, "--swarm", "lab").refusal()
+            assert refused == f"error: {Refusal.OTHER_SWARM.sentence()}"
+        assert time.monotonic() - begin < 8
+        with home(machines.root / "USE"):
+            outcome = command(*name, *address, "--swarm", "lab")
+            assert (outcome.code, outcome.stderr) == (0, "")
+            assert outcome.stdout
+            assert command(*name).code == 0  # it knows where others are
 
 
-def test_tune_needs_the_key(served: Swarm, llama: Path, keys: Keys, command: Command, tmp_path: Path) -> None:
+def test_tune_and_serve_need_a_role(
+    served: Swarm, llama: Path, machines: Machines, command: Command, tmp_path: Path
+) -> None:
     (tmp_path / "data.txt").write_text("w5 w6 w7 w8\n\nw9 w10 w11\n")
     run = [f"model={llama}", f"data.path={tmp_path / 'data.txt'}", f"output={tmp_path / 'out'}", "trainer.steps=1"]
     tune = ("tune", *run, f"initial_peers={served.initial_peers[0]}", "--plan")
-    assert command(*tune, *flag(keys["other"])).refusal() == f"error: {REFUSED}"
-    outcome = command(*tune, f"swarm_key={keys['ours']}")
-    assert outcome.code == 0, outcome.stderr
-    assert "peers on the route" in outcome.stdout
-
-
-def flag(key: Path | None) -> tuple[str, ...]:
-    return () if key is None else ("--swarm-key", str(key))
+    assert command(*tune).refusal() == f"error: {Refusal.STRANGER.sentence()}"
+    with home(machines.root / "USE"):
+        outcome = command(*tune, "swarm=lab")
+        assert outcome.code == 0, outcome.stderr
+        assert "peers on the route" in outcome.stdout
+        assert "lab is use, and this takes serve" in command("serve", llama, "--host", "127.0.0.1").refusal()
+        for name in (("invite",), ("revoke", "founder"), ("invite", "--cancel", "0")):
+            assert "lab is use, and this takes admin" in command(*name).refusal()
 
 
 def stranger_requests(llama: Path) -> list[ProtoMessage]:
@@ -322,61 +424,70 @@ def stranger_requests(llama: Path) -> list[ProtoMessage]:
     return [
         hello, pb.OpenSession(end=5), pb.Step(number=1), pb.ForkSession(), pb.Forward(), pb.Backward(),
         pb.PutAdapter(manifest="{}"), pb.ReadWeight(names=["0.self_attn.q_proj.weight"]), pb.Factorize(rank=1),
-        pb.Ping(),
+        pb.Ping(), pb.Push(token=bytes(16)),
     ]  # fmt: skip
 
 
 @CARRIERS
-@pytest.mark.parametrize("key", ["none", "other"])
-def test_a_stranger_gets_nothing_from_a_peer(
-    served: Swarm, llama: Path, keys: Keys, key: str, carrier: Carrier
+@pytest.mark.parametrize("who", ["none", "other", *WRONG])
+def test_who_is_no_member_gets_nothing_from_a_peer(
+    served: Swarm, llama: Path, machines: Machines, who: str, carrier: Carrier
 ) -> None:
     async def main() -> None:
-        async with member(keys["ours"], *served.initial_peers, client_mode=True) as traitor:
-            [found] = await traitor.directory.peers(open_checkpoint(str(llama)).model_id.config_hash)
-        async with member(keys[key]) as stranger:
+        async with member(machines.user, *served.initial_peers, client_mode=True) as user:
+            [found] = await user.directory.peers(open_checkpoint(str(llama)).model_id.config_hash)
+        joined: Any = intruder(machines, who) if who in WRONG else member(getattr(machines, who))
+        async with joined as stranger:
             stranger.transport.learn(found)
-            address = split_peer_address(served.initial_peers[0])
-            await stranger._p2p.dial(address[0], [address[1]])
+            peer_id, place = split_peer_address(served.initial_peers[0])
+            await stranger._p2p.dial(peer_id, [place])
+            if who in WRONG:
+                await asyncio.sleep(1.2)  # until the peer has seen what its machine knows
             for body in stranger_requests(llama):
                 for prove in (False, True):
-                    await refuses(stranger, body, prove and keys[key] is not None)
+                    await refuses(stranger, body, prove and who != "none")
+
+    async def ask(stranger: Member, channel: Channel, body: ProtoMessage, prove: bool) -> None:
+        if prove:
+            await stranger.handshake.initiate(channel)
+        await channel.call(Message(body))
 
     async def refuses(stranger: Member, body: ProtoMessage, prove: bool) -> None:
         channel = Channel(await stranger.transport.connect(served.peers[0].peer_id, carrier), Limits(), 5)
-        if prove:
-            with pytest.raises(WrongKey):
-                await stranger.handshake.initiate(channel)
-        else:
-            with pytest.raises(WrongKey):
-                await channel.call(Message(body))
+        with pytest.raises(NotAMember):
+            await ask(stranger, channel, body, prove)
         with pytest.raises(PeerUnreachable):  # nothing comes after a refusal
             await channel.call(Message(body))
 
     run(main())
 
 
-def test_clocks_that_differ_are_no_wrong_key(served: Swarm, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bootstrap.gate.get_dht_time", lambda: time.time() + 3600)
+def test_clocks_that_differ_are_not_taken_for_a_stranger(
+    served: Swarm, machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bootstrap.membership.gate.get_dht_time", lambda: time.time() + 3600)
     with pytest.raises(NoSwarm, match=r"clock and this machine's differ by more than 3 s"):
-        run(Member.join(MemberOptions(tuple(served.initial_peers), client_mode=True, swarm_key=keys["ours"])))
+        run(Member.join(MemberOptions(tuple(served.initial_peers), client_mode=True, swarm=machines.user)))
 
 
-def test_a_generation_goes_on_while_keys_change(served: Swarm, llama: Path, keys: Keys, tmp_path: Path) -> None:
-    key, old = keys["ours"], Path(shutil.copy(keys["ours"], tmp_path / "old"))
-    model, left_behind = (
-        AutoDistributedModelForCausalLM.from_pretrained(llama, initial_peers=served.initial_peers, swarm_key=str(path))
-        for path in (key, old)
-    )
-    texts = [generate(model), generate(left_behind)]
-    for step in (add_key, use_newest_key, drop_old_keys):
-        step(key)
-        texts.append(generate(model))
-    assert all(torch.equal(text, texts[0]) for text in texts)
+def test_a_generation_goes_on_until_its_member_is_put_out(served: Swarm, llama: Path, machines: Machines) -> None:
+    leaver = let_in(machines.founder, machines.root / "leaver")
+    with home(machines.root / "leaver"):
+        model = AutoDistributedModelForCausalLM.from_pretrained(
+            llama, initial_peers=served.initial_peers, swarm=leaver.name
+        )
+    text = generate(model)
+    assert torch.equal(generate(model), text)
+    revoke(machines.founder, leaver)
     begin = time.monotonic()
-    with pytest.raises(WrongKey):
-        generate(left_behind)
+    with pytest.raises(NotAMember, match="has been revoked"):
+        generate_for_ever(model)
     assert time.monotonic() - begin < 6
+
+
+def generate_for_ever(model: Any) -> None:
+    while True:
+        generate(model)
 
 
 def generate(model: Any) -> torch.Tensor:

@@ -14,7 +14,9 @@ MAY_IMPORT: dict[str, str] = {
     "protocol": "",
     "protocol/model": "protocol protocol/machine",
     "protocol/transport": "protocol",
-    "bootstrap": "protocol/*",
+    "protocol/membership": "protocol",
+    "bootstrap/membership": "protocol/*",
+    "bootstrap": "bootstrap/membership protocol/*",
     "peer/compute": "",
     "peer/kv_cache": "protocol/*",
     "peer/span": "peer/kv_cache protocol/*",
@@ -25,19 +27,19 @@ MAY_IMPORT: dict[str, str] = {
     "peer/training/joined": "peer/adapters peer/span protocol/*",
     "peer/training": "peer/training/joined peer/adapters peer/span peer/kv_cache peer/compute protocol/*",
     "peer/service": "peer/generation peer/training peer/adapters peer/base_weights peer/span peer/kv_cache "
-    "peer/compute bootstrap protocol/*",
+    "peer/compute bootstrap/* protocol/*",
     "peer/start": "peer/service peer/generation peer/generation/joined peer/training peer/training/joined "
-    "peer/adapters peer/span peer/kv_cache peer/compute bootstrap protocol/*",
-    "peer": "peer/commands/app peer/start peer/service peer/compute bootstrap protocol/*",
-    "peer/commands": "peer peer/start peer/service bootstrap protocol/*",
-    "client/swarm": "bootstrap protocol/*",
+    "peer/adapters peer/span peer/kv_cache peer/compute bootstrap/* protocol/*",
+    "peer": "peer/commands/app peer/start peer/service peer/compute bootstrap/* protocol/*",
+    "peer/commands": "peer peer/start peer/service bootstrap/* protocol/*",
+    "client/swarm": "bootstrap/* protocol/*",
     "client/ghosts": "client/swarm protocol/*",
     "client/adapters": "client/ghosts protocol/*",
     "client/requests": "client/adapters client/swarm protocol/*",
     "client/generation": "client/requests client/swarm protocol/*",
     "client/training": "client/requests client/swarm protocol/*",
     "client/model": "client/generation client/training client/requests client/adapters client/ghosts client/swarm "
-    "bootstrap protocol/*",
+    "bootstrap/* protocol/*",
     "client": "client/model client/swarm protocol/*",
     "client/tune": "protocol/*",
     "client/tune/data": "client/tune client protocol/*",
@@ -45,7 +47,7 @@ MAY_IMPORT: dict[str, str] = {
     "client/tune/running": "client/tune/description client/tune/data client/tune client protocol/*",
     "client/merge": "protocol/*",
     "client/certify": "client/tune/data client protocol/*",
-    "client/commands": "client/certify client/merge client/tune/* client client/model client/swarm bootstrap "
+    "client/commands": "client/certify client/merge client/tune/* client client/model client/swarm bootstrap/* "
     "protocol/*",
 }
 """Folder -> the folders, or single files of them, whose code its own may use; `/*` stands for all below as well.
@@ -62,11 +64,11 @@ catch what its blocks are called with, and one that is certified. This list may 
 BENT = {"forward", "__class__", "_attn_implementation"}
 COMMANDS = "peer/commands/"
 """What people type: only these reach from `peer` into `client`, and only from inside a function."""
-MOST_FILES = {"bootstrap": 15, "protocol": 14}
+MOST_FILES = {"protocol": 14}
 """Folders of more than 12 files, each one concept that has no parts."""
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 SLOW = {"peft", "bitsandbytes", "accelerate", "datasets", "matplotlib"}
-GENERATED = {"protocol/swarm_pb2.py"}
+GENERATED = {"protocol/swarm_pb2.py", "protocol/membership/membership_pb2.py"}
 
 
 def sources(*folders: str) -> list[str]:

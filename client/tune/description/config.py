@@ -124,7 +124,7 @@ class TuneConfig(Section):
     model: ModelName = Field(min_length=1, description="folder or hub name")
     revision: str | None = None
     initial_peers: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
-    swarm_key: LocalPath | None = Field(default=None, description="key file of a private swarm")
+    swarm: str | None = Field(default=None, description="a private swarm that this machine has joined")
     network: NetworkOptions = Field(default_factory=NetworkOptions)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = Field(default="auto", description="for what this machine holds: auto, cpu, cuda:0, ...")

@@ -9,7 +9,7 @@ EXAMPLE = """\
 model: HuggingFaceTB/SmolLM2-135M-Instruct   # folder or hub name
 # revision: main                             # branch, tag or commit on the hub
 initial_peers: []                            # addresses of the swarm, as `peer serve` prints them
-# swarm_key: swarm.key                       # key file of a private swarm
+# swarm: lab                                 # a private swarm that this machine has joined, instead
 # network:                                   # through which peers, and how
 #   verify: 0.05                             # share of answers that other peers compute again
 #   codec_out: bf16                          # fewer bytes; also: codec_back, codec_gradients (see `peer certify`)

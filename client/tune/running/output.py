@@ -18,7 +18,7 @@ from client.tune.errors import ConfigError, OutputError
 
 _LEAST_FREE = 1 << 20  # bytes; torch.save does not say why it failed, so a disk with less than this counts as full
 # What may differ between a run and its continuation: where to, how far, how often. The data is compared by its tokens.
-_FREE = {"output", "initial_peers", "swarm_key", "network", "device", "samples", "data"}
+_FREE = {"output", "initial_peers", "swarm", "network", "device", "samples", "data"}
 _FREE_TRAINER = {"steps", "epochs", "log_every", "eval_every", "save_every", "keep_checkpoints", "tensorboard"}
 
 

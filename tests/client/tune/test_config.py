@@ -106,22 +106,20 @@ def test_a_wrong_key_or_value_is_one_sentence(tmp_path: Path, change: dict[str, 
 
 def test_every_path_is_read_in_one_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/homes/ada")
-    config = load_config(
-        None, ["model=~/m", "swarm_key=~/k", "data.path=[~/a.csv, ~/b/*.csv]", "data.validation=~/v.csv", "output=~/o"]
-    )
-    assert (config.model, config.swarm_key, config.output) == tuple(
-        kind(f"/homes/ada/{name}") for kind, name in ((str, "m"), (Path, "k"), (Path, "o"))
+    config = load_config(None, ["model=~/m", "data.path=[~/a.csv, ~/b/*.csv]", "data.validation=~/v.csv", "output=~/o"])
+    assert (config.model, config.output) == tuple(
+        kind(f"/homes/ada/{name}") for kind, name in ((str, "m"), (Path, "o"))
     )
     assert config.data.path == [Path("/homes/ada/a.csv"), Path("/homes/ada/b/*.csv")]
     assert config.data.validation == Path("/homes/ada/v.csv")
     url = "https://example.org//d.jsonl"
-    for key in ("swarm_key", "data.path", "data.validation", "output"):
+    for key in ("data.path", "data.validation", "output"):
         said = sentence(tmp_path, MINIMAL, f"{key}={url}")
         assert said.startswith(f"{key}{'.0' if key == 'data.path' else ''}: {url} is a URL; expected a path on this")
         assert "in the home of a user" in sentence(tmp_path, MINIMAL, f"{key}=~nobody-here/x")
     assert "in the home of a user" in sentence(tmp_path, MINIMAL, "model=~nobody-here/x")
     described = json.dumps(json_schema())
-    assert described.count('"format": "path"') == 4, "a new path is read as a LocalPath too, and tried here"
+    assert described.count('"format": "path"') == 3, "a new path is read as a LocalPath too, and tried here"
 
 
 @pytest.mark.parametrize(

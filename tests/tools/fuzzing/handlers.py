@@ -3,12 +3,14 @@
 import asyncio
 import logging
 import struct
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from bootstrap.membership.own import OwnMembership
 from peer.adapters.store import AdapterStore
 from peer.compute.scheduler import Priority, Scheduler
 from peer.generation.joined.packing import Packer
@@ -29,16 +31,17 @@ from peer.training.trainer import Trainer
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
 from protocol.errors import SwarmError
-from protocol.handshake import Handshake
+from protocol.membership.certificate import Role
+from protocol.membership.handshake import Handshake
 from protocol.model.checkpoint import open_checkpoint
 from protocol.records import ModelVersion
-from protocol.swarm_key import SwarmKey
 from protocol.tensors import Limits, check_entries, decode
 from tests.tools.fuzzing.carrier import MemoryStream, connect
 from tests.tools.fuzzing.choices import Choices
 from tests.tools.fuzzing.messages import build_frame, mutated_frame, to_bytes
 from tests.tools.fuzzing.requests import Memory, build_bundles, pick_request
 from tests.tools.spans import END, START
+from tests.tools.swarms import found, let_in
 from tests.tools.wire import HIDDEN, MIB, forward
 
 MAX_SECONDS = 5.0
@@ -48,15 +51,9 @@ _STREAMS = 3
 _CACHE_TOKENS, _MAX_LENGTH = 1024, 64
 _LIMITS = Limits(max_header=2**16, max_payload=2**19, max_tensors=300)
 _QUOTA = Quota(streams=4, sessions=4, cache_tokens=768, calls=4, adapters=8, adapter_bytes=MIB)
-_SECRET = bytes(range(32))
-_INNOCENT = ("BadRequest", "WrongModel", "WrongKey", "PeerFull", "OverQuota", "SessionLost", "TooLong",
+_INNOCENT = ("BadRequest", "WrongModel", "NotAMember", "NotAllowed", "PeerFull", "OverQuota", "SessionLost", "TooLong",
              "UnknownAdapter", "UnknownCall", "BadAdapter", "NotPushed")  # fmt: skip
 """What a peer may say. Anything else would be its own failure."""
-
-
-class _Keys:
-    def current(self) -> tuple[SwarmKey, ...]:
-        return (SwarmKey(_SECRET),)
 
 
 @dataclass
@@ -126,7 +123,13 @@ class Handlers:
         self._hello = pb.Hello(version=VERSION, config_hash=checkpoint.model_id.config_hash, weights=checkpoint.digests)
         self._version = ModelVersion(checkpoint.model_id, checkpoint.digests)
         self._trainers = [Trainer(self._span, self._store, max_kept_bytes=4 * MIB) for _ in range(2)]
-        self._services = [self._serve(self._trainers[0], None), self._serve(self._trainers[1], _Keys())]
+        self._folder = tempfile.TemporaryDirectory()
+        founder = found(Path(self._folder.name))
+        roles = zip(_CLIENTS, (Role.USE, Role.SERVE), strict=True)
+        self._members = {name: OwnMembership(let_in(founder, role=role), name) for name, role in roles}
+        self._services = [
+            self._serve(self._trainers[0], None), self._serve(self._trainers[1], OwnMembership(founder, "peer"))
+        ]  # fmt: skip
         self._bundles = build_bundles(model)
         self._raised = _Raised()
         logging.getLogger("peer").addHandler(self._raised)
@@ -134,9 +137,9 @@ class Handlers:
         self._expected = self._loop.run_until_complete(self._good_forward())
         self.inputs, self.answers = 0, dict[str, int]()
 
-    def _serve(self, trainer: Trainer, keyring: _Keys | None) -> Service:
+    def _serve(self, trainer: Trainer, membership: OwnMembership | None) -> Service:
         memory = CacheMemory(_CACHE_TOKENS, _MAX_LENGTH, idle_timeout=0.0, limit=_QUOTA.cache_tokens)
-        handshake = Handshake("peer", keyring)
+        handshake = Handshake("peer", membership)
         adapters = Adapters(self._store)
         hand_over = HandOver(Mailbox(_LIMITS.max_payload, patience=0.01), _Nowhere())
         steps = StepRunner(self._span, self._store, Packer(self._span))
@@ -166,6 +169,7 @@ class Handlers:
     def close(self) -> None:
         """Stop the compute thread."""
         self._scheduler.close()
+        self._folder.cleanup()
         logging.getLogger("peer").removeHandler(self._raised)
         logging.getLogger("asyncio").removeHandler(self._raised)
         self._loop.close()
@@ -200,7 +204,7 @@ class Handlers:
             await self._send(client, mutated_frame(choices, self._hello, {}))
             return client
         if is_private:
-            await Handshake(far.remote, _Keys()).initiate(Channel(near, Limits(), MAX_SECONDS))
+            await Handshake(far.remote, self._members[far.remote]).initiate(Channel(near, Limits(), MAX_SECONDS))
         await self._send(client, to_bytes(*_serialized(Message(self._hello))))
         return client
 

@@ -5,11 +5,9 @@ import dataclasses
 import json
 import random
 import struct
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -21,17 +19,17 @@ from hivemind.utils.multiaddr import Multiaddr
 from bootstrap.addresses import check_announced, for_others, split_peer_address
 from bootstrap.door import parse_announced
 from bootstrap.identity import Identity, signer_of
-from bootstrap.key_file import KeyFile, create_key
-from bootstrap.seal import Nonces, Refused, Route, SealedRequest, refusal_in
+from bootstrap.membership.seal import Nonces, Route, Sealed, SealedRequest, refusal_in
 from bootstrap.storage import RecordStorage
 from bootstrap.validator import MODELS_KEY, SignedRecords, complaints_key, model_key
 from protocol import swarm_pb2 as pb
 from protocol.adapters import Manifest
 from protocol.channel import Channel
 from protocol.codecs import SUPPORTED
-from protocol.errors import BadAdapter, BadRequest, BadUsage, PeerUnreachable, WrongKey
+from protocol.errors import BadAdapter, BadRequest, BadUsage, NotAMember, PeerUnreachable
+from protocol.membership.refusals import Refused
+from protocol.membership.secret import SwarmSecret
 from protocol.records import Accusation, Complaint, Door, ModelId, PeerRecord, Speed
-from protocol.swarm_key import SwarmKey
 from protocol.tensors import Limits, nbytes
 from protocol.transport.introduction import Credentials, identify, introduce
 from tests.tools.fuzzing.carrier import connect
@@ -150,7 +148,7 @@ class Introductions:
         near, far = connect("stranger", self._peer.peer_id)
         await near.send(said, patience=None)
         asyncio.get_running_loop().call_soon(near.close)
-        with suppress(WrongKey, PeerUnreachable):
+        with suppress(BadRequest, PeerUnreachable):
             raise AssertionError(f"taken for {await identify(far, self._peer, bytes(32), 1.0)}")
 
     async def _answer(self, choices: Choices) -> None:
@@ -271,18 +269,14 @@ class Records(_Parsers):
 
 
 class Seals(_Parsers):
-    """Sealed requests and answers of the directory, key files, addresses."""
+    """Sealed requests and answers of the directory, addresses."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._key = SwarmKey(bytes(range(32)))
+        self._secret = SwarmSecret(bytes(range(32)))
         self._route = Route("DHT.rpc_find", PeerID.from_base58(_PEER), PeerID(bytes(range(34))))
-        self._folder = tempfile.TemporaryDirectory()
-        self._path = Path(self._folder.name, "swarm.key")
-        create_key(self._path)
-        self._line = self._path.read_bytes()
         self._seen = Nonces()
-        self._kinds = (self._try_request, self._try_request, self._try_answer, self._try_address, self._try_key_file)
+        self._kinds = (self._try_request, self._try_request, self._try_answer, self._try_address)
 
     def check(self) -> None:
         """Nonces do not pile up: those of old requests are forgotten."""
@@ -290,26 +284,27 @@ class Seals(_Parsers):
         assert len(self._seen._until) == 1
 
     def close(self) -> None:
-        """Delete the key file."""
-        self._folder.cleanup()
+        """Nothing is kept."""
 
     def _try_request(self, choices: Choices) -> None:
         now = 1e9 + 61.0 * self.inputs
-        body = choices.raw(choices.below(40))
-        genuine = SealedRequest.seal(self._key, self._route, body, now).to_bytes()
+        inside = Sealed(choices.raw(choices.below(40)), choices.raw(choices.below(40)))
+        genuine = SealedRequest.seal(self._secret, self._route, inside, now).to_bytes()
         data = mutate_bytes(choices, genuine)
         with suppress(Refused):
-            opened = SealedRequest.open([self._key], self._route, data, now, self._seen)
-            assert (data, opened.body) == (genuine, body)
+            opened = SealedRequest.open(self._secret, self._route, data, now, self._seen)
+            assert (data, opened.inside) == (genuine, inside)
 
     def _try_answer(self, choices: Choices) -> None:
-        request = SealedRequest.seal(self._key, self._route, b"what", 1e9)
-        genuine = request.seal_answer(b"that")
-        data = mutate_bytes(choices, choices.pick((genuine, b"\x07hivetune no 1\x01")))
+        request = SealedRequest.seal(self._secret, self._route, Sealed(b"who", b"what"), 1e9)
+        genuine = request.seal_answer(Sealed(b"they", b"that"))
+        data = mutate_bytes(choices, choices.pick((genuine, b"\x07hivetune no 2\x01")))
         if refusal_in(data) is None:
-            with suppress(WrongKey):
-                assert request.open_answer(data) == b"that"
+            with suppress(NotAMember):
+                assert request.open_answer(data).body == b"that"
                 assert data == genuine
+        with suppress(Refused):
+            Sealed.from_bytes(data)
 
     def _try_address(self, choices: Choices) -> None:
         address = choices.pick((f"/ip4/192.0.2.1/tcp/1/p2p/{_PEER}", f"/dns4/a.org/tcp/1/p2p/{_PEER}",
@@ -323,11 +318,6 @@ class Seals(_Parsers):
             peer_id, location = split_peer_address(text)
             for_others([location], peer_id.to_base58())
             Multiaddr(str(location))
-
-    def _try_key_file(self, choices: Choices) -> None:
-        self._path.write_bytes(mutate_bytes(choices, self._line * (1 + choices.below(3))))
-        with suppress(BadUsage):
-            assert KeyFile(self._path).current()
 
 
 def _json_bytes(choices: Choices, text: bytes) -> bytes:

@@ -201,8 +201,8 @@ def _other(choices: Choices, memory: Memory) -> Message:
                 pb.Welcome(version=1, start=START, end=END),
                 pb.Failure(kind="BadRequest", message="no"),
                 pb.Working(),
-                pb.Knock(nonce=bytes(32), keys=[bytes(8)]),
-                pb.Proof(nonce=bytes(32), key=bytes(8), mac=bytes(32)),
+                pb.Knock(nonce=bytes(32), mac=bytes(32)),
+                pb.Proof(nonce=bytes(32), certificate=b"x", mac=bytes(32)),
             )
         )
     )

@@ -1,7 +1,7 @@
 """The targets by name, and the bounds that hold for all of them."""
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -10,9 +10,10 @@ import psutil
 
 from tests.tools.families import build_family
 from tests.tools.fuzzing.handlers import Handlers
+from tests.tools.fuzzing.membership import Memberships
 from tests.tools.fuzzing.parsers import Frames, Introductions, Records, Seals
 
-NAMES = ("handlers", "frames", "introductions", "records", "seal")
+NAMES = ("handlers", "frames", "introductions", "records", "seal", "membership")
 _MIB = 2**20
 
 
@@ -36,7 +37,10 @@ def build_target(name: str, folder: Path) -> Target:
     """One of `NAMES`; `folder` is for a small model."""
     if name == "handlers":
         return Handlers(build_family("llama", folder))
-    return {"frames": Frames, "introductions": Introductions, "records": Records, "seal": Seals}[name]()
+    kinds: dict[str, Callable[[], Target]] = {
+        "frames": Frames, "introductions": Introductions, "records": Records, "seal": Seals, "membership": Memberships,
+    }  # fmt: skip
+    return kinds[name]()
 
 
 @contextmanager

@@ -1,18 +1,26 @@
-"""The DHT's requests: in a private swarm, only members that hold its key may ask and answer.
+"""The requests of one message each: in a private swarm, only its members may ask and answer.
 
 hivemind's own authorizers know neither the peer nor the method of a request, and see it only after protobuf has parsed
 it. The gate stands below them, where requests are bytes: it checks them before anything is parsed.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
-from hivemind.p2p import P2PContext, PeerID
+from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.utils import get_dht_time
 
-from bootstrap.daemon import Connection
-from bootstrap.seal import Nonces, Refusal, Refused, Route, SealedRequest, is_sealed, refusal_in
-from protocol.swarm_key import Keyring, SwarmKey
+from bootstrap.membership.own import OwnMembership
+from bootstrap.membership.seal import (
+    Nonces,
+    Route,
+    Sealed,
+    SealedRequest,
+    is_sealed,
+    refusal_answer,
+    refusal_in,
+)
+from protocol.membership.refusals import Refusal, Refused
 
 
 class Bytes(bytes):
@@ -29,12 +37,12 @@ class Bytes(bytes):
 
 
 class Gate:
-    """Stands between a `DHTNode` and its connection to p2pd. Without a keyring (open swarm) all requests pass."""
+    """Stands between a `DHTNode` and its connection to p2pd. Without a membership (open swarm) all requests pass."""
 
-    def __init__(self, p2p: Connection, keyring: Keyring | None):
+    def __init__(self, p2p: P2P, membership: OwnMembership | None):
         self.peer_id: PeerID = p2p.peer_id
         self._p2p = p2p
-        self._keyring = keyring
+        self._membership = membership
         self._seen = Nonces()
 
     async def add_protobuf_handler(
@@ -45,11 +53,13 @@ class Gate:
         async def handle(data: bytes, context: P2PContext) -> Bytes:
             try:
                 request = self._let_in(Route(name, context.remote_id, self.peer_id), data)
+                body = data if request is None else request.inside.body
             except Refused as refused:
-                return Bytes(refused.why.to_answer())
-            message = input_type.FromString(data if request is None else request.body)
-            answer: bytes = (await handler(message, context)).SerializeToString()
-            return Bytes(answer if request is None else request.seal_answer(answer))
+                return Bytes(refusal_answer(refused.why))
+            answer: bytes = (await handler(input_type.FromString(body), context)).SerializeToString()
+            if request is None or self._membership is None:
+                return Bytes(answer)
+            return Bytes(request.seal_answer(Sealed(self._membership.certificate(), answer)))
 
         await self._p2p.add_protobuf_handler(name, handle, Bytes, **options)
 
@@ -58,30 +68,33 @@ class Gate:
         await self._p2p.remove_protobuf_handler(name, **options)
 
     async def call_protobuf_handler(self, peer_id: PeerID, name: str, message: Any, output_type: Any) -> Any:
-        """See `hivemind.P2P`. Raises `WrongKey` when `peer_id` refuses us or shows no key of ours."""
+        """See `hivemind.P2P`. Raises `NotAMember` when `peer_id` refuses us, or is no member of our swarm."""
         route, body = Route(name, self.peer_id, peer_id), message.SerializeToString()
-        if self._keyring is None:
+        if self._membership is None:
             answer = _granted(await self._send(route, body))
         else:
-            answer = await self._ask_sealed(self._keyring.current(), route, body)
+            answer = await self._ask_sealed(self._membership, route, body)
         return output_type.FromString(answer)
 
     def _let_in(self, route: Route, data: bytes) -> SealedRequest | None:
         """The request in `data`; None for a plain one in an open swarm. Raises `Refused`."""
-        if self._keyring is not None:
-            return SealedRequest.open(self._keyring.current(), route, data, get_dht_time(), self._seen)
+        if self._membership is not None:
+            request = SealedRequest.open(self._membership.secret, route, data, get_dht_time(), self._seen)
+            self._membership.standing(route.sender.to_base58(), request.inside.certificate)
+            return request
         if is_sealed(data):
             raise Refused(Refusal.OPEN)
         return None
 
-    async def _ask_sealed(self, keys: Sequence[SwarmKey], route: Route, body: bytes) -> bytes:
-        """The answer under the first of `keys` that the receiver accepts: it may be a step behind in a rotation."""
-        for key in keys:
-            request = SealedRequest.seal(key, route, body, get_dht_time())
-            answer = await self._send(route, request.to_bytes())
-            if refusal_in(answer) is not Refusal.WRONG_KEY:
-                return request.open_answer(_granted(answer))
-        raise Refusal.WRONG_KEY.error()
+    async def _ask_sealed(self, membership: OwnMembership, route: Route, body: bytes) -> bytes:
+        inside = Sealed(membership.certificate(), body)
+        request = SealedRequest.seal(membership.secret, route, inside, get_dht_time())
+        answer = request.open_answer(_granted(await self._send(route, request.to_bytes())))
+        try:
+            membership.standing(route.receiver.to_base58(), answer.certificate)
+        except Refused as refused:
+            raise refused.why.error(f"peer {route.receiver}") from None
+        return answer.body
 
     async def _send(self, route: Route, data: bytes) -> bytes:
         answer: bytes = await self._p2p.call_protobuf_handler(route.receiver, route.method, Bytes(data), Bytes)

@@ -13,11 +13,9 @@ def create_private(path: Path, content: bytes) -> None:
         os.link(part, path)  # a rename would replace a file that is there
 
 
-def replace_private(path: Path, content: bytes) -> None:
-    """Write an existing file anew, with the permissions it has. Raises `OSError`."""
-    path = path.resolve()
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file, in place of what may be there. Raises `OSError`."""
     with _written(path, content) as part:
-        os.chmod(part, path.stat().st_mode & 0o777)
         os.replace(part, path)
 
 
