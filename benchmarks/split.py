@@ -9,8 +9,8 @@ import itertools
 import torch
 from torch import nn
 
-from protocol.machine.split_linear import SplitLinear, split_linears
 from protocol.machine.timing import fastest
+from protocol.model.split_linear import SplitLinear, split_linears
 
 _SHAPES = ((1024, 1024), (2816, 1024), (1024, 2816), (576, 576), (1536, 576), (49152, 576), (32000, 1024))
 """(out, in): a llama's and SmolLM2's layers and heads."""

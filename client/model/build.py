@@ -22,10 +22,10 @@ from client.model.saving import freeze, hide_ghosts
 from client.requests.caller import Caller
 from client.swarm.swarm import Swarm
 from protocol.errors import BadUsage, UnsupportedModel
-from protocol.machine.split_linear import split_linears
 from protocol.model.anatomy import BlockList, find_blocks, find_form, has_other_parts, hidden_size
 from protocol.model.checkpoint import Checkpoint
 from protocol.model.loading import LOADING, load_part
+from protocol.model.split_linear import split_linears
 from protocol.model.tensor_names import blocks_of
 
 _REMOTE = "remote"

@@ -46,7 +46,7 @@ def share_linears(model: PreTrainedModel) -> PreTrainedModel:
     """A second module tree over the same weights.
 
     Linear layers are shared as objects, not only their tensors: bitsandbytes keeps quantization state on the module
-    from the first forward on, and what replaces a layer's forward (`protocol.machine.forwards`) does so for all trees.
+    from the first forward on, and what replaces a layer's forward (`protocol.model.forwards`) does so for all trees.
     Other modules are not shared: LoRA on a parameter takes it out of its module and puts it back last, and PEFT nests
     its layers for later trees in the order in which it finds the parameters.
     """

@@ -9,5 +9,5 @@
     checks      what clients send, checked before it reaches the span
     transfer    tensors between this process's memory and a GPU
 
-What replaces forwards or attention of a trunk is in `protocol.machine.forwards`, and nowhere else.
+What replaces forwards or attention of a trunk is in `protocol.model.forwards`, and nowhere else.
 """

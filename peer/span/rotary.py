@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from protocol.machine.forwards import before_each_call
+from protocol.model.forwards import before_each_call
 
 
 def forget_between_calls(model: nn.Module) -> None:

@@ -22,8 +22,8 @@ from peer.span.cut import neutralise_scalars
 from peer.span.failures import is_of_the_machine, is_out_of_memory
 from peer.span.transfer import to_device
 from protocol.errors import BadAdapter, UnsupportedModel, first_line
-from protocol.machine.forwards import call_with, replaced
 from protocol.model.anatomy import BlockList, find_form, hidden_size
+from protocol.model.forwards import call_with, replaced
 
 
 @dataclass(frozen=True)

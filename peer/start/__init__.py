@@ -10,5 +10,5 @@
     compile_trial   with `--compile`: whether compiled steps are right and pay
     trial           what the three trials have in common
 
-Whether linear layers are split over threads is tried in `protocol.machine.split_linear`, which clients use too.
+Whether linear layers are split over threads is tried in `protocol.model.split_linear`, which clients use too.
 """

@@ -31,8 +31,8 @@ from peer.training.joined.together import Together
 from peer.training.runner import TrainingRunner
 from peer.training.trainer import Trainer
 from protocol.errors import first_line
-from protocol.machine.split_linear import split_linears
 from protocol.model.checkpoint import Checkpoint
+from protocol.model.split_linear import split_linears
 from protocol.records import ModelVersion, Speed
 from protocol.tensors import Limits
 

@@ -1,4 +1,4 @@
-"""This process on its machine, and the modules of a model in it. Nothing here knows of a swarm.
+"""This process on its machine. Nothing here knows of a swarm.
 
 devices       which device to compute on, tried out; the dtype that it can
 imports       importing torch and Transformers quickly
@@ -11,6 +11,4 @@ private_files writing files that hold a secret
 terminal      what commands print, on a screen or not, in whatever encoding
 timing        how long a piece of work takes
 transfer      tensors between a device and this machine's memory
-forwards      the only file that replaces a module's forward, its class, or a model's attention function
-split_linear  linear layers of few rows, computed by several threads
 """

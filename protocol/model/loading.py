@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from protocol.errors import UnsupportedModel, first_line
-from protocol.machine.forwards import become
+from protocol.model.forwards import become
 
 LOADING = threading.RLock()
 """Held while a model is made, or PEFT's layers for one. Transformers sets PyTorch's default dtype meanwhile, and both

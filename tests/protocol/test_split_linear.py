@@ -11,9 +11,9 @@ from torch import nn
 from peer.span.loading import load_span
 from peer.span.span import Span
 from peer.training.joined.products import Products
-from protocol.machine import split_linear
-from protocol.machine.split_linear import SplitLinear, split_linears
+from protocol.model import split_linear
 from protocol.model.checkpoint import open_checkpoint
+from protocol.model.split_linear import SplitLinear, split_linears
 from tests.tools.desk import Desk, play
 from tests.tools.spans import END, START
 from tests.tools.swarm import Both, Swarm

@@ -17,9 +17,11 @@ def test_output_of_another_encoding_gets_escapes(
     """`generate` writes what a model says in the same way."""
     screen = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", screen)
-    assert command("key", "create", tmp_path / "schlüssel…").code == 0
+    monkeypatch.setenv("HIVETUNE_HOME", str(tmp_path / "schwärme…"))
+    assert command("swarm", "create", "lab").code == 0
+    assert command("swarm", "show", "lab").code == 0
     screen.flush()
-    assert f"{tmp_path}/schl\xfcssel\\u2026 holds the new key".encode("latin-1") in screen.buffer.getvalue()
+    assert f"{tmp_path}/schw\xe4rme\\u2026".encode("latin-1") in screen.buffer.getvalue()
 
 
 def test_no_path_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -442,7 +442,19 @@ def test_generate_with_an_adapter_and_what_it_was_trained_with(
 
 
 def test_every_command_explains_itself(command: Command) -> None:
-    commands = ("serve", "bootstrap", "status", "generate", "tune", "merge", "demo", "key")
+    commands = (
+        "serve",
+        "bootstrap",
+        "status",
+        "generate",
+        "tune",
+        "merge",
+        "demo",
+        "swarm",
+        "invite",
+        "join",
+        "members",
+    )
     overview = command("--help")
     assert overview.code == 0
     for name in commands:

@@ -15,7 +15,7 @@ from torch import nn
 from peer.generation.joined.batched_pass import BatchedPass
 from peer.generation.joined.packing import Masks, Packer, packed_mask
 from peer.span.span import Adapted, Mode, Span
-from protocol.machine.forwards import Forward, register_attention, replaced
+from protocol.model.forwards import Forward, register_attention, replaced
 
 _NAME = "hivetune_compiled"
 _MOST = 64

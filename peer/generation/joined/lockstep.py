@@ -20,7 +20,7 @@ from torch import nn
 from peer.generation.joined.batched_pass import BatchedPass, BatchMember
 from peer.span.span import Adapted, Inputs, Mode, Span
 from peer.span.transfer import to_host
-from protocol.machine.forwards import Forward, replaced
+from protocol.model.forwards import Forward, replaced
 
 
 class Lockstep:

@@ -16,7 +16,7 @@ from torch import nn
 from peer.adapters.lora import Delta, Lora
 from peer.generation.joined.lockstep import place_apart
 from peer.span.span import Span
-from protocol.machine.forwards import Forward, replaced
+from protocol.model.forwards import Forward, replaced
 
 _KEPT_SETS = 4
 """Sets of adapters whose stacked copies are kept."""

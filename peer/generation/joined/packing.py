@@ -20,8 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from peer.generation.joined.batched_pass import BatchedPass, BatchMember
 from peer.span.span import Adapted, Inputs, Mode, Span
 from peer.span.transfer import to_host
-from protocol.machine.forwards import attention, register_attention
 from protocol.model.anatomy import configurations
+from protocol.model.forwards import attention, register_attention
 
 _NAME = "hivetune_packed"
 

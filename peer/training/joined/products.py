@@ -27,8 +27,8 @@ from transformers.pytorch_utils import Conv1D
 from peer.adapters.lora import Delta
 from peer.span.span import Span
 from peer.training.joined.side_by_side import Place, meet
-from protocol.machine.forwards import is_replaced, replaced
-from protocol.machine.split_linear import SplitLinear
+from protocol.model.forwards import is_replaced, replaced
+from protocol.model.split_linear import SplitLinear
 
 Deltas = Mapping[str, Sequence[Delta]]
 """`BLOCK.PATH` of a linear layer -> what LoRA adds to it, in order."""

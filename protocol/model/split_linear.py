@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from protocol.machine.forwards import become
 from protocol.machine.timing import fastest
+from protocol.model.forwards import become
 
 logger = logging.getLogger(__name__)
 
