@@ -62,6 +62,7 @@ def pretended() -> Any:
     limits = [gpu.bytes_limit(index) for index in (0, 1)]
     gpu.reset()
     yield gpu
+    gpu.on_operation(None)
     gpu.on_wait(None)
     for index, limit in enumerate(limits):
         gpu.limit(limit, index)

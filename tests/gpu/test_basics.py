@@ -61,3 +61,23 @@ def test_operations_and_waits_are_counted(pretended: Any, device: torch.device) 
     assert pretended.waits() == dict.fromkeys(seen, 1)
     assert pretended.operations() == {"copy to the device": 1, "aten::mul": 1, "aten::sum": 1, seen[1]: 1}
     assert pretended.launches() == 4
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_one_operation_with_the_numbers_of_the_cpu(
+    pretended: Any, device: torch.device, masked: bool
+) -> None:
+    chance = torch.Generator().manual_seed(0)
+    given = [torch.randn(2, heads, 9, 8, generator=chance) for heads in (4, 2, 2)]
+    mask = torch.ones(2, 1, 9, 9).tril().log() if masked else None
+    found = []
+    for where in (torch.device("cpu"), device):
+        own = [tensor.to(where).requires_grad_() for tensor in given]
+        pretended.reset()
+        own_mask = None if mask is None else mask.to(where)
+        attend: Any = torch.nn.functional.scaled_dot_product_attention
+        result = attend(*own, attn_mask=own_mask, is_causal=not masked, enable_gqa=True)
+        found.append([result, *torch.autograd.grad(result.square().sum(), own)])
+    assert pretended.operations()["aten::_scaled_dot_product_efficient_attention"] == 1
+    assert pretended.operations()["aten::_scaled_dot_product_efficient_attention_backward"] == 1
+    assert all(torch.equal(mine.cpu(), other) for other, mine in zip(*found, strict=True))

@@ -82,17 +82,17 @@ _REPLACEMENTS: dict[str, Any] = {
     "get_device_properties": _properties,
     "get_device_capability": lambda which=None: (8, 6),
 }
-_plain_deepcopy = torch.Tensor.__deepcopy__
-_plain_histc = torch.histc
+_plain_deepcopy: Any = torch.Tensor.__deepcopy__
+_plain_histc: Any = torch.histc
 
 
 def _deepcopy(self: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
     """PyTorch's own makes a storage for a device that this build has not."""
     if not self.is_cuda or type(self).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        return _plain_deepcopy(self, memo)
+        return _plain_deepcopy(self, memo)  # type: ignore[no-any-return]
     if id(self) not in memo:
         with torch.no_grad():
-            twin = self.data.clone()
+            twin: torch.Tensor = self.data.clone()
         if isinstance(self, torch.nn.Parameter):
             twin = torch.nn.Parameter(twin, self.requires_grad)
         elif self.requires_grad:
@@ -105,6 +105,6 @@ def _deepcopy(self: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
 def _histc(input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """CUDA's takes integers."""
     if input.is_floating_point() or not input.is_cuda:
-        return _plain_histc(input, *args, **kwargs)
+        return _plain_histc(input, *args, **kwargs)  # type: ignore[no-any-return]
     counts: torch.Tensor = _plain_histc(input.float(), *args, **kwargs)
     return counts.to(input.dtype)

@@ -12,8 +12,12 @@
 #include <ATen/native/TensorFactories.h>
 #include <ATen/native/transformers/attention.h>
 #include <ATen/native/transformers/sdp_utils_cpp.h>
+#include <ATen/ops/_fused_sdp_choice.h>
 #include <ATen/ops/_reshape_alias_native.h>
+#include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
+#include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu_backward.h>
 #include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/CPUAllocator.h>
@@ -31,6 +35,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -52,25 +57,27 @@ thread_local DeviceIndex current_device = 0;
 std::mutex lock;
 std::atomic<int64_t> launches{0};
 std::map<std::string, int64_t> operations, waits;  // under the lock
-// Called with an operation's name, with the interpreter's lock. Never destroyed, as the interpreter ends before this library.
-pybind11::object& on_wait = *new pybind11::object;
+using Callback = pybind11::object;  // with the interpreter's lock, which also guards the variable
+Callback& on_operation = *new Callback;  // never destroyed, as the interpreter ends before this library
+Callback& on_wait = *new Callback;
+
+void count(std::map<std::string, int64_t>& counts, const std::string& name, const Callback& callback) {
+  {
+    std::lock_guard<std::mutex> guard(lock);
+    counts[name]++;
+  }
+  if (callback && !callback.is_none()) {
+    pybind11::gil_scoped_acquire interpreter;
+    if (!callback.is_none()) callback(name);
+  }
+}
 
 void note(const std::string& name) {
   launches++;
-  std::lock_guard<std::mutex> guard(lock);
-  operations[name]++;
+  count(operations, name, on_operation);
 }
 
-void note_wait(const std::string& name) {
-  {
-    std::lock_guard<std::mutex> guard(lock);
-    waits[name]++;
-  }
-  if (on_wait && !on_wait.is_none()) {
-    pybind11::gil_scoped_acquire interpreter;
-    on_wait(name);
-  }
-}
+void note_wait(const std::string& name) { count(waits, name, on_wait); }
 
 // ---- memory
 
@@ -436,9 +443,40 @@ Tensor unfold(const Tensor& self, int64_t dimension, int64_t size, int64_t step)
 
 void record_stream(Tensor&, c10::Stream) {}
 
+// Fused attention is one operation, as on a GPU, and saves as much for backward; inside it is the CPU's.
+
 int64_t choose_attention(
-    const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, bool, std::optional<double>, bool) {
-  return static_cast<int64_t>(at::SDPBackend::math);
+    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask, double dropout,
+    bool is_causal, std::optional<double> scale, bool enable_gqa) {
+  const int64_t on_cpu = at::_fused_sdp_choice(
+      on_host(query), on_host(key), on_host(value), mask ? std::optional<Tensor>(on_host(*mask)) : mask, dropout,
+      is_causal, scale, enable_gqa);
+  const bool is_fused = on_cpu == int64_t(at::SDPBackend::flash_attention) && !(mask && mask->requires_grad());
+  return int64_t(is_fused ? at::SDPBackend::efficient_attention : at::SDPBackend::math);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attend(
+    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask, bool, double dropout,
+    bool is_causal, std::optional<double> scale) {
+  note("aten::_scaled_dot_product_efficient_attention");
+  const DeviceIndex index = query.device().index();
+  const auto [output, sums] = at::_scaled_dot_product_flash_attention_for_cpu(
+      on_host(query), on_host(key), on_host(value), dropout, is_causal,
+      mask ? std::optional<Tensor>(on_host(*mask)) : mask, scale);
+  const Tensor seed = on_device(at::empty({}, at::kLong), index);
+  return {on_device(output, index), on_device(sums, index), seed, seed};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(
+    const Tensor& gradient, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& mask,
+    const Tensor& output, const Tensor& sums, const Tensor&, const Tensor&, double dropout, std::array<bool, 4>,
+    bool is_causal, std::optional<double> scale) {
+  note("aten::_scaled_dot_product_efficient_attention_backward");
+  const DeviceIndex index = query.device().index();
+  const auto [of_query, of_key, of_value] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
+      on_host(gradient), on_host(query), on_host(key), on_host(value), on_host(output), on_host(sums), dropout, is_causal,
+      mask.defined() ? std::optional<Tensor>(on_host(mask)) : std::nullopt, scale);
+  return {on_device(of_query, index), on_device(of_key, index), on_device(of_value, index), Tensor()};
 }
 
 TORCH_LIBRARY_IMPL(_, CUDA, library) { library.fallback(torch::CppFunction::makeFromBoxedFunction<&run>()); }
@@ -457,6 +495,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("_reshape_alias", &reshape_alias);
   library.impl("unfold", &unfold);
   library.impl("record_stream", &record_stream);
+  library.impl("_scaled_dot_product_efficient_attention", &attend);
+  library.impl("_scaled_dot_product_efficient_attention_backward", &attend_backward);
   // Otherwise these are composed of what only CUDA has.
   library.impl("convolution", torch::CppFunction::makeFromBoxedFunction<&run>());
   library.impl("convolution_backward", torch::CppFunction::makeFromBoxedFunction<&run>());
@@ -481,7 +521,8 @@ PYBIND11_MODULE(device, module) {
     return waits;
   });
   module.def("note_wait", &note_wait);
-  module.def("on_wait", [](pybind11::object callback) { on_wait = std::move(callback); });
+  module.def("on_operation", [](Callback callback) { on_operation = std::move(callback); });
+  module.def("on_wait", [](Callback callback) { on_wait = std::move(callback); });
   module.def("bytes_now", [](int index) { return cards.at(index).taken.load(); }, arg("index") = 0);
   module.def("bytes_most", [](int index) { return cards.at(index).most.load(); }, arg("index") = 0);
   module.def("bytes_limit", [](int index) { return cards.at(index).limit.load(); }, arg("index") = 0);

@@ -14,6 +14,9 @@ def waits() -> dict[str, int]:
 def note_wait(name: str) -> None:
     """Count a wait that Python's side of PyTorch would have done."""
 
+def on_operation(callback: Callable[[str], object] | None) -> None:
+    """Call `callback`, on the thread that asks for it, with each operation; it may raise. None: call nobody."""
+
 def on_wait(callback: Callable[[str], object] | None) -> None:
     """Call `callback`, on the thread that waits, with each wait's operation; it may raise. None: call nobody."""
 
