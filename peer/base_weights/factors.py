@@ -8,6 +8,7 @@ from torch import nn
 
 from peer.base_weights.norms import find_matrix
 from peer.span.span import Span
+from peer.span.transfer import all_to_host, to_device
 from protocol import swarm_pb2 as pb
 from protocol.adapters import MAX_RANK
 from protocol.errors import BadRequest
@@ -56,7 +57,7 @@ def factorize(job: Job) -> Factors:
     from peer.base_weights.dequantized import dequantized_weight
 
     weight = dequantized_weight(job.module).to(torch.float32)
-    given = {name: tensor.to(weight.device, torch.float32) for name, tensor in job.tensors.items()}
+    given = {name: to_device(tensor, weight.device, torch.float32) for name, tensor in job.tensors.items()}
     if "shift.b" in given:
         weight = weight - given["shift.b"] @ given["shift.a"]
     if job.request.transposed:
@@ -65,7 +66,7 @@ def factorize(job: Job) -> Factors:
         factors = _FACTORIZATIONS[job.request.factorization](weight, job.request, given)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise BadRequest(f"{job.request.name!r} cannot be factorized: {error}") from error
-    return {name: factor.cpu().contiguous() for name, factor in factors.items()}
+    return all_to_host({name: factor.contiguous() for name, factor in factors.items()})
 
 
 # The whole weight is decomposed, and the leading part of the result given. Shorter ways would choose other signs than

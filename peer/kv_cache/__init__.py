@@ -14,5 +14,6 @@ is let in if so many slots are free, and free slots can always be had, because r
 are too small. A run holds at most 1.3 times the tokens in it and a page of 16 slots per row. Runs grow and move on
 the compute thread, between steps; a session that ends during a step keeps its run until the step has ended. States of
 linear attention, and what autocast or an adapter caches in another dtype, are Transformers' own tensors, counted
-alike. At load a span is run with the arena and without it; if the results are not equal bit by bit, it runs without.
+alike. At load a span is run with the arena and without it; if the results are not equal bit by bit (on a GPU: but for
+rounding), it runs without.
 """

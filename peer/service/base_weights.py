@@ -9,6 +9,7 @@ from peer.base_weights.norms import read_norm
 from peer.compute.scheduler import Priority
 from peer.service.connection import Connection
 from peer.span.span import Span
+from peer.span.transfer import all_to_host
 from protocol import swarm_pb2 as pb
 from protocol.channel import Message
 from protocol.errors import BadRequest
@@ -32,7 +33,7 @@ class BaseWeights:
 
         def read() -> dict[str, torch.Tensor]:
             norms = (read_norm(self._span, name, body.transposed, dims, dtype) for name in body.names)
-            return {f"value.{i}": norm for i, norm in enumerate(norms)}
+            return all_to_host({f"value.{i}": norm for i, norm in enumerate(norms)})
 
         return Message(pb.Result(), await connection.compute(Priority.CALL, read))
 

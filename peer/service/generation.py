@@ -1,6 +1,7 @@
 """The messages of a generation: OpenSession, ForkSession and Step."""
 
 import secrets
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -129,5 +130,9 @@ def read_step(
     edits = read_edits(body.edits)
     past = tokens_after(edits, session.cache.seen) if session.number else prefix_length(message.tensors)
     inputs = check_inputs(span, message, past, session.memory.max_length)
+    if inputs.mask is not None and bool((inputs.mask == 1).all()):
+        # With a cache, no mask means the same, and on a GPU the trunk need not look at it, and wait for that. Without
+        # one, in training, the trunk would look at positions instead: whether rows are packed.
+        inputs = replace(inputs, mask=None)
     prefix = {} if session.number else check_prefix(span, mode, message, inputs.hidden.shape[0])
     return Step(session, inputs, mode, adapter, edits, prefix, body.keep_past)

@@ -9,7 +9,6 @@ from peer.service.connection import Connection
 from peer.service.handover import HandOver
 from peer.span.checks import check_inputs, check_mode, check_prefix, prefix_length
 from peer.span.span import Span
-from peer.span.transfer import prefix_on
 from peer.training.call import TrainingCall
 from peer.training.runner import Task, TrainingRunner
 from protocol import swarm_pb2 as pb
@@ -53,8 +52,7 @@ class Training:
         mode = check_mode(span, context)
         inputs = check_inputs(span, message, prefix_length(message.tensors), self._max_length)
         prefix = check_prefix(span, mode, message, inputs.hidden.shape[0])
-        prefix = prefix_on(prefix, span.device, span.dtype)
-        return TrainingCall(inputs.on(span.device, span.dtype), mode, adapter, prefix)
+        return TrainingCall(inputs, mode, adapter, prefix)
 
     async def _run(self, connection: Connection, task: Task) -> Any:
         return await connection.compute_batched(Priority.CALL, self.runner.run, task, task.group, max(1, task.size))

@@ -1,4 +1,9 @@
-"""Tensors between a peer's memory and its device. On the CPU they stay where they are."""
+"""Tensors between a peer's memory and its device. On the CPU they stay where they are.
+
+All of it belongs on the compute thread. The event loop, which waits for nothing, has tensors in this process's memory.
+"""
+
+from collections.abc import Mapping
 
 import torch
 
@@ -6,12 +11,17 @@ from protocol.tensors import KvPrefix
 
 _PINNED = 2**20
 """Bytes of the largest tensor that goes through pinned memory: PyTorch keeps for ever what it has once pinned."""
+_BYTES = torch.uint8
 
 
 def to_device(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The tensor there, of `dtype` if that is given. To a GPU by way of pinned memory: it need not be waited for."""
     if device.type == "cuda" and tensor.device.type == "cpu" and tensor.nbytes <= _PINNED:
-        tensor = tensor.pin_memory().to(device, non_blocking=True)
+        try:
+            tensor = tensor.pin_memory()
+        except RuntimeError:  # no more may be locked, or none at all (WSL2)
+            return tensor.to(device, dtype or tensor.dtype)
+        tensor = tensor.to(device, non_blocking=True)
     return tensor.to(device, dtype or tensor.dtype)
 
 
@@ -24,10 +34,23 @@ def prefix_on(prefix: KvPrefix, device: torch.device, dtype: torch.dtype) -> KvP
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in this process's memory. Waits for the GPU, so that belongs on the compute thread."""
+    """The tensor in this process's memory. Waits for the GPU."""
     if tensor.device.type != "cuda" or tensor.nbytes > _PINNED:
         return tensor.to("cpu")
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    try:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    except RuntimeError:  # as above
+        return tensor.to("cpu")
     host.copy_(tensor, non_blocking=True)
     torch.cuda.current_stream(tensor.device).synchronize()
     return host
+
+
+def all_to_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, all on one device, in this process's memory: one copy and one wait for all of them together."""
+    if len(tensors) < 2 or next(iter(tensors.values())).device.type == "cpu":
+        return {name: to_host(tensor) for name, tensor in tensors.items()}
+    aligned = dict(sorted(tensors.items(), key=lambda item: item[1].itemsize, reverse=True))
+    flat = to_host(torch.cat([tensor.flatten().view(_BYTES) for tensor in aligned.values()]))
+    parts = dict(zip(aligned, flat.split([tensor.nbytes for tensor in aligned.values()]), strict=True))
+    return {name: parts[name].view(tensor.dtype).view(tensor.shape) for name, tensor in tensors.items()}

@@ -34,18 +34,20 @@ def random_states(span: Span, rows: int, tokens: int, chance: torch.Generator) -
     return torch.randn(rows, tokens, span.hidden_size, generator=chance).to(span.device, span.dtype)
 
 
-def holds(span: Span, refusal: str, error_of: Callable[[Mode], float], at_most: float) -> bool:
+def holds(
+    span: Span, refusal: str, error_of: Callable[[Mode], float], at_most: float, level: int = logging.INFO
+) -> bool:
     """Whether `error_of`, which runs one block, is at most so large for one block of each type.
 
-    If not, the log says so, in a line that begins with `refusal`. That `error_of` raises is a refusal, too.
+    If not, the log says so at `level`, in a line that begins with `refusal`. That `error_of` raises is a refusal, too.
     """
     for block in blocks_of_each_type(span):
         try:
             error = error_of(Mode(range(block, block + 1)))
         except Exception as failure:  # any failure at all: this architecture does something that was not foreseen
-            logger.info("%s: %s", refusal, first_line(failure))
+            logger.log(level, "%s: %s", refusal, first_line(failure))
             return False
         if not error <= at_most:
-            logger.info("%s: block %d differs by %.1e", refusal, block, error)
+            logger.log(level, "%s: block %d differs by %.1e", refusal, block, error)
             return False
     return True

@@ -68,7 +68,8 @@ class Footprint:
 
     def of_checkpoints(self, call: TrainingCall) -> int:
         """Bytes that it takes at least: the hidden states between blocks, and the graph of one block at a time."""
-        return call.inputs.hidden.nbytes * (len(call.mode.blocks) + 1) + max(self._blocks(call))
+        hidden = call.inputs.hidden.numel() * self._span.dtype.itemsize
+        return hidden * (len(call.mode.blocks) + 1) + max(self._blocks(call))
 
     def _blocks(self, call: TrainingCall) -> Iterable[int]:
         kind, mode = self._kind(call), call.mode

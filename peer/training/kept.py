@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from peer.span.span import BlockCall
-from peer.span.transfer import to_device, to_host
+from peer.span.transfer import all_to_host, to_device
 from protocol.errors import BadRequest, UnknownCall
 
 
@@ -32,7 +32,7 @@ class Kept(ABC):
         """The leaves' gradients in this process's memory, of a gradient of the result. Can be called once."""
         grad = to_device(grad, self.result.device, self.result.dtype)
         found = zip(self.leaves, self._gradients(grad), strict=True)
-        return {f"grad.{name}": to_host(gradient) for name, gradient in found if gradient is not None}
+        return all_to_host({f"grad.{name}": gradient for name, gradient in found if gradient is not None})
 
     @abstractmethod
     def _gradients(self, grad: torch.Tensor) -> Sequence[torch.Tensor | None]: ...

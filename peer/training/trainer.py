@@ -44,8 +44,8 @@ class Trainer:
     ) -> tuple[torch.Tensor, int]:
         """The hidden states (rows, tokens, hidden size), and the ID of what is kept for the backward; 0: nothing."""
         if not keep:
-            return self._run_twice(call, adding, lambda _: (self._forward(call, adding), 0))
-        return self._run_twice(call, adding, lambda again: self._forward_and_keep(call, owner, adding, again))
+            return self._run_twice(call, adding, lambda call, _: (self._forward(call, adding), 0))
+        return self._run_twice(call, adding, lambda call, again: self._forward_and_keep(call, owner, adding, again))
 
     def backward_kept(self, call_id: int, owner: str, grad: torch.Tensor) -> dict[str, torch.Tensor]:
         """Gradients of a kept call, which is dropped by it. Raises `UnknownCall`, `BadRequest`."""
@@ -63,18 +63,18 @@ class Trainer:
 
     def backward(self, call: TrainingCall, grad: torch.Tensor, adding: Adding | None = None) -> dict[str, torch.Tensor]:
         """Gradients by computing the forward again, dropout masks included."""
-        return self._run_twice(call, adding, lambda again: self._passed(call, "", adding, again).backward(grad))
+        return self._run_twice(call, adding, lambda call, again: self._passed(call, "", adding, again).backward(grad))
 
-    def _run_twice(self, call: TrainingCall, adding: Adding | None, run: Callable[[bool], T]) -> T:
-        """`run(False)`; if there is no memory for that, `run(True)` when other calls have given way."""
+    def _run_twice(self, call: TrainingCall, adding: Adding | None, run: Callable[[TrainingCall, bool], T]) -> T:
+        """`run(call, False)`, the call on the device; if there is no memory for that, others give way: `..., True`."""
         try:
-            return run(False)
+            return run(call.on(self._span), False)
         except Exception as error:
             if adding or not is_out_of_memory(error):
                 raise
             let_go(error)
         self._make_room(self.footprint.of_checkpoints(call))
-        return run(True)
+        return run(call.on(self._span), True)
 
     def _make_room(self, size: int) -> None:
         self.kept.drop_oldest(size)
