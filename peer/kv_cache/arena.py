@@ -61,6 +61,11 @@ class _Store:
         shape = (rows, self.shape.heads, length, size)
         return self._flat.as_strided(shape, (row, capacity * size, size, 1), start * self._width)
 
+    def put(self, places: torch.Tensor, states: torch.Tensor) -> None:
+        """Write (1, heads, tokens, head size) to `places`, (tokens x heads,): heads counted from the arena's begin."""
+        rows = states[0].transpose(0, 1).reshape(-1, self.shape.size)  # most often no copy: so they leave the layer
+        self._flat.view(-1, self.shape.size).index_copy_(0, places, rows)
+
     def move(self, move: Move) -> None:
         """Copy slots to a place that may overlap their own."""
         begins = range(0, move.size, _CHUNK)
@@ -161,20 +166,47 @@ class ArenaLayer(DynamicLayer):
             return False
         return _holds(mine.dtype, keys.dtype) and _holds(theirs.dtype, values.dtype)
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def keeps(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether these can be written to `places`, those of keys and of values being the same."""
+        return tuple(map(Shape.of, (keys, values))) == self._shapes and keys.shape[1] == values.shape[1]
+
+    def is_beside(self, layer: Any) -> bool:
+        """Whether another layer is one of the same block of the same arena."""
+        return isinstance(layer, ArenaLayer) and layer._stores == self._stores
+
+    def has_room(self, rows: int, count: int) -> bool:
+        """Whether `count` more tokens of each of `rows` rows fit."""
+        return self.length + count <= self.run.size // rows and (not self.length or rows == self.rows)
+
+    def places(self, rows: int, count: int) -> torch.Tensor:
+        """Where the next `count` tokens of each row go: (rows x count, heads), heads counted from the arena's begin."""
+        heads, capacity = self._shapes[0].heads, self.run.size // rows
+        tokens = torch.arange(rows)[:, None] * (heads * capacity) + torch.arange(self.length, self.length + count)
+        return self.run.start * heads + tokens.reshape(-1, 1) + torch.arange(heads) * capacity
+
+    def write(self, places: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write (1, heads, tokens, head size) of all sessions whose places these are, one after the other."""
+        for store, states in zip(self._stores, (keys, values), strict=True):
+            store.put(places, states)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, written: bool = False, **kwargs: Any
+    ) -> Any:
         """Append (rows, heads, tokens, head size); returns views of all keys and values.
 
-        Raises RuntimeError where the run has not been made large enough before.
+        `written`: they are where they belong already. Raises RuntimeError where the run has not been made large enough
+        before.
         """
         rows, _, count, _ = key_states.shape
         begin, end = self.length, self.length + count
         capacity = self.run.size // rows
-        if end > capacity or (begin and rows != self.rows):
+        if not self.has_room(rows, count):
             raise RuntimeError(f"{rows} x {end} tokens do not fit a run of {self.run.size} slots")
         self.rows, self.length = rows, end
         keys, values = (store.view(self.run.start, rows, capacity, end) for store in self._stores)
-        keys.narrow(2, begin, count).copy_(key_states)
-        values.narrow(2, begin, count).copy_(value_states)
+        if not written:
+            keys.narrow(2, begin, count).copy_(key_states)
+            values.narrow(2, begin, count).copy_(value_states)
         return self._visible(keys, values, count)
 
     def _visible(self, keys: torch.Tensor, values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -208,12 +208,12 @@ def test_a_session_that_fails_or_ends_in_the_middle(
     talks = [desk.open() for _ in range(4)]
     update = SpanCache.update
 
-    def fail(cache: SpanCache, key: Any, value: Any, layer: int, *rest: Any) -> Any:
+    def fail(cache: SpanCache, key: Any, value: Any, layer: int, **options: Any) -> Any:
         if layer == block and cache is talks[0].session.cache:
             raise MemoryError("no room")
         if layer == block and cache is talks[2].session.cache:
             talks[2].session.close()
-        return update(cache, key, value, layer, *rest)
+        return update(cache, key, value, layer, **options)
 
     steps = [desk.step(talk, states(1, 3, i)) for i, talk in enumerate(talks)]
     with monkeypatch.context() as patch:

@@ -1,6 +1,7 @@
 """One trunk pass for the steps of several sessions: a batched pass.
 
     batched_pass    the pass, its members, and what a way to run it must offer
+    appending       the keys and values of a packed pass into the arena
     packing         the usual way: all tokens as one row, attention session by session
     lockstep        for architectures that cannot be packed: greenlets that meet at each block
     lora_rows       LoRA of different clients in one pass

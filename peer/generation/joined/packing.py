@@ -8,7 +8,7 @@ mask that Transformers would make for it alone, by the attention function that t
 import sys
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from peer.generation.joined.appending import Appender
 from peer.generation.joined.batched_pass import BatchedPass, BatchMember
 from peer.span.span import Adapted, Inputs, Mode, Span
-from peer.span.transfer import to_host
+from peer.span.transfer import to_device, to_host
 from protocol.model.anatomy import configurations
 from protocol.model.forwards import attention, register_attention
 
@@ -35,6 +36,10 @@ class _Packed:
     """The name of the model's own attention function."""
     layer: int = 0
     """The layer for which the trunk is making a mask."""
+    appender: Appender = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.appender = Appender(self.batch.members)
 
     def make_masks(self, arguments: dict[str, Any]) -> "Masks":
         """What the model's own mask function makes for each member alone.
@@ -54,7 +59,7 @@ class _Packed:
             "kv_length": kv_length,
             "q_offset": member.cache.get_query_offset(self.layer),
             "kv_offset": kv_offset,
-            "attention_mask": None if mask is None else mask.to(arguments["device"], torch.bool),
+            "attention_mask": None if mask is None else to_device(mask, arguments["device"], torch.bool),
         }
 
     def attend(
@@ -66,10 +71,11 @@ class _Packed:
         self.batch.has_begun = True
         members = self.batch.members
         sizes = [member.size for member in members]
+        written = {"written": True} if self.appender.write(layer, *qkv[1:]) else {}
 
         def attend(member: BatchMember, mask: torch.Tensor | None, packed: Sequence[torch.Tensor]) -> torch.Tensor:
             query, key, value = (_unpack(member, states) for states in packed)
-            key, value = member.cache.update(key, value, layer)
+            key, value = member.cache.update(key, value, layer, **written)
             output: torch.Tensor = function(module, query, key, value, mask, **options)[0]
             return output.reshape(1, -1, *output.shape[2:])
 
