@@ -5,7 +5,7 @@ For pytest: `-n0 -p tests.tools.pretended_gpu`.
 - `device.cpp`: the device as PyTorch sees it; `device.pyi` says how a test sees it
 - `cuda`: what `torch.cuda` says of it
 
-Values are real, as the CPU's kernels compute them on the host's memory: results equal those on the CPU bit for bit.
+Values are real, as the CPU's kernels compute them on the host's memory: results equal those on the CPU but for rounding.
 What CUDA would refuse, tensors of two devices in one operation, is refused; operations, copies and waits are counted;
 memory is limited (`device.limit`, `PRETENDED_GPU_BYTES`). Autograd runs on a thread per device, as it would.
 
