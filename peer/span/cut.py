@@ -29,7 +29,8 @@ class _Zero(nn.Module):
     """A position embedding that adds nothing: the client has added it already."""
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.zeros(())
+        given = (value.device for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        return torch.zeros((), device=next(given, None))  # from another device it would be copied, and waited for
 
 
 class SpanBlocks(nn.ModuleList):

@@ -49,8 +49,11 @@ def _train(span: Span, desk: Desk) -> Iterator[tuple[str, list[torch.Tensor]]]:
     results = [trainer.forward(call, "me", keep=True) for call in calls]
     yield "forward", [hidden for hidden, _ in results]
     grads = [states(*call.inputs.hidden.shape[:2], 30 + number) for number, call in enumerate(calls)]
-    yield "backward", _gradients(
-        trainer.backward_kept(call_id, "me", grad) for (_, call_id), grad in zip(results, grads, strict=True)
+    yield (
+        "backward",
+        _gradients(
+            trainer.backward_kept(call_id, "me", grad) for (_, call_id), grad in zip(results, grads, strict=True)
+        ),
     )
     yield "joined training", _joined(runner, calls, grads)
     trainer.kept.max_bytes = max(map(trainer.footprint.of_checkpoints, calls))
@@ -64,9 +67,7 @@ def _call(span: Span, rows: int, tokens: int, padding: int = 0) -> TrainingCall:
     return TrainingCall(inputs, Mode(span.blocks, training=True), None, {})
 
 
-def _joined(
-    runner: TrainingRunner, calls: Sequence[TrainingCall], grads: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
+def _joined(runner: TrainingRunner, calls: Sequence[TrainingCall], grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     results = _run(runner, [runner.forward(call, f"client {n}", True) for n, call in enumerate(calls)])
     kept = [
         runner.backward_kept(call_id, f"client {n}", grad)

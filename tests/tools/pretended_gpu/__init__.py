@@ -5,9 +5,10 @@ For pytest: `-n0 -p tests.tools.pretended_gpu`.
 - `device.cpp`: the device as PyTorch sees it; `device.pyi` says how a test sees it
 - `cuda`: what `torch.cuda` says of it
 
-Values are real, as the CPU's kernels compute them on the host's memory: results equal those on the CPU but for rounding.
-What CUDA would refuse, tensors of two devices in one operation, is refused; operations, copies and waits are counted;
-memory is limited (`device.limit`, `PRETENDED_GPU_BYTES`). Autograd runs on a thread per device, as it would.
+Values are real, as the CPU's kernels compute them on the host's memory: results equal those on the CPU, but for the
+rounding of what PyTorch composes otherwise for CUDA. What that would refuse, tensors of two devices in one operation,
+is refused; operations, copies and waits are counted; memory is limited (`device.limit`, `PRETENDED_GPU_BYTES`).
+Autograd runs on a thread per device, as it would.
 
 Not covered: kernels of CUDA's, streams and their races, pinned memory, CUDA graphs, Triton, time. bitsandbytes'
 kernels for CPUs run, and nothing is compiled by torch.compile. `torch.cuda.is_available()` stays false, so that no
