@@ -99,7 +99,7 @@ def _assemble(
     store = AdapterStore(span, adapter_bytes, quota.adapters, quota.adapter_bytes or adapter_bytes)
     adapters, hand_over = Adapters(store), HandOver(Mailbox(limits.max_payload), Outbox(member, version))
     trainer = Trainer(span, store, max_kept_bytes=budget.kept)
-    runner = TrainingRunner(trainer, Together(span, scheduler.joined_size))
+    runner = TrainingRunner(trainer, Together(span, scheduler.joined_size) if options.joins_training else None)
     service = Service(
         Reception(version, span, max_length, Accounts(quota), limits, member.handshake),
         scheduler,

@@ -46,6 +46,9 @@ class ServeOptions:
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile decode steps (torch.compile): starts later, steps sooner.")
     ] = False
+    join_training: Annotated[
+        bool | None, typer.Option(help="Run small training calls of several clients together; default: on CPUs.")
+    ] = None
 
     def check(self) -> None:
         """Raises `BadUsage` for what cannot be right, on whatever machine."""
@@ -78,6 +81,11 @@ class ServeOptions:
         if total is not None and blocks.stop > total:
             raise BadUsage(f"--blocks {text} is out of range: the model has blocks 0:{total}.")
         return blocks
+
+    @property
+    def joins_training(self) -> bool:
+        """Whether small training calls of several clients run together. On GPUs no gain has been measured yet."""
+        return self.torch_device.type == "cpu" if self.join_training is None else self.join_training
 
     def check_machine(self) -> None:
         """Raises `BadUsage` for a dtype or a device that this machine does not have. Imports torch."""

@@ -17,9 +17,13 @@ import torch
 
 from client import AutoDistributedModelForCausalLM
 from peer.compute.scheduler import Priority
+from peer.server import Server
+from peer.span.span import Inputs, Mode
+from peer.training.call import TrainingCall
 from tests.tools.methods import METHODS, adapted, train
 from tests.tools.own_peer import LOOP_THREAD, OwnPeer, own_peer
 from tests.tools.parity import padded_batch
+from tests.tools.spans import states
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +106,18 @@ def test_calls_that_wait_hold_host_memory_only(model: Any, peer: OwnPeer, preten
     assert pretended.bytes_now() == before
     go_on.set()
     caller.join()
+
+
+def test_training_is_joined_where_that_is_asked_for(
+    peer: OwnPeer, models: Callable[[str], Path], device: torch.device
+) -> None:
+    def is_joined(server: Server) -> bool:
+        call = TrainingCall(Inputs(states(1, 3, 0)), Mode(server.span.blocks), None, {})
+        return server.service._training.runner.forward(call, "ann", keep=False).group is not None
+
+    assert not is_joined(peer.server)
+    with own_peer(models("llama"), device=str(device), cache_tokens=64, join_training=True) as other:
+        assert is_joined(other.server)
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
