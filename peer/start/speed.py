@@ -4,6 +4,7 @@ import torch
 
 from peer.kv_cache.span_cache import SpanCache
 from peer.span.span import Inputs, Mode, Span
+from peer.span.transfer import to_host
 from protocol.machine.timing import fastest
 from protocol.model.anatomy import context_length
 from protocol.records import Speed
@@ -25,9 +26,7 @@ def measure(span: Span) -> tuple[Speed, int]:
 
     def step(tokens: int, blocks: range, cache: SpanCache | None) -> None:
         hidden = torch.randn(1, tokens, span.hidden_size, dtype=span.dtype, device=span.device)
-        span.run(Inputs(hidden), Mode(blocks), cache)
-        if span.device.type == "cuda":
-            torch.cuda.synchronize(span.device)
+        to_host(span.run(Inputs(hidden), Mode(blocks), cache))  # waits for the device, whatever it is
 
     step(prompt, span.blocks, cache)
     token_bytes = _bytes_per_token(cache, prompt)
