@@ -32,8 +32,8 @@ def count(gpu: Any, work: Callable[[], object]) -> Counts:
     gpu.reset()
     work()
     counts = gpu.operations()
-    copies = [counts.get(f"copy to the {end}", 0) for end in ("device", "host")]
-    return Counts(gpu.launches(), *copies, gpu.waits())
+    to_device, to_host = (counts.get(f"copy to the {end}", 0) for end in ("device", "host"))
+    return Counts(gpu.launches(), to_device, to_host, gpu.waits())
 
 
 class DecodeSteps:

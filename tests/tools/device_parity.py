@@ -48,7 +48,8 @@ def _train(span: Span, desk: Desk) -> Iterator[tuple[str, list[torch.Tensor]]]:
     calls = [_call(span, 2, 9, padding=2), _call(span, 1, 5), _call(span, 1, 7, padding=1)]
     results = [trainer.forward(call, "me", keep=True) for call in calls]
     yield "forward", [hidden for hidden, _ in results]
-    grads = [states(*call.inputs.hidden.shape[:2], 30 + number) for number, call in enumerate(calls)]
+    sizes = (call.inputs.hidden.shape[:2] for call in calls)
+    grads = [states(rows, tokens, 30 + number) for number, (rows, tokens) in enumerate(sizes)]
     yield (
         "backward",
         _gradients(

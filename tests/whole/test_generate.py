@@ -205,6 +205,20 @@ def test_a_cache_cropped_by_the_user(llama: Pair) -> None:
     assert all(map(torch.equal, ours, theirs))
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_positions_that_begin_anew(llama: Pair, cached: bool) -> None:
+    """They are rows packed into one, unless there is a cache, or a mask, and be it of ones."""
+    ids, positions = one()["input_ids"][:, :6], torch.arange(6)[None] % 3
+
+    def run(model: Any) -> list[torch.Tensor]:
+        masks = None, torch.ones_like(ids)
+        return [model(ids, attention_mask=m, position_ids=positions, use_cache=cached).logits for m in masks]
+
+    theirs, ours = llama.both(run)
+    assert all(map(torch.equal, ours, theirs))
+    assert torch.equal(*ours) == cached
+
+
 def test_a_cache_that_is_reset_is_empty(llama: Pair) -> None:
     def run(model: Any) -> torch.Tensor:
         cache = DynamicCache(config=model.config)
