@@ -64,7 +64,7 @@ class _Store:
     def put(self, places: torch.Tensor, states: torch.Tensor) -> None:
         """Write (1, heads, tokens, head size) to `places`, (tokens x heads,): heads counted from the arena's begin."""
         rows = states[0].transpose(0, 1).reshape(-1, self.shape.size)  # most often no copy: so they leave the layer
-        self._flat.view(-1, self.shape.size).index_copy_(0, places, rows)
+        self._flat.view(-1, self.shape.size)[places] = rows
 
     def move(self, move: Move) -> None:
         """Copy slots to a place that may overlap their own."""
