@@ -21,8 +21,8 @@ from transformers.utils import logging
 from peer.span.loading import load_span
 from peer.start.trial import tolerance
 from protocol.errors import first_line
-from protocol.machine.split_linear import split_linears
 from protocol.model.checkpoint import open_checkpoint
+from protocol.model.split_linear import split_linears
 from tests.tools.device_counts import DecodeSteps, count_transformers
 from tests.tools.device_parity import differences, run_all
 from tests.tools.families import EXTRA_FAMILIES, FAMILIES, MULTIMODAL_FAMILIES, build_family

@@ -13,8 +13,8 @@ from peer.span.span import Inputs, Mode
 from peer.start.trial import tolerance
 from peer.training.call import TrainingCall
 from peer.training.trainer import Trainer
-from protocol.machine.split_linear import split_linears
 from protocol.model.checkpoint import open_checkpoint
+from protocol.model.split_linear import split_linears
 from tests.tools.desk import Desk
 from tests.tools.device_library import is_loaded
 from tests.tools.device_parity import differences, run_all

@@ -8,8 +8,8 @@ import torch
 import transformers
 
 from peer.span.loading import load_span
-from protocol.machine.split_linear import split_linears
 from protocol.model.checkpoint import open_checkpoint
+from protocol.model.split_linear import split_linears
 from tests.tools.desk import Desk, Talk
 from tests.tools.spans import states
 
