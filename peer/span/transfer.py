@@ -7,16 +7,15 @@ from collections.abc import Mapping
 
 import torch
 
+from protocol.machine import transfer
 from protocol.tensors import KvPrefix
 
-_PINNED = 2**20
-"""Bytes of the largest tensor that goes through pinned memory: PyTorch keeps for ever what it has once pinned."""
 _BYTES = torch.uint8
 
 
 def to_device(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The tensor there, of `dtype` if that is given. To a GPU by way of pinned memory: it need not be waited for."""
-    if device.type == "cuda" and tensor.device.type == "cpu" and tensor.nbytes <= _PINNED:
+    if device.type == "cuda" and tensor.device.type == "cpu" and tensor.nbytes <= transfer.PINNED:
         try:
             tensor = tensor.pin_memory()
         except RuntimeError:  # no more may be locked, or none at all (WSL2)
@@ -35,15 +34,7 @@ def prefix_on(prefix: KvPrefix, device: torch.device, dtype: torch.dtype) -> KvP
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in this process's memory. Waits for the GPU."""
-    if tensor.device.type != "cuda" or tensor.nbytes > _PINNED:
-        return tensor.to("cpu")
-    try:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    except RuntimeError:  # as above
-        return tensor.to("cpu")
-    host.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(tensor.device).synchronize()
-    return host
+    return transfer.to_host([tensor])[0]
 
 
 def all_to_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

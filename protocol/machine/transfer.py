@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-_PINNED = 2**20
+PINNED = 2**20
 """Bytes of the largest tensor that comes by way of pinned memory: PyTorch keeps for ever what it has once pinned."""
 
 
@@ -42,7 +42,7 @@ def _begin(tensor: torch.Tensor) -> torch.Tensor:
 
 def _room_for(tensor: torch.Tensor) -> torch.Tensor:
     """Memory of this machine for a tensor's copy; pinned where that is possible, which it is not everywhere (WSL2)."""
-    if tensor.nbytes <= _PINNED:
+    if tensor.nbytes <= PINNED:
         try:
             return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         except RuntimeError:

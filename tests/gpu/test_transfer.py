@@ -64,7 +64,7 @@ def test_one_too_large_to_be_pinned(pretended: Any, device: torch.device) -> Non
     large = torch.zeros(2**19, device=device)
     pretended.reset()
     assert torch.equal(all_to_host({"a": large, "b": large})["b"], torch.zeros(2**19))
-    assert pretended.waits() == {"copy to the host": 1}
+    assert pretended.waits() == {WAIT: 1}
 
 
 def test_rounding_of_keys_that_lie_otherwise(
