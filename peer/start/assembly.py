@@ -22,7 +22,7 @@ from peer.span.loading import load_span
 from peer.span.span import Span
 from peer.start.arena_trial import arena_for
 from peer.start.joining_trial import find_joiner
-from peer.start.memory import Budget, free_memory, return_freed_memory
+from peer.start.memory import Budget, DeviceMemory, return_freed_memory
 from peer.start.options import ServeOptions
 from peer.start.placement import find_blocks_to_serve
 from peer.start.speed import measure
@@ -31,6 +31,7 @@ from peer.training.joined.together import Together
 from peer.training.runner import TrainingRunner
 from peer.training.trainer import Trainer
 from protocol.errors import first_line
+from protocol.machine.devices import describe, devices, make_current
 from protocol.model.checkpoint import Checkpoint
 from protocol.model.split_linear import split_linears
 from protocol.records import ModelVersion, Speed
@@ -66,12 +67,13 @@ async def assemble(options: ServeOptions, checkpoint: Checkpoint, member: Member
     Raises `BadUsage`, `UnsupportedModel`, `PeerUnreachable`.
     """
     named = options.span(checkpoint.model_id.num_blocks)
-    blocks = named or await find_blocks_to_serve(options, checkpoint, member.directory)
+    blocks = named or await find_blocks_to_serve(options, checkpoint, member)
     span = await scheduler.submit(Priority.CALL, partial(_load_span, options, checkpoint, blocks))
     return await scheduler.submit(Priority.CALL, partial(_assemble, options, checkpoint, span, scheduler, member))
 
 
 def _load_span(options: ServeOptions, checkpoint: Checkpoint, blocks: range) -> Span:
+    make_current(options.torch_device)
     span = load_span(
         checkpoint,
         blocks.start,
@@ -82,6 +84,11 @@ def _load_span(options: ServeOptions, checkpoint: Checkpoint, blocks: range) -> 
         double_quantization=options.double_quantize,
     )
     split_linears(span.model)
+    logger.info("computing on %s in %s", describe(span.device), str(span.dtype).removeprefix("torch."))
+    others = [device for device in devices() if device.type == span.device.type and device != span.device]
+    if options.device == "auto" and others:
+        every = ",".join(map(str, [span.device, *others]))
+        logger.info("left alone: %s; with --device %s each has a peer", ", ".join(map(describe, others)), every)
     return span
 
 
@@ -90,9 +97,10 @@ def _assemble(
 ) -> Assembled:
     speed, token_bytes = measure(span)
     return_freed_memory()
-    budget = Budget.of(free_memory(span.device), token_bytes, options.cache_tokens, options.max_length)
+    memory = DeviceMemory.of(span.device)
+    budget = Budget.of(memory.within(options.memory_limit), token_bytes, options.cache_tokens, options.max_length)
     quota, tokens, max_length = options.quota, budget.cache_tokens, budget.max_length
-    memory = CacheMemory(tokens, max_length, options.idle_timeout, arena_for(span, tokens), quota.cache_tokens)
+    caches = CacheMemory(tokens, max_length, options.idle_timeout, arena_for(span, tokens), quota.cache_tokens)
     version = ModelVersion(checkpoint.model_id, checkpoint.digests)
     limits = Limits(max_payload=options.max_message or Limits.max_payload)
     adapter_bytes = budget.adapters // 2
@@ -103,7 +111,7 @@ def _assemble(
     service = Service(
         Reception(version, span, max_length, Accounts(quota), limits, member.handshake),
         scheduler,
-        Generation(span, memory, adapters, _step_runner(span, store, options.compile), hand_over),
+        Generation(span, caches, adapters, _step_runner(span, store, options.compile), hand_over),
         Training(span, max_length, adapters, runner, hand_over),
         adapters,
         BaseWeights(span),
@@ -111,6 +119,8 @@ def _assemble(
         span,
     )
     logger.info("%s", budget.describe())
+    if others := memory.others(span.device):
+        logger.warning("%s", others)
     _measure_training(span, trainer)
     return_freed_memory()  # what was tried out took some, too
     return Assembled(span, speed, service)
