@@ -53,6 +53,7 @@ class Assembled:
     span: Span
     speed: Speed
     service: Service
+    budget: Budget
 
 
 def new_scheduler(options: ServeOptions) -> Scheduler:
@@ -97,10 +98,10 @@ def _assemble(
 ) -> Assembled:
     speed, token_bytes = measure(span)
     return_freed_memory()
-    memory = DeviceMemory.of(span.device)
-    budget = Budget.of(memory.within(options.memory_limit), token_bytes, options.cache_tokens, options.max_length)
+    found = DeviceMemory.of(span.device)
+    budget = Budget.of(found.within(options.memory_limit), token_bytes, options.cache_tokens, options.max_length)
     quota, tokens, max_length = options.quota, budget.cache_tokens, budget.max_length
-    caches = CacheMemory(tokens, max_length, options.idle_timeout, arena_for(span, tokens), quota.cache_tokens)
+    memory = CacheMemory(tokens, max_length, options.idle_timeout, arena_for(span, tokens), quota.cache_tokens)
     version = ModelVersion(checkpoint.model_id, checkpoint.digests)
     limits = Limits(max_payload=options.max_message or Limits.max_payload)
     adapter_bytes = budget.adapters // 2
@@ -111,7 +112,7 @@ def _assemble(
     service = Service(
         Reception(version, span, max_length, Accounts(quota), limits, member.handshake),
         scheduler,
-        Generation(span, caches, adapters, _step_runner(span, store, options.compile), hand_over),
+        Generation(span, memory, adapters, _step_runner(span, store, options.compile), hand_over),
         Training(span, max_length, adapters, runner, hand_over),
         adapters,
         BaseWeights(span),
@@ -119,11 +120,11 @@ def _assemble(
         span,
     )
     logger.info("%s", budget.describe())
-    if others := memory.others(span.device):
+    if others := found.others(span.device):
         logger.warning("%s", others)
     _measure_training(span, trainer)
     return_freed_memory()  # what was tried out took some, too
-    return Assembled(span, speed, service)
+    return Assembled(span, speed, service, budget)
 
 
 def _measure_training(span: Span, trainer: Trainer) -> None:

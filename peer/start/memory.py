@@ -10,14 +10,13 @@ import torch
 
 from peer.start.options import MemoryLimit
 from protocol.errors import BadUsage
+from protocol.records import MemoryShares, Share
 
 WEIGHTS_SHARE = 0.6
 """Of the memory that is free at first, for weights, when nobody says how many blocks to serve."""
 _CACHE, _KEPT, _ADAPTERS = 0.25, 0.25, 0.2
 """Of the memory that is free after loading. The rest is for the call that runs: its graph takes as much as all that are
 kept may, and the products that come and go take some, too."""
-_MUCH = 0.1
-"""Of a GPU's memory. What the driver itself needs for a process counts as others', too: some 0.3 GB."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,15 @@ class Budget:
         kept, adapters = int(rest * _KEPT), int(rest * _ADAPTERS)
         return cls(cache, kept, adapters, free - cache - kept - adapters, tokens, min(max_length, tokens))
 
+    def shares(self, free_tokens: int, kept: int, adapters: int) -> MemoryShares:
+        """With what is used of it: all of the cache but `free_tokens`, and bytes."""
+        cache = self.cache * (self.cache_tokens - free_tokens) // self.cache_tokens
+        return MemoryShares(
+            cache=Share(used=cache, total=self.cache),
+            kept=Share(used=kept, total=self.kept),
+            adapters=Share(used=adapters, total=self.adapters),
+        )
+
     def describe(self) -> str:
         """A line for people."""
         return (
@@ -61,6 +69,10 @@ class Budget:
             f"{self.kept / 1e9:,.2f} GB for kept activations, {self.adapters / 1e9:,.2f} GB for adapters, "
             f"{self.call / 1e9:,.2f} GB for the call that runs; rows of up to {self.max_length:,} tokens"
         )
+
+
+_MUCH = 0.1
+"""Of a GPU's memory. What the driver itself needs for a process counts as others', too: some 0.3 GB."""
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,11 @@ class KeptCalls:
     def __len__(self) -> int:
         return len(self._kept)
 
+    @property
+    def size(self) -> int:
+        """Bytes that are kept."""
+        return sum(kept.size for kept in list(self._kept.values()))  # the compute thread changes them
+
     def add(self, kept: Kept) -> int:
         """Keep it, if there can be room for it. Returns its call ID; 0: it is not kept."""
         if kept.size > self.max_bytes:
