@@ -60,10 +60,11 @@ def serve(
 ) -> None:
     """Serve a span of a model's blocks: found a swarm, or join one with --swarm or --initial-peers.
 
-    With several devices (--device cuda:0,cuda:1) each has a peer, placed one after the other, as by a command for each:
-    --num-blocks is each one's, --blocks has a span for each (0:12,12:24); a port or an identity is the first one's, the
-    next one has the port 10 further, and FILE.1. Should one fail the others serve on, as clients need them the more,
-    and the exit code will be 1.
+    With several devices (--device cuda:0,cuda:1) each has a peer, one after the other, as by a command for each.
+
+    --num-blocks is each one's; --blocks has a span for each (0:12,12:24). The second has ports 10 further, and FILE.1.
+
+    Should one fail the others serve on, as clients need them the more; the exit code will be 1.
     """
     from bootstrap.membership.folder import OPEN, choose_swarm
 

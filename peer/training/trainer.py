@@ -78,8 +78,8 @@ class Trainer:
 
     def _make_room(self, size: int) -> None:
         self.kept.drop_oldest(size)
-        if self._span.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self._span.device.type != "cpu":
+            torch.get_device_module(self._span.device).empty_cache()
 
     @torch.no_grad()
     def _forward(self, call: TrainingCall, adding: Adding | None) -> torch.Tensor:
