@@ -14,9 +14,12 @@ from protocol.errors import PeerFailed
 from protocol.machine.imports import without_collection
 from protocol.model.checkpoint import Checkpoint
 from protocol.name import installed_version
-from protocol.records import MAX_ADDRESSES, ModelId, PeerRecord, PeerState
+from protocol.records import MAX_ADDRESSES, MemoryShares, ModelId, PeerRecord, PeerState
 
 logger = logging.getLogger(__name__)
+
+TELL_PERIOD = 600.0
+"""Seconds between two lines in the log about the memory."""
 
 
 class Server:
@@ -27,10 +30,11 @@ class Server:
     ):
         self.options, self.model_id, self.member = options, model_id, member
         self.span, self.service = assembled.span, assembled.service
-        self._speed, self._scheduler = assembled.speed, scheduler
+        self._speed, self._budget, self._scheduler = assembled.speed, assembled.budget, scheduler
         self._state = PeerState.ONLINE
         self._preload: asyncio.Task[object] | None = None
         """Imports what the first adapter needs, PEFT above all, while the peer serves already."""
+        self._teller: asyncio.Task[None] | None = None
         self._announcer = Announcer(member.directory, self.record)
 
     @classmethod
@@ -48,6 +52,7 @@ class Server:
             scheduler.close()
             raise
         server._announcer.start()
+        server._teller = asyncio.create_task(server._tell_of_memory())
         server._preload = asyncio.create_task(asyncio.to_thread(_import_adapters))
         return server
 
@@ -65,11 +70,17 @@ class Server:
             addresses=tuple(self.member.addresses)[:MAX_ADDRESSES],
             direct=self.member.door,
             speed=self._speed,
+            memory=self.shares(),
             free_cache_tokens=self.service.memory.free_tokens,
             max_length=self.service.memory.max_length,
             sessions=self.service.memory.sessions,
             version=installed_version(),
         )
+
+    def shares(self) -> MemoryShares:
+        """What is used of each share of the memory now."""
+        service = self.service
+        return self._budget.shares(service.memory.free_tokens, service.kept_bytes, service.adapter_bytes)
 
     def describe(self) -> Iterator[str]:
         """What this peer serves now, a line each: for people."""
@@ -77,6 +88,7 @@ class Server:
         yield f"{record.state}: blocks {record.start}:{record.end} of {record.model.name}, version {record.version}"
         yield f"{memory.sessions} sessions, {service.requests} requests being answered"
         yield f"{memory.free_tokens} of {memory.total_tokens} cache tokens free"
+        yield f"memory used: {self.shares().describe()}"
         yield from self._scheduler.describe()
         for what, counts in (("steps", service.step_counts), ("training calls", service.training_counts)):
             yield f"{counts.items} {what} in {counts.passes} passes since the start"
@@ -115,9 +127,20 @@ class Server:
         logger.info("ran %d steps of generations in %d calls", counts.items, counts.passes)
         counts = self.service.training_counts
         logger.info("ran %d training calls in %d goes", counts.items, counts.passes)
+        if self._teller:
+            self._teller.cancel()
         await self._announcer.stop()
         self._scheduler.close()
         await self.member.shutdown()
+
+    async def _tell_of_memory(self) -> None:
+        """Log now and then what is used of the memory, if that is something else than before."""
+        told = self.shares()
+        while True:
+            await asyncio.sleep(TELL_PERIOD)
+            if (shares := self.shares()) != told:
+                logger.info("memory used: %s", shares.describe())
+                told = shares
 
     async def _drain(self) -> None:
         deadline = asyncio.get_running_loop().time() + self.options.drain_timeout

@@ -107,6 +107,32 @@ class Speed(_Record):
     """Blocks x tokens per second, a batch of a few hundred tokens."""
 
 
+class Share(_Record):
+    """A part of a peer's memory, in bytes."""
+
+    used: int = Field(ge=0, lt=2**60)
+    total: int = Field(ge=0, lt=2**60)
+
+    def describe(self) -> str:
+        """For people."""
+        return f"{self.used / max(1, self.total):.1%} of {self.total / 1e9:,.2f} GB"
+
+
+class MemoryShares(_Record):
+    """What a peer's memory is for, besides weights and the call that runs, and how much of that is used."""
+
+    cache: Share
+    """KV caches of sessions."""
+    kept: Share
+    """Activations that forwards left for their backwards."""
+    adapters: Share
+
+    def describe(self) -> str:
+        """A line for people."""
+        parts = (("KV caches", self.cache), ("kept activations", self.kept), ("adapters", self.adapters))
+        return ", ".join(f"{name} {share.describe()}" for name, share in parts)
+
+
 class Door(_Record):
     """Where a peer answers direct connections, and how it is known there."""
 
@@ -132,6 +158,8 @@ class PeerRecord(_Record):
     direct: Door | None = None
     """None: the peer answers by libp2p only."""
     speed: Speed
+    memory: MemoryShares | None = None
+    """None: the peer does not say."""
     free_cache_tokens: int = Field(ge=0)
     """Tokens (of one row) that the peer's KV memory could still take."""
     max_length: int = Field(gt=0)

@@ -54,6 +54,12 @@ class AdapterStore:
         self._trees = OrderedDict[str, tuple[PreTrainedModel, int]]()
         """`StoredAdapter.tree_key` -> module tree and its bytes, the least recently used first."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of the adapters, and of what PEFT computed of their configurations."""
+        adapters, trees = list(self._adapters.values()), list(self._trees.values())  # the compute thread changes them
+        return sum(adapter.size for adapter in adapters) + sum(size for _, size in trees)
+
     def put(self, manifest_json: str, tensors: Mapping[str, torch.Tensor], client: str) -> bytes:
         """Keep an adapter; returns its hash. Runs PEFT's construction, so it belongs on the compute thread.
 

@@ -2,6 +2,7 @@
 
     app             the `peer` command, `peer bootstrap`, `peer status`; exit codes
     serve           `peer serve`
+    supervisor      several peers of one command, and peers that are started again
     status          how `peer status` shows a swarm
     swarm           `peer swarm`: the private swarms that this machine knows
     invite          `peer invite`: tickets; members: `peer join`, `members`, `revoke`

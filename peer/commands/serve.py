@@ -2,7 +2,12 @@
 
 import asyncio
 import gc
+import sys
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +17,7 @@ from peer.commands.fields import with_fields
 from peer.commands.invite import offer_invitation
 from peer.commands.options import Config
 from peer.commands.process import leave_at_once, run, say_ready, stop_on_signals, unless_stopped
+from peer.commands.supervisor import Supervisor
 from peer.start.options import ServeOptions
 from protocol.errors import BadUsage, UnsupportedModel
 from protocol.machine.imports import without_collection
@@ -21,6 +27,9 @@ if TYPE_CHECKING:
     from bootstrap.member import Member, MemberOptions
     from peer.server import Server
     from protocol.model.checkpoint import Checkpoint
+
+_PORTS_APART = 10
+"""Of the next peer from those of the one before it: a peer may have two ports side by side."""
 
 # The server and all that it imports (torch, Transformers) are loaded when a peer is started, not for `peer --help`.
 
@@ -42,21 +51,43 @@ def serve(
     ] = None,
     identity: Identity = None,
     swarm: SwarmName = None,
+    restart: Annotated[
+        bool, typer.Option(help="Start a peer again that fails: its device is lost, p2pd has died, it was killed.")
+    ] = False,
     *,
     options: ServeOptions,
     config: Config = None,
 ) -> None:
-    """Serve a span of a model's blocks: found a swarm, or join one with --swarm or --initial-peers."""
-    options.check()
+    """Serve a span of a model's blocks: found a swarm, or join one with --swarm or --initial-peers.
+
+    With several devices (--device cuda:0,cuda:1) each has a peer, one after the other, as by a command for each.
+
+    --num-blocks is each one's; --blocks has a span for each (0:12,12:24). The second has ports 10 further, and FILE.1.
+
+    Should one fail the others serve on, as clients need them the more; the exit code will be 1.
+    """
+    from bootstrap.membership.folder import OPEN, choose_swarm
+
+    each = options.for_each_device()
+    for one in each:
+        one.check()
+    folder = choose_swarm(swarm, bool(initial_peers))
+    if model is None and not initial_peers and folder is None:
+        raise BadUsage("Name a MODEL to found a swarm, or join one with --swarm or --initial-peers.")
+    if restart or len(each) > 1:
+        if len(each) > 1 and (announce or announce_direct):
+            raise BadUsage("--announce and --announce-direct are of one peer; give a command for each device.")
+        with TemporaryDirectory() as temporary:  # a peer that is started again is the same one to others
+            named, name = identity or Path(temporary, "identity"), folder.name if folder else OPEN
+            first = identity if folder else named  # a private swarm's folder has one
+            kept = [first, *(Path(f"{named}.{index}") for index in range(1, len(each)))]
+            own = [_Own(one, index, port, direct_port, kept[index], name) for index, one in enumerate(each)]
+            run(_supervise(own, founds=not initial_peers, restarts=restart))
     with without_collection():
         import torch
 
         from bootstrap.member import MemberOptions
-        from bootstrap.membership.folder import choose_swarm
         from protocol.membership.certificate import Role
-    folder = choose_swarm(swarm, bool(initial_peers))
-    if model is None and not initial_peers and folder is None:
-        raise BadUsage("Name a MODEL to found a swarm, or join one with --swarm or --initial-peers.")
     options.check_machine()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -72,6 +103,43 @@ def serve(
         role=Role.SERVE,
     )
     run(_serve(options, membership, model, revision))
+
+
+@dataclass(frozen=True)
+class _Own:
+    """What one of a command's peers has of its own, in place of what was typed."""
+
+    options: ServeOptions
+    index: int
+    port: int
+    direct_port: int
+    identity: Path | None
+    swarm: str
+
+    def argv(self, initial_peers: Iterable[str]) -> list[str]:
+        """The command line: the same again, with these options last, which are those that count."""
+        options, further = self.options, self.index * _PORTS_APART
+        own = ["--no-restart", "--device", options.device]
+        own += ["--blocks", options.blocks] if options.blocks else []
+        own += ["--memory", options.memory] if options.memory else []
+        own += ["--port", str(self.port + further)] if self.port else []
+        own += ["--direct-port", str(self.direct_port + further)] if self.direct_port else []
+        own += ["--identity", str(self.identity)] if self.identity else []
+        own += ["--swarm", self.swarm]
+        own += [part for address in initial_peers for part in ("--initial-peers", address)]
+        typed = sys.argv[1:]
+        end = typed.index("--") if "--" in typed else len(typed)
+        return [sys.executable, "-m", "peer", *typed[:end], *own, *typed[end:]]
+
+
+async def _supervise(own: Sequence[_Own], founds: bool, restarts: bool) -> None:
+    """Run the peers as processes. Raises `typer.Exit` when they have ended."""
+    supervisor = Supervisor(restarts)
+    devices = [one.options.device for one in own]
+    labels = [name if devices.count(name) == 1 else f"{name}/{index}" for index, name in enumerate(devices)]
+    # The first founds the swarm that the next ones join, and that it joins itself when it is started again.
+    code = await supervisor.run(labels, lambda index: own[index].argv(supervisor.addresses if founds else ()))
+    raise typer.Exit(code)
 
 
 async def _serve(options: ServeOptions, membership: "MemberOptions", model: str | None, revision: str | None) -> None:

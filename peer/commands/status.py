@@ -45,7 +45,7 @@ def as_table(models: Models, complaints: Complaints) -> RenderableType:
     parts: list[RenderableType] = []
     for model, peers in models.items():
         title = Text(f"{model.name}: {model.num_blocks} blocks, {len(peers)} peers", style="table.title")
-        parts += [title, _peers_table(peers), _coverage(model, peers)]
+        parts += [title, _peers_table(peers), *_memory_table(peers), _coverage(model, peers)]
         parts += [_complaint(peer, count) for peer in peers if (count := complaints[model][peer.peer_id])]
     return Group(*parts)
 
@@ -71,7 +71,7 @@ def _peers_table(peers: list[PeerRecord]) -> Table:
         count = peer.end - peer.start
         cells = (
             f"{peer.start}:{peer.end}",
-            peer.name or f"…{peer.peer_id[-8:]}",
+            _name(peer),
             peer.state.value,
             peer.dtype if peer.quantization == "none" else f"{peer.quantization}/{peer.dtype}",
             f"{peer.speed.decode / count:,.0f}",
@@ -81,6 +81,22 @@ def _peers_table(peers: list[PeerRecord]) -> Table:
         )
         table.add_row(*map(Text, cells))  # others' text: no markup
     return table
+
+
+def _memory_table(peers: list[PeerRecord]) -> list[Table]:
+    """What is used of each peer's memory, of those that say it."""
+    told = [(peer, peer.memory) for peer in peers if peer.memory]
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for column in ("memory used", "KV caches", "kept activations", "adapters"):
+        table.add_column(column, overflow="fold")
+    for peer, memory in told:
+        shares = (memory.cache, memory.kept, memory.adapters)
+        table.add_row(*map(Text, (_name(peer), *(share.describe() for share in shares))))
+    return [table] if told else []
+
+
+def _name(peer: PeerRecord) -> str:
+    return peer.name or f"…{peer.peer_id[-8:]}"
 
 
 def _complaint(peer: PeerRecord, count: int) -> Text:

@@ -86,6 +86,16 @@ class Service:
         return self._generation.memory
 
     @property
+    def kept_bytes(self) -> int:
+        """Of what forwards left for their backwards."""
+        return self._training.runner.kept_bytes
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Of clients' adapters, what PEFT computed of their configurations included."""
+        return self._adapters.store.size
+
+    @property
     def step_counts(self) -> BatchCounts:
         """Of the steps that were run."""
         return self._generation.steps.counts

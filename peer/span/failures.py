@@ -2,8 +2,15 @@
 
 import torch
 
-_SHORT = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""In the text of a RuntimeError."""
+_SHORT = (
+    "can't allocate memory",
+    " error: out of memory",  # CUDA's and HIP's
+    "BLAS_STATUS_ALLOC_FAILED",  # of cuBLAS and hipBLAS
+    "MPS backend out of memory",
+    "UR_RESULT_ERROR_OUT_OF_",  # Intel's: DEVICE_MEMORY, HOST_MEMORY, RESOURCES
+)
+_REFUSED = ("CUDA error", "HIP error", "UR_RESULT_ERROR")
+"""Both in the text of a RuntimeError."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -15,7 +22,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_of_the_device(error: BaseException) -> bool:
     """Whether a GPU refused, for another reason than memory. It may compute on, or never again: see `Span.computes`."""
-    is_its_own = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+    is_its_own = isinstance(error, torch.AcceleratorError) or any(text in str(error) for text in _REFUSED)
     return isinstance(error, RuntimeError) and is_its_own and not is_out_of_memory(error)
 
 

@@ -10,6 +10,7 @@ from peer.span.cut import cut_to_span
 from peer.span.rotary import forget_between_calls
 from peer.span.span import Span
 from protocol.errors import UnsupportedModel
+from protocol.machine.devices import suitable_dtype
 from protocol.model.anatomy import find_blocks
 from protocol.model.checkpoint import Checkpoint
 from protocol.model.classes import CAUSAL_LM, class_for
@@ -27,12 +28,13 @@ def load_span(
     quantization: str = "none",
     double_quantization: bool = False,
 ) -> Span:
-    """Blocks [start, end) of `checkpoint`, ready to run. `dtype` None: the checkpoint's own.
+    """Blocks [start, end) of `checkpoint`, ready to run. `dtype` None: the checkpoint's own, or float16
+    in the place of bfloat16, where that is not for the device.
 
     Raises `UnsupportedModel` for an architecture that spans cannot serve, or for missing weights.
     """
     cls, config = class_for(checkpoint, CAUSAL_LM)
-    dtype = dtype or checkpoint.dtype
+    dtype = dtype or suitable_dtype(checkpoint.dtype, torch.device(device))
     with LOADING, torch.device("meta"):
         donor = cls(config)
     where = find_blocks(donor)

@@ -6,7 +6,7 @@ per architecture: masks, rotary embeddings, sliding windows and caches are Trans
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -111,7 +111,7 @@ class Span:
         self.where.of(model).active = mode.blocks  # type: ignore[assignment]
         with self._prepared(model, mode), ExitStack() as stack:
             if mode.dropout_seed is not None:
-                stack.enter_context(torch.random.fork_rng(devices=self._generators))
+                stack.enter_context(self._forked_generators())
                 torch.manual_seed(mode.dropout_seed)
             return self._call_trunk(model, self.arguments(inputs, cache), adapted.tensors if adapted else {})
 
@@ -136,8 +136,8 @@ class Span:
     def _block_call(self, block: int, positional: tuple[Any, ...], arguments: Mapping[str, Any]) -> BlockCall:
         kept = {name: _Cache if isinstance(value, Cache) else value for name, value in arguments.items()}
         hidden, *others = positional if positional else (kept.pop("hidden_states"),)
-        random = torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._generators)
-        return BlockCall(block, hidden, tuple(others), kept, random)
+        random = [torch.get_device_module(device).get_rng_state(device) for device in self._generators]
+        return BlockCall(block, hidden, tuple(others), kept, (torch.get_rng_state(), *random))
 
     def run_block(
         self, call: BlockCall, hidden: torch.Tensor, mode: Mode, cache: Cache | None, adapted: Adapted | None
@@ -151,10 +151,10 @@ class Span:
         named = adapted.tensors if adapted else {}
         tensors = {name.removeprefix(own): tensor for name, tensor in named.items() if name.startswith(own)}
         arguments = {name: cache if value is _Cache else value for name, value in call.arguments.items()}
-        with self._prepared(model, mode), torch.random.fork_rng(devices=self._generators):
+        with self._prepared(model, mode), self._forked_generators():
             torch.set_rng_state(call.random[0])
             for device, state in zip(self._generators, call.random[1:], strict=True):
-                torch.cuda.set_rng_state(state, device)
+                torch.get_device_module(device).set_rng_state(state, device)
             block = self.where.of(model).get_submodule(str(call.block))
             output = call_with(block, tensors, arguments, hidden, *call.positional)
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
@@ -162,7 +162,11 @@ class Span:
     @property
     def _generators(self) -> list[torch.device]:
         """The GPUs whose random numbers are drawn, beside the CPU's."""
-        return [self.device] if self.device.type == "cuda" else []
+        return [] if self.device.type == "cpu" else [self.device]
+
+    def _forked_generators(self) -> AbstractContextManager[None]:
+        """After the context random numbers go on as before it."""
+        return torch.random.fork_rng(devices=self._generators, device_type=self.device.type)
 
     @contextmanager
     def _prepared(self, model: PreTrainedModel, mode: Mode) -> Iterator[None]:

@@ -22,7 +22,7 @@ from peer.span.loading import load_span
 from peer.span.span import Span
 from peer.start.arena_trial import arena_for
 from peer.start.joining_trial import find_joiner
-from peer.start.memory import Budget, free_memory, return_freed_memory
+from peer.start.memory import Budget, DeviceMemory, return_freed_memory
 from peer.start.options import ServeOptions
 from peer.start.placement import find_blocks_to_serve
 from peer.start.speed import measure
@@ -31,6 +31,7 @@ from peer.training.joined.together import Together
 from peer.training.runner import TrainingRunner
 from peer.training.trainer import Trainer
 from protocol.errors import first_line
+from protocol.machine.devices import describe, devices, make_current
 from protocol.model.checkpoint import Checkpoint
 from protocol.model.split_linear import split_linears
 from protocol.records import ModelVersion, Speed
@@ -52,6 +53,7 @@ class Assembled:
     span: Span
     speed: Speed
     service: Service
+    budget: Budget
 
 
 def new_scheduler(options: ServeOptions) -> Scheduler:
@@ -66,12 +68,13 @@ async def assemble(options: ServeOptions, checkpoint: Checkpoint, member: Member
     Raises `BadUsage`, `UnsupportedModel`, `PeerUnreachable`.
     """
     named = options.span(checkpoint.model_id.num_blocks)
-    blocks = named or await find_blocks_to_serve(options, checkpoint, member.directory)
+    blocks = named or await find_blocks_to_serve(options, checkpoint, member)
     span = await scheduler.submit(Priority.CALL, partial(_load_span, options, checkpoint, blocks))
     return await scheduler.submit(Priority.CALL, partial(_assemble, options, checkpoint, span, scheduler, member))
 
 
 def _load_span(options: ServeOptions, checkpoint: Checkpoint, blocks: range) -> Span:
+    make_current(options.torch_device)
     span = load_span(
         checkpoint,
         blocks.start,
@@ -82,6 +85,11 @@ def _load_span(options: ServeOptions, checkpoint: Checkpoint, blocks: range) -> 
         double_quantization=options.double_quantize,
     )
     split_linears(span.model)
+    logger.info("computing on %s in %s", describe(span.device), str(span.dtype).removeprefix("torch."))
+    others = [device for device in devices() if device.type == span.device.type and device != span.device]
+    if options.device == "auto" and others:
+        every = ",".join(map(str, [span.device, *others]))
+        logger.info("left alone: %s; with --device %s each has a peer", ", ".join(map(describe, others)), every)
     return span
 
 
@@ -90,7 +98,8 @@ def _assemble(
 ) -> Assembled:
     speed, token_bytes = measure(span)
     return_freed_memory()
-    budget = Budget.of(free_memory(span.device), token_bytes, options.cache_tokens, options.max_length)
+    found = DeviceMemory.of(span.device)
+    budget = Budget.of(found.within(options.memory_limit), token_bytes, options.cache_tokens, options.max_length)
     quota, tokens, max_length = options.quota, budget.cache_tokens, budget.max_length
     memory = CacheMemory(tokens, max_length, options.idle_timeout, arena_for(span, tokens), quota.cache_tokens)
     version = ModelVersion(checkpoint.model_id, checkpoint.digests)
@@ -111,9 +120,11 @@ def _assemble(
         span,
     )
     logger.info("%s", budget.describe())
+    if others := found.others(span.device):
+        logger.warning("%s", others)
     _measure_training(span, trainer)
     return_freed_memory()  # what was tried out took some, too
-    return Assembled(span, speed, service)
+    return Assembled(span, speed, service, budget)
 
 
 def _measure_training(span: Span, trainer: Trainer) -> None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from peer.start.options import MemoryLimit
 from protocol.errors import BadUsage
+from protocol.records import MemoryShares, Share
 
 WEIGHTS_SHARE = 0.6
 """Of the memory that is free at first, for weights, when nobody says how many blocks to serve."""
@@ -51,6 +53,15 @@ class Budget:
         kept, adapters = int(rest * _KEPT), int(rest * _ADAPTERS)
         return cls(cache, kept, adapters, free - cache - kept - adapters, tokens, min(max_length, tokens))
 
+    def shares(self, free_tokens: int, kept: int, adapters: int) -> MemoryShares:
+        """With what is used of it: all of the cache but `free_tokens`, and bytes."""
+        cache = self.cache * (self.cache_tokens - free_tokens) // self.cache_tokens
+        return MemoryShares(
+            cache=Share(used=cache, total=self.cache),
+            kept=Share(used=kept, total=self.kept),
+            adapters=Share(used=adapters, total=self.adapters),
+        )
+
     def describe(self) -> str:
         """A line for people."""
         return (
@@ -60,11 +71,44 @@ class Budget:
         )
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free for what a device computes with."""
-    if device.type in ("cuda", "xpu"):
-        return int(torch.get_device_module(device).mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+_MUCH = 0.1
+"""Of a GPU's memory. What the driver itself needs for a process counts as others', too: some 0.3 GB."""
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """The memory of a device, in bytes. What neither is free nor held by this process, others hold."""
+
+    free: int
+    total: int
+    held: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> "DeviceMemory":
+        """As it is now."""
+        host = psutil.virtual_memory()
+        if device.type in ("cuda", "xpu"):
+            module = torch.get_device_module(device)
+            free, total = module.mem_get_info(device)
+            return cls(int(free), int(total), int(module.memory_reserved(device)))
+        if device.type == "mps":  # the host's memory, as much of it as Metal gives to one process
+            total, held = torch.mps.recommended_max_memory(), torch.mps.driver_allocated_memory()
+            return cls(max(0, min(int(host.available), total - held)), total, held)
+        return cls(int(host.available), int(host.total), int(psutil.Process().memory_info().rss))
+
+    def within(self, limit: MemoryLimit | None) -> int:
+        """Bytes that are free for this process, which may hold `limit`."""
+        return self.free if limit is None else max(0, min(self.free, limit.of(self.total) - self.held))
+
+    def others(self, device: torch.device) -> str:
+        """A line for people if other programs hold much; a second peer is one of them. Of the CPU's nothing is said."""
+        others = self.total - self.free - self.held
+        if device.type == "cpu" or others < _MUCH * self.total:
+            return ""
+        return (
+            f"other programs hold {others / 1e9:,.2f} of the {self.total / 1e9:,.2f} GB of {device}; should they take "
+            "more, calls of this peer will fail, so leave them room (--memory)"
+        )
 
 
 def return_freed_memory() -> None:
@@ -75,7 +119,10 @@ def return_freed_memory() -> None:
     call what its activations took: 2.8 GB of 3.6, after steps of 8 x 256 tokens over 30 blocks of SmolLM2-135M.
     """
     gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    for module in (torch.cuda, torch.xpu):
+        if module.is_initialized():
+            module.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)

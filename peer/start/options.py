@@ -2,20 +2,33 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from peer.service.quotas import Quota
-from protocol.errors import BadUsage, first_line
+from protocol.errors import BadUsage
 from protocol.records import MAX_NAME
 
 if TYPE_CHECKING:
     import torch
 
 _QUANTIZATIONS = ("none", "int8", "nf4")
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """What a peer may take of its device's memory."""
+
+    amount: float
+    is_percent: bool
+    """Whether `amount` is percent, or bytes."""
+
+    def of(self, total: int) -> int:
+        """Bytes, of a device's `total`."""
+        return int(total * self.amount / 100 if self.is_percent else self.amount)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +40,15 @@ class ServeOptions:
     quantize: Annotated[str, typer.Option(help="none, int8 or nf4.")] = "none"
     double_quantize: Annotated[bool, typer.Option(help="nf4: quantize the scales too (QLoRA).")] = False
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda:0, ...")] = "auto"
+    device: Annotated[
+        str,
+        typer.Option(help="auto (the first GPU that works, else the CPU), cpu, cuda:0, ...; or several: a peer each."),
+    ] = "auto"
+    """The several of a command have commas between them. A peer's own is one: `for_each_device`."""
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="GB|PERCENT%", help="What to take of the device's memory at most; default: what is free."),
+    ] = None
     name: Annotated[str, typer.Option(help="A name for people.")] = ""
     max_length: Annotated[int, typer.Option(min=1, help="Tokens that one session may hold.")] = 8192
     cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that all sessions may hold.")] = None
@@ -58,6 +79,7 @@ class ServeOptions:
         if self.blocks is not None and self.num_blocks is not None:
             raise BadUsage("Give --blocks or --num-blocks, not both.")
         self.span()
+        _ = self.memory_limit
         if len(self.name) > MAX_NAME or not self.name.isprintable():
             raise BadUsage(f"--name must be at most {MAX_NAME} printable characters.")
 
@@ -82,6 +104,38 @@ class ServeOptions:
             raise BadUsage(f"--blocks {text} is out of range: the model has blocks 0:{total}.")
         return blocks
 
+    def for_each_device(self) -> Sequence["ServeOptions"]:
+        """The options of each device's peer. The spans in `blocks` are in the devices' order.
+
+        Several peers on one device have equal parts of it. Raises `BadUsage`.
+        """
+        devices = [device.strip() for device in self.device.split(",")]
+        if len(devices) == 1:
+            return [self]
+        spans = self.blocks.split(",") if self.blocks is not None else [None] * len(devices)
+        if len(spans) != len(devices):
+            raise BadUsage(
+                f"--device names {len(devices)} devices and --blocks {self.blocks} {len(spans)} span(s); expected one "
+                "for each, such as --blocks 0:12,12:24."
+            )
+        return [
+            replace(self, device=device, blocks=blocks, memory=self.memory or _equal_part(devices.count(device)))
+            for device, blocks in zip(devices, spans, strict=True)
+        ]
+
+    @cached_property
+    def memory_limit(self) -> MemoryLimit | None:
+        """`None`: all that is free. Raises `BadUsage`."""
+        if self.memory is None:
+            return None
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|%|)", self.memory.strip())
+        if not match or not float(match[1]) or (match[2] == "%" and float(match[1]) > 100):
+            raise BadUsage(
+                f"--memory {self.memory!r} is no amount of memory; expected GB, such as 10, or percent: 50%."
+            )
+        is_percent = match[2] == "%"
+        return MemoryLimit(float(match[1]) * (1 if is_percent else 10**9), is_percent)
+
     @property
     def joins_training(self) -> bool:
         """Whether small training calls of several clients run together. On GPUs no gain has been measured yet."""
@@ -100,18 +154,15 @@ class ServeOptions:
 
     @cached_property
     def torch_device(self) -> "torch.device":
-        """The device to compute on; "auto" is the first GPU, else the CPU. Raises `BadUsage` if it is not there."""
-        import torch
+        """The device to compute on. Raises `BadUsage` if it is not there or does not work."""
+        from protocol.machine.devices import choose_device
 
-        if self.device == "auto":
-            return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = first_line(error)[:100]
-            raise BadUsage(f"--device {self.device} is not usable on this machine ({reason}).") from error
-        return device
+        return choose_device(self.device)
+
+
+def _equal_part(peers: int) -> str | None:
+    """Of what is there for peers: a GPU's driver takes some 0.3 GB for each process."""
+    return f"{96 / peers:.1f}%" if peers > 1 else None
 
 
 def _one_of(option: str, value: str, choices: Sequence[str]) -> str:

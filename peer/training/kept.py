@@ -76,6 +76,17 @@ def checkpoint_bytes(calls: Sequence[BlockCall], result: torch.Tensor) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+def held_by_operations(result: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What operations of a result's graph hold without having autograd save it, as those of bitsandbytes' int8 do."""
+    met, waiting = set[Any](), [result.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in met:
+            met.add(node)
+            waiting += [other for other, _ in node.next_functions]
+            yield from _tensors(getattr(node, "__dict__", {}))
+
+
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
@@ -120,6 +131,11 @@ class KeptCalls:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    @property
+    def size(self) -> int:
+        """Bytes that are kept."""
+        return sum(kept.size for kept in list(self._kept.values()))  # the compute thread changes them
 
     def add(self, kept: Kept) -> int:
         """Keep it, if there can be room for it. Returns its call ID; 0: it is not kept."""

@@ -55,6 +55,11 @@ class TrainingRunner:
             return Task(work, size)
         return Task(work, size, "backward of kept")
 
+    @property
+    def kept_bytes(self) -> int:
+        """Of what forwards left for their backwards."""
+        return self._trainer.kept.size
+
     def forget(self, owner: str) -> None:
         """Drop everything kept for a client that has gone."""
         self._trainer.kept.forget(owner)

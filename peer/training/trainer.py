@@ -15,7 +15,7 @@ from peer.span.span import Adapted, BlockCall, Inputs, Span
 from peer.span.transfer import to_host
 from peer.training.call import TrainingCall
 from peer.training.footprint import Footprint
-from peer.training.kept import Checkpoints, Graph, Kept, KeptCalls, checkpoint_bytes
+from peer.training.kept import Checkpoints, Graph, Kept, KeptCalls, checkpoint_bytes, held_by_operations
 from protocol.errors import TooLong, UnknownCall
 
 T = TypeVar("T")
@@ -78,8 +78,8 @@ class Trainer:
 
     def _make_room(self, size: int) -> None:
         self.kept.drop_oldest(size)
-        if self._span.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self._span.device.type != "cpu":
+            torch.get_device_module(self._span.device).empty_cache()
 
     @torch.no_grad()
     def _forward(self, call: TrainingCall, adding: Adding | None) -> torch.Tensor:
@@ -114,6 +114,9 @@ class Trainer:
         leaves, counter = _leaves(call), _SavedBytes(self._span, call)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor):
             result = self._run(call, leaves, adding)
+        if getattr(self._span.model, "is_loaded_in_8bit", False):
+            for tensor in held_by_operations(result):
+                counter.count(tensor)
         return Graph(leaves, result, counter.total, owner, call.meets)
 
     @torch.no_grad()
@@ -184,10 +187,13 @@ class _SavedBytes:
         self._seen = {t.untyped_storage().data_ptr() for t in (*span.model.parameters(), *adapter)}
         self.total = 0
 
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+    def count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.total += storage.nbytes()
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.count(tensor)
         # An operation that saves its own result would hold itself: a graph that no backward follows, for ever.
         return tensor.detach()

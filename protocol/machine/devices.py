@@ -49,6 +49,12 @@ def describe(device: torch.device) -> str:
         return str(device)
 
 
+def make_current(device: torch.device) -> None:
+    """This thread's calls that name no device are for this one: pinning memory would take some of the first card's."""
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)
+
+
 def suitable_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """`dtype`, or float16 in the place of bfloat16 where a device does not compute in that, or only emulates it."""
     return torch.float16 if dtype == torch.bfloat16 and not _computes_in_bfloat16(device) else dtype

@@ -1,15 +1,23 @@
 """SIGUSR1 has a running command show what it does, and changes nothing about it."""
 
+import asyncio
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 
+from peer import server
+from peer.start.memory import Budget
+from tests.tools.spans import WIDTH
 from tests.tools.swarm import Peer, Swarm
+from tests.tools.wire import MAX_LENGTH, OPEN, Wire, step
 
 ASK = signal.SIGUSR1
 
@@ -47,6 +55,29 @@ def test_a_peer_says_what_it_does(llama_swarm: tuple[Path, Swarm]) -> None:
         said = ask(peer)
         assert re.search(r"^[1-9]\d* steps in [1-9]\d* passes since the start$", said, re.M)
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+
+
+def test_a_peer_says_what_is_used_of_its_memory(opened_wire: Wire) -> None:
+    channel = opened_wire.run(opened_wire.greeted())
+    for message in (OPEN, step(1, hidden=torch.zeros(2, MAX_LENGTH, WIDTH))):
+        opened_wire.run(channel.call(message))
+    said = ask(opened_wire.peer)
+    channel.close()
+    (line,) = re.findall(r"^memory used: (.*)$", said, re.M)
+    assert re.fullmatch(r"KV caches 12.5% of .* GB, kept activations [\d.]+% of .* GB, adapters 0.0% of .* GB", line)
+
+
+def test_the_log_tells_what_is_used_when_that_has_changed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    budget, free = Budget.of(10**9, 50_000, 1000, 8192), [1000, 1000, 750, 750, 750, 500]
+    peer: Any = SimpleNamespace(shares=lambda: budget.shares(free.pop(0), 0, 0))
+    monkeypatch.setattr(server, "TELL_PERIOD", 0.0)
+    with caplog.at_level("INFO", "peer"), pytest.raises(IndexError):
+        asyncio.run(server.Server._tell_of_memory(peer))
+    assert [line.partition(" of ")[0] for line in caplog.messages] == [
+        "memory used: KV caches 25.0%", "memory used: KV caches 50.0%",
+    ]  # fmt: skip
 
 
 def test_a_bootstrap_node_says_what_it_does(swarm: Swarm) -> None:

@@ -150,6 +150,25 @@ def test_the_shares_add_up_to_what_is_free(cache_tokens: int | None) -> None:
         assert budget.cache <= 10**9 / 4, "8,192 tokens would take 410 MB"
 
 
+def test_what_is_used_of_the_shares(spans: Callable[..., Span]) -> None:
+    desk, budget = Desk(spans("llama")), Budget.of(10**9, 50_000, 1000, 8192)
+    assert budget.shares(1000, desk.trainer.kept.size, desk.store.size).describe() == (
+        "KV caches 0.0% of 0.05 GB, kept activations 0.0% of 0.32 GB, adapters 0.0% of 0.25 GB"
+    )
+    adapter = desk.put("llama")
+    assert desk.store.size >= adapter.size
+    call = desk.call(2, 10, adapter)
+    _, call_id = desk.trainer.forward(call, "me", keep=True)
+    shares = budget.shares(250, desk.trainer.kept.size, desk.store.size)
+    assert (shares.cache.used, shares.cache.total) == (750 * 50_000, 50_000_000)
+    assert shares.kept.used == pytest.approx(desk.trainer.footprint.of(call), rel=0.1)
+    assert shares.adapters.used == desk.store.size
+    desk.trainer.backward_kept(call_id, "me", states(2, 10, 3))
+    assert desk.trainer.kept.size == 0
+    desk.store.forget("me")
+    assert desk.store.size == 0
+
+
 def test_more_cache_than_there_is_memory() -> None:
     with pytest.raises(BadUsage, match=r"it would take 1.50 GB, and 1.00 GB are free; choose fewer"):
         Budget.of(10**9, 50_000, 30_000, 8192)

@@ -287,6 +287,9 @@ def test_status_shows_who_serves_what(spoken: Swarm, command: Command) -> None:
     assert "2:5" in second
     assert spoken.peers[1].peer_id[-8:] in second
     assert "float32" in second
+    first, second = [line for line in outcome.stdout.splitlines() if "0.0% of" in line]
+    assert first.startswith(" [/red]alpha") or first.startswith("[/red]alpha")
+    assert second.count("0.0% of") == 3
 
 
 def test_status_fits_a_screen_and_cuts_nothing(
@@ -311,6 +314,12 @@ def test_status_as_json(spoken: Swarm, llama: Path, command: Command) -> None:
         assert (second["start"], second["end"], second["state"]) == (2, 5, "online")
         assert (second["free_cache_tokens"], second["max_length"], second["sessions"]) == (100, 50, 0)
         assert second["speed"]["decode"] > 0
+        assert {name: share["used"] for name, share in second["memory"].items()} == {
+            "cache": 0,
+            "kept": 0,
+            "adapters": 0,
+        }
+        assert 0 < second["memory"]["cache"]["total"] < second["memory"]["kept"]["total"]
         assert second["addresses"] == [spoken.peers[1].address]
 
 

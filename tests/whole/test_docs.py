@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
@@ -35,6 +36,14 @@ def test_what_is_named_is_there(document: str) -> None:
     assert [link for link in links if not (ROOT / document).parent.joinpath(link).exists()] == []
     names = re.findall(rf"`({_OURS}(?:\.\w+)+)`", text) + re.findall(r"python -m (benchmarks\.\w+)", text)
     assert [name for name in names if not name.endswith((".md", ".py", ".proto")) and not exists(name)] == []
+
+
+@pytest.mark.parametrize("build", ["", "+cpu", "+cu126", "+rocm7.2", "+xpu"])
+def test_the_constraints_leave_the_build_of_torch_to_the_user(build: str) -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    (torch,) = (Requirement(line) for line in lines if line.startswith("torch=="))
+    (version,) = (pin.version for pin in torch.specifier)
+    assert torch.specifier.contains(version + build)
 
 
 def test_every_row_of_compatibility_is_held() -> None:
