@@ -181,7 +181,7 @@ class Service:
         """The typed error for a failure of torch's own, or of a block's code."""
         if is_out_of_memory(error):
             return OutOfMemory("The call did not fit this peer's memory; send fewer tokens at once.")
-        limit = context_length(self._span.config)
+        limit = None if is_of_the_device(error) else context_length(self._span.config)
         if limit is not None and _length(connection, message) > limit:
             # MPT and GPT-J make tables of so many positions; every peer fails, and none deserves to be kept away from.
             return TooLong(f"The blocks of this model cannot compute more than {limit} tokens; shorten the prompt.")

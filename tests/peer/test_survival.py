@@ -1,7 +1,9 @@
 """What a peer survives: a call that does not fit its memory, and clients that vanish."""
 
+import json
 import os
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -69,9 +71,15 @@ def test_a_client_that_vanishes_leaves_nothing(small: Wire) -> None:
     LOOP.run(member.shutdown())
 
 
-def test_a_device_that_refuses_a_call(fork_server: ForkServer, models: Callable[[str], Path]) -> None:
-    """But computes on: a client cannot end a peer with what a kernel does not take."""
-    with open_wire(fork_server, models("llama"), lie="device fails") as wire:
+def test_a_device_that_refuses_a_call(
+    fork_server: ForkServer, models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """But computes on: a client cannot end a peer with what a kernel does not take. Another peer may compute it, also
+    where the call is longer than the model's context, which by itself says that no peer can."""
+    model = shutil.copytree(models("llama"), tmp_path / "short")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": HIDDEN.shape[1] - 1}))
+    with open_wire(fork_server, model, lie="device fails") as wire:
         for _ in range(2):
             with pytest.raises(PeerFailed, match="illegal memory access"):
                 wire.ask(BACKWARD)
