@@ -4,15 +4,17 @@ import traceback
 
 
 def let_go(*errors: BaseException) -> None:
-    """Empty the frames that have ended and that errors' tracebacks lead to, and those of their causes.
+    """Take errors, and their causes, off the frames that they came through; what the log shows of these is a note.
 
-    They hold the memory of all that failed, in circles that only the garbage collector opens. The traceback's lines,
-    which the log shows, stay.
+    Frames, and the callers that they lead to, hold the memory of all that failed, and where one of them knows the error
+    in circles that only the garbage collector opens.
     """
     met, waiting = set[int](), list(errors)
     while waiting:
         one = waiting.pop()
         if id(one) not in met:
             met.add(id(one))
-            traceback.clear_frames(one.__traceback__)
+            if one.__traceback__ is not None:
+                one.add_note("It came by:\n" + "".join(traceback.format_tb(one.__traceback__)).rstrip())
+                one.__traceback__ = None
             waiting += [other for other in (one.__cause__, one.__context__) if other]

@@ -1,6 +1,6 @@
 """Steps of generations: each gets its memory by itself, then all go through the trunk together where that can be."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -8,10 +8,11 @@ import torch
 
 from peer.adapters.store import AdapterStore, StoredAdapter
 from peer.compute.batch_counts import BatchCounts
+from peer.compute.failures import let_go
 from peer.generation.joined.batched_pass import BatchedPass, BatchMember, Joiner
 from peer.generation.joined.lora_rows import LoraApplier, Segment
 from peer.kv_cache.session import Session
-from peer.span.failures import is_of_the_device
+from peer.span.failures import is_of_the_machine, is_out_of_memory
 from peer.span.span import Adapted, Inputs, Mode, Span
 from peer.span.transfer import prefix_on, to_host
 from protocol.cache_edits import Edit
@@ -58,11 +59,20 @@ class StepRunner:
     """Runs steps on a span. What runs them belongs on the compute thread.
 
     `joiner`: how steps of several sessions go through the trunk in one pass; `None`: not at all. `compiled`: how those
-    without an adapter do, each one even alone.
+    without an adapter do, each one even alone. `make_room`: frees what memory others can spare; a step that did not fit
+    is then tried once more, alone.
     """
 
-    def __init__(self, span: Span, adapters: AdapterStore, joiner: Joiner | None, compiled: Joiner | None = None):
+    def __init__(
+        self,
+        span: Span,
+        adapters: AdapterStore,
+        joiner: Joiner | None,
+        compiled: Joiner | None = None,
+        make_room: Callable[[], object] = lambda: None,
+    ):
         self._span, self._adapters, self._joiner, self._compiled = span, adapters, joiner, compiled
+        self._make_room = make_room
         self._lora = LoraApplier(span)
         self.counts = BatchCounts()
 
@@ -77,32 +87,45 @@ class StepRunner:
     def run(self, steps: list[Step]) -> list[Outcome]:
         """What becomes of each of `steps`, which are of one group and of different sessions."""
         outcomes: dict[Step, Outcome] = {}
-        ready = []
         with ExitStack() as running:
-            for step in sorted(steps, key=lambda step: id(step.adapter) if step.adapter else 0):
+            ready = sorted(steps, key=lambda step: id(step.adapter) if step.adapter else 0)
+            for step in ready:
                 try:
                     running.enter_context(step.session.running())
                     step.prepare(self._span)
-                    ready.append(step)
                 except Exception as error:
                     outcomes[step] = error
-            if len(ready) > 1 or (ready and self._is_compiled(ready[0])):
-                outcomes |= self._run_together(ready)
-            elif ready:
-                outcomes[ready[0]] = self._run_alone(ready[0])
+            self._run(outcomes, [step for step in ready if step not in outcomes])
         return [outcomes[step] for step in steps]
+
+    def _run(self, outcomes: dict[Step, Outcome], steps: Sequence[Step]) -> None:
+        """Note what becomes of `steps`; those that did not fit are tried once more, alone, when others gave way."""
+        marks = [step.session.cache.mark() for step in steps]
+        if len(steps) > 1 or any(map(self._is_compiled, steps)):
+            outcomes |= self._run_together(steps)
+        else:
+            outcomes |= {step: self._run_alone(step) for step in steps}
+        for step, go_back in zip(steps, marks, strict=True):
+            outcome = outcomes[step]
+            if go_back and isinstance(outcome, Exception) and is_out_of_memory(outcome):
+                let_go(outcome)
+                self._make_room()
+                go_back()
+                outcomes[step] = self._run_alone(step)
+        for step in steps:
+            if isinstance(outcomes[step], Exception):
+                step.session.close()  # some layers of its cache have taken the tokens, others not
+            else:
+                step.count_tokens()
 
     def _run_alone(self, step: Step) -> Outcome:
         """As plain Transformers would."""
         self.counts.count(1)
         try:
             result = self._span.run(step.inputs, step.mode, step.session.cache, self._adapted(step.adapter))
-            result = to_host(result)
+            return to_host(result)
         except Exception as error:
-            step.session.close()  # some layers of its cache have taken the tokens, others not
             return error
-        step.count_tokens()
-        return result
 
     def _run_together(self, steps: Sequence[Step]) -> dict[Step, Outcome]:
         batch = BatchedPass([BatchMember(step.inputs, step.session.cache) for step in steps])
@@ -110,11 +133,12 @@ class StepRunner:
             results = self._call_trunk(steps, batch)
         except Exception as error:
             if batch.has_begun:
-                return {step: _lose(step, error, alone=len(steps) == 1) for step in steps}
-            return {step: self._run_alone(step) for step in steps}
-        self.counts.count(len(steps))
-        outcomes = map(_outcome, steps, batch.members, results)
-        return dict(zip(steps, outcomes, strict=True))
+                return dict.fromkeys(steps, _told(error, alone=len(steps) == 1))
+        else:
+            self.counts.count(len(steps))
+            pairs = zip(steps, batch.members, results, strict=True)
+            return {step: member.error or hidden for step, member, hidden in pairs}
+        return {step: self._run_alone(step) for step in steps}
 
     def _call_trunk(self, steps: Sequence[Step], batch: BatchedPass) -> list[torch.Tensor]:
         assert self._joiner is not None, "group() is None without one"
@@ -147,18 +171,9 @@ def _segments(steps: Sequence[Step], batch: BatchedPass) -> list[Segment]:
     return segments
 
 
-def _outcome(step: Step, member: BatchMember, hidden: torch.Tensor) -> Outcome:
-    if member.error:
-        step.session.close()
-        return member.error
-    step.count_tokens()
-    return hidden
-
-
-def _lose(step: Step, error: Exception, alone: bool) -> Outcome:
-    """Some layers of its cache have taken the tokens, others not."""
-    step.session.close()
-    if alone or isinstance(error, SwarmError) or is_of_the_device(error):
+def _told(error: Exception, alone: bool) -> Exception:
+    """What each session is told when a pass for several has failed."""
+    if alone or isinstance(error, SwarmError) or is_of_the_machine(error):
         return error
     kind = type(error).__name__
     return SessionLost(f"A call for several sessions failed ({kind}); send this session's tokens again.")

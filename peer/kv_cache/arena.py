@@ -17,8 +17,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from peer.kv_cache.slots import Move, Run
 
-_CHUNK = 4096
-"""Slots copied at a time when runs are slid together: bounds the memory that copying takes."""
+_SCRATCH = 2**22
+"""Bytes copied at a time when runs are slid together. They are had from the first: where memory lacked in the middle,
+other sessions' tokens would be lost without a word."""
 _WORTH_RETURNING = 2**16
 """Bytes of a tensor: where freed slots take fewer, they are not given back to the operating system."""
 
@@ -61,24 +62,31 @@ class _Store:
         shape = (rows, self.shape.heads, length, size)
         return self._flat.as_strided(shape, (row, capacity * size, size, 1), start * self._width)
 
+    @property
+    def slot_bytes(self) -> int:
+        """Of one slot."""
+        return self._width * self.shape.dtype.itemsize
+
     def put(self, places: torch.Tensor, states: torch.Tensor) -> None:
         """Write (1, heads, tokens, head size) to `places`, (tokens x heads,): heads counted from the arena's begin."""
         rows = states[0].transpose(0, 1).reshape(-1, self.shape.size)  # most often no copy: so they leave the layer
         self._flat.view(-1, self.shape.size)[places] = rows
 
-    def move(self, move: Move) -> None:
-        """Copy slots to a place that may overlap their own."""
-        begins = range(0, move.size, _CHUNK)
+    def move(self, move: Move, scratch: torch.Tensor) -> None:
+        """Copy slots to a place that may overlap their own, by way of `scratch`: bytes, of one slot at least."""
+        chunk = len(scratch) // self.slot_bytes
+        begins = range(0, move.size, chunk)
         for begin in begins if move.target < move.source else reversed(begins):
-            count = min(_CHUNK, move.size - begin)
-            self._slots(move.target + begin, count).copy_(self._slots(move.source + begin, count).clone())
+            count = min(chunk, move.size - begin)
+            copy = scratch[: count * self.slot_bytes].view(self.shape.dtype)
+            self._slots(move.target + begin, count).copy_(copy.copy_(self._slots(move.source + begin, count)))
 
     def _slots(self, start: int, count: int) -> torch.Tensor:
         return self._flat.narrow(0, start * self._width, count * self._width)
 
     def give_back(self, start: int, end: int) -> None:
         """Have the operating system take the pages that lie wholly in slots [start, end): they are free."""
-        slot = self._width * self.shape.dtype.itemsize
+        slot = self.slot_bytes
         begin = -(-start * slot // mmap.PAGESIZE) * mmap.PAGESIZE
         size = end * slot // mmap.PAGESIZE * mmap.PAGESIZE - begin
         if self._pages is not None and size >= _WORTH_RETURNING:
@@ -104,13 +112,15 @@ class Arena:
             block: (_Store(slots, keys, device), _Store(slots, values, device))
             for block, (keys, values) in shapes.items()
         }
+        slot = max((store.slot_bytes for pair in self._stores.values() for store in pair), default=0)
+        self._scratch = torch.empty(min(max(_SCRATCH, slot), slots * slot), dtype=torch.uint8, device=device)
 
     def move(self, moves: Sequence[Move]) -> None:
         """Copy what lies in slots, one move after the other."""
         for move in moves:
             for pair in self._stores.values():
                 for store in pair:
-                    store.move(move)
+                    store.move(move, self._scratch)
 
     def give_back(self, start: int, end: int) -> None:
         """Slots [start, end) are free: they need not take memory."""

@@ -125,8 +125,9 @@ class Session:
         roomy, paged = (_pages(tokens, self.memory.max_length) for tokens in (int(length * _ROOM), length))
         start, end, size = self._run.start, self._run.end, self._run.size
         source = self.memory.resize(self._run, [rows * tokens for tokens in (roomy, paged, length)], self.owner)
-        for layer in self.cache.arena_layers():
-            layer.resettle(source, size)
+        with self.changing():
+            for layer in self.cache.arena_layers():
+                layer.resettle(source, size)
         if self._run.start >= end or self._run.end <= start:
             self.memory.give_back(start, end)
         elif self._run.end < end:

@@ -1,6 +1,7 @@
 """Transformers' KV cache seen from the middle of a model: of its layers only those of a span are used."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,6 +69,24 @@ class SpanCache(DynamicCache):
             layer.copied_to(run) if isinstance(layer, ArenaLayer) else copy.deepcopy(layer) for layer in self.layers
         ]
         return twin
+
+    def mark(self) -> Callable[[], None] | None:
+        """What takes the cache back to the tokens that it has now; `None` where a layer cannot go back.
+
+        Only the arena's layers can without copies: they write behind the tokens that they have.
+        """
+        layers, seen = list(self.layers), self.seen
+        own = self.arena_layers()
+        if len(own) < len(self.blocks):
+            return None
+        sizes = [(layer.rows, layer.length) for layer in own]
+
+        def go_back() -> None:
+            self.layers[:], self.seen = layers, seen
+            for layer, (rows, length) in zip(own, sizes, strict=True):
+                layer.rows, layer.length = rows, length
+
+        return go_back
 
     def _find_stand_ins(self) -> list[int]:
         """Block -> the block of ours that answers questions about it; empty if all of ours are linear attention."""

@@ -112,7 +112,7 @@ def _assemble(
     service = Service(
         Reception(version, span, max_length, Accounts(quota), limits, member.handshake),
         scheduler,
-        Generation(span, memory, adapters, _step_runner(span, store, options.compile), hand_over),
+        Generation(span, memory, adapters, _step_runner(span, store, trainer, options.compile), hand_over),
         Training(span, max_length, adapters, runner, hand_over),
         adapters,
         BaseWeights(span),
@@ -137,10 +137,10 @@ def _measure_training(span: Span, trainer: Trainer) -> None:
         logger.info("training keeps %.1f MB of 1,024 tokens and block", size / 1e6)
 
 
-def _step_runner(span: Span, adapters: AdapterStore, compiles: bool) -> StepRunner:
-    joiner = find_joiner(span)
-    if not compiles or not isinstance(joiner, Packer):
-        return StepRunner(span, adapters, joiner)
-    from peer.start.compile_trial import compile_steps  # brings the compiler with it
+def _step_runner(span: Span, adapters: AdapterStore, trainer: Trainer, compiles: bool) -> StepRunner:
+    joiner, compiled = find_joiner(span), None
+    if compiles and isinstance(joiner, Packer):
+        from peer.start.compile_trial import compile_steps  # brings the compiler with it
 
-    return StepRunner(span, adapters, joiner, compile_steps(span))
+        compiled = compile_steps(span)
+    return StepRunner(span, adapters, joiner, compiled, trainer.give_way)

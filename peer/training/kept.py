@@ -165,7 +165,7 @@ class KeptCalls:
         for call_id in [i for i, kept in self._kept.items() if kept.owner == owner]:
             del self._kept[call_id]
 
-    def drop_oldest(self, size: int) -> None:
+    def drop_oldest(self, size: float) -> None:
         """Drop the oldest, until so many bytes are free of them or nothing is kept."""
         while self._kept and size > 0:
             size -= self._kept.pop(next(iter(self._kept))).size

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
+from math import inf
 from typing import TypeVar
 
 import torch
@@ -65,6 +66,10 @@ class Trainer:
         """Gradients by computing the forward again, dropout masks included."""
         return self._run_twice(call, adding, lambda call, again: self._passed(call, "", adding, again).backward(grad))
 
+    def give_way(self) -> None:
+        """Drop all that is kept, for what else lacks memory: it can be computed again."""
+        self._make_room(inf)
+
     def _run_twice(self, call: TrainingCall, adding: Adding | None, run: Callable[[TrainingCall, bool], T]) -> T:
         """`run(call, False)`, the call on the device; if there is no memory for that, others give way: `..., True`."""
         try:
@@ -76,7 +81,7 @@ class Trainer:
         self._make_room(self.footprint.of_checkpoints(call))
         return run(call.on(self._span), True)
 
-    def _make_room(self, size: int) -> None:
+    def _make_room(self, size: float) -> None:
         self.kept.drop_oldest(size)
         if self._span.device.type != "cpu":
             torch.get_device_module(self._span.device).empty_cache()

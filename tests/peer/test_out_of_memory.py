@@ -5,13 +5,16 @@ import gc
 import random
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from peer.compute.failures import let_go
 from peer.compute.scheduler import Priority
+from peer.span.span import Span
 from peer.training.kept import Graph
 from peer.training.runner import Task, TrainingRunner
 from peer.training.trainer import Trainer
@@ -19,10 +22,11 @@ from protocol import swarm_pb2 as pb
 from protocol.channel import Channel, Message
 from protocol.errors import OutOfMemory, TooLong, UnknownCall
 from protocol.tensors import Limits
+from tests.tools.desk import Desk
 from tests.tools.fuzzing.carrier import connect
 from tests.tools.fuzzing.handlers import Handlers
 from tests.tools.scarce_memory import ScarceMemory
-from tests.tools.spans import states
+from tests.tools.spans import assert_same, states
 from tests.tools.wire import context, forward
 
 AMPLE = 10**9
@@ -187,6 +191,40 @@ def test_the_oldest_that_is_kept_gives_way(scarce: Scarce) -> None:
         await scarce.check_taken()
 
     scarce.play(play)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("others_give_way", [True, False])
+def test_steps_that_do_not_fit(spans: Callable[..., Span], count: int, others_give_way: bool) -> None:
+    """Are tried once more when others have given way; else their sessions are lost, and nothing is held."""
+    desk, memory, others = Desk(spans("llama")), ScarceMemory(), list[torch.Tensor]()
+
+    def talk() -> list[Any]:
+        """Sessions that have begun, with one step more each."""
+        talks = [desk.open() for _ in range(count)]
+        desk.run(*(desk.step(talk, states(2, 3, 9)) for talk in talks))
+        return [desk.step(talk, states(2, 50 + number, number)) for number, talk in enumerate(talks)]
+
+    with memory:
+        expected, steps = desk.each(*talk()), talk()
+        others.append(torch.zeros(10**6))
+        memory.limit = before = memory.taken
+        if others_give_way:
+            desk.runner._make_room = others.clear
+        gc.collect()
+        gc.disable()
+        outcomes = desk.run(*steps)
+        refused, memory.limit = memory.refused, inf
+        let_go(*(outcome for outcome in outcomes if isinstance(outcome, Exception)))
+        if others_give_way:
+            assert_same(outcomes, expected)
+            assert [step.session.cache.seen for step in steps] == [53 + number for number in range(count)]
+        else:
+            assert all(isinstance(outcome, torch.OutOfMemoryError) for outcome in outcomes)
+            assert all(step.session.lost for step in steps)
+            assert memory.taken == before
+        gc.enable()
+    assert refused
 
 
 def test_many_calls_against_a_tight_limit(scarce: Scarce) -> None:

@@ -9,7 +9,7 @@
 
 `compiled` can be taken out whole. Delete `compiled.py` here, `peer/start/compile_trial.py`,
 `tests/peer/test_compiled.py` and `ServeOptions.compile` (with `--compile` of `benchmarks.core`); in
-`peer.start.assembly` have `_step_runner` return `StepRunner(span, adapters, find_joiner(span))`; in
+`peer.start.assembly` have `_step_runner` return `StepRunner(span, adapters, find_joiner(span), trainer.give_way)`; in
 `peer.generation.steps` drop `StepRunner`'s argument `compiled` and the two places that ask it, and in
 `tests/peer/test_packing.py` what gives it. (`SplitLinear` asks whether it is being compiled for clients, too: their
 users may compile their models.)
