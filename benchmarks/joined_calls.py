@@ -39,7 +39,7 @@ class Bench:
 
     def __init__(self, span: Span, clients: int, clock: Callable[[], float] = time.process_time):
         store = AdapterStore(span, 10**9, 64, 10**9)
-        self._span, self._runner = span, TrainingRunner(Trainer(span, store, 10**10), Together(span, 10**6))
+        self._span, self._runner = span, TrainingRunner(Trainer(span, store, 10**10, 10**11), Together(span, 10**6))
         targets = [f"{block}.self_attn.{name}_proj" for block in span.blocks for name in "qv"]
         self._bundles = [put_lora(store, span, targets, 8, seed, f"client {seed}") for seed in range(clients)]
         self._clock = clock

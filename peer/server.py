@@ -73,6 +73,7 @@ class Server:
             memory=self.shares(),
             free_cache_tokens=self.service.memory.free_tokens,
             max_length=self.service.memory.max_length,
+            trainable=self.service.trainable,
             sessions=self.service.memory.sessions,
             version=installed_version(),
         )

@@ -142,6 +142,19 @@ class Door(_Record):
     """IP addresses or host names, with TCP ports."""
 
 
+class Trainable(_Record):
+    """What a peer can train: tokens, as its memory holds them."""
+
+    row: int = Field(ge=0, lt=2**40)
+    """Of the longest row. Adapters take some memory, too: with large ones it may be less."""
+    tokens: int = Field(ge=0, lt=2**40)
+    """Of all the rows whose activations it can keep for a client at a time. More are computed twice."""
+
+    def shared(self, clients: int) -> "Trainable":
+        """What is there for each of so many clients."""
+        return Trainable(row=self.row, tokens=self.tokens // max(1, clients))
+
+
 class PeerRecord(_Record):
     """One peer's announcement for one model."""
 
@@ -164,6 +177,8 @@ class PeerRecord(_Record):
     """Tokens (of one row) that the peer's KV memory could still take."""
     max_length: int = Field(gt=0)
     """Tokens that one session may hold."""
+    trainable: Trainable | None = None
+    """None: the peer does not say; one that cannot train refuses."""
     sessions: int = Field(default=0, ge=0)
     version: Text = Field(max_length=40)
 
@@ -172,6 +187,10 @@ class PeerRecord(_Record):
         if not self.start < self.end <= self.model.num_blocks:
             raise ValueError(f"span {self.start}:{self.end} does not lie in a model of {self.model.num_blocks} blocks")
         return self
+
+    def trains(self, row: int) -> bool:
+        """Whether it can train rows of so many tokens, as far as it says."""
+        return self.trainable is None or row <= self.trainable.row
 
 
 class MemberRecord(_Record):

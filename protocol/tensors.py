@@ -33,6 +33,11 @@ KvPrefix = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
 """Trainable keys and values before the tokens: block -> (key, value), each (batch, heads, tokens, head size)."""
 
 
+def prefix_tokens(prefix: KvPrefix) -> int:
+    """Tokens of a prefix; 0 when it is empty."""
+    return next(iter(prefix.values()))[0].shape[2] if prefix else 0
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one frame may hold."""

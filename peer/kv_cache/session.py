@@ -11,10 +11,10 @@ import torch
 from peer.kv_cache.edits import apply_edit
 from peer.kv_cache.memory import CacheMemory
 from peer.kv_cache.slots import Run
-from peer.kv_cache.span_cache import SpanCache, fill, prefix_tokens
+from peer.kv_cache.span_cache import SpanCache, fill
 from protocol.cache_edits import Edit
 from protocol.errors import BadRequest, SessionLost, TooLong
-from protocol.tensors import KvPrefix
+from protocol.tensors import KvPrefix, prefix_tokens
 
 _PAGE = 16
 """Tokens of a row that are taken at a time."""

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 from peer.kv_cache.arena import Arena, ArenaLayer
 from peer.kv_cache.slots import Run
-from protocol.tensors import KvPrefix
+from protocol.tensors import KvPrefix, prefix_tokens
 
 
 class SpanCache(DynamicCache):
@@ -131,8 +131,3 @@ def fill(cache: SpanCache, prefix: KvPrefix) -> SpanCache:
         cache.update(key, value, block)
     cache.seen = prefix_tokens(prefix)
     return cache
-
-
-def prefix_tokens(prefix: KvPrefix) -> int:
-    """Tokens of a prefix; 0 when it is empty."""
-    return next(iter(prefix.values()))[0].shape[2] if prefix else 0

@@ -30,6 +30,7 @@ from protocol.errors import BadRequest, Draining, NotAMember, OutOfMemory, PeerF
 from protocol.membership.certificate import Role
 from protocol.membership.handshake import require
 from protocol.model.anatomy import context_length
+from protocol.records import Trainable
 from protocol.stream import Stream
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,11 @@ class Service:
     def training_counts(self) -> BatchCounts:
         """Of the training calls that were run."""
         return self._training.runner.counts
+
+    @property
+    def trainable(self) -> Trainable | None:
+        """What one more client can train."""
+        return self._training.runner.trainable
 
     @property
     def is_busy(self) -> bool:

@@ -22,7 +22,7 @@ from peer.span.loading import load_span
 from peer.span.span import Span
 from peer.start.arena_trial import arena_for
 from peer.start.joining_trial import find_joiner
-from peer.start.memory import Budget, DeviceMemory, return_freed_memory
+from peer.start.memory import ROW, Budget, DeviceMemory, return_freed_memory
 from peer.start.options import ServeOptions
 from peer.start.placement import find_blocks_to_serve
 from peer.start.speed import measure
@@ -98,8 +98,10 @@ def _assemble(
 ) -> Assembled:
     speed, token_bytes = measure(span)
     return_freed_memory()
+    row_bytes = _row_bytes(span, options.max_length)
     found = DeviceMemory.of(span.device)
-    budget = Budget.of(found.within(options.memory_limit), token_bytes, options.cache_tokens, options.max_length)
+    free = found.within(options.memory_limit)
+    budget = Budget.of(free, token_bytes, options.cache_tokens, options.max_length, row_bytes)
     quota, tokens, max_length = options.quota, budget.cache_tokens, budget.max_length
     memory = CacheMemory(tokens, max_length, options.idle_timeout, arena_for(span, tokens), quota.cache_tokens)
     version = ModelVersion(checkpoint.model_id, checkpoint.digests)
@@ -107,7 +109,7 @@ def _assemble(
     adapter_bytes = budget.adapters // 2
     store = AdapterStore(span, adapter_bytes, quota.adapters, quota.adapter_bytes or adapter_bytes)
     adapters, hand_over = Adapters(store), HandOver(Mailbox(limits.max_payload), Outbox(member, version))
-    trainer = Trainer(span, store, max_kept_bytes=budget.kept)
+    trainer = Trainer(span, store, max_kept_bytes=budget.kept, max_bytes=budget.kept + budget.call)
     runner = TrainingRunner(trainer, Together(span, scheduler.joined_size) if options.joins_training else None)
     service = Service(
         Reception(version, span, max_length, Accounts(quota), limits, member.handshake),
@@ -122,19 +124,29 @@ def _assemble(
     logger.info("%s", budget.describe())
     if others := found.others(span.device):
         logger.warning("%s", others)
-    _measure_training(span, trainer)
+    if row_bytes:
+        trainer.measure(max_length)
+        _tell_of_training(span, trainer, min(ROW, max_length))
     return_freed_memory()  # what was tried out took some, too
     return Assembled(span, speed, service, budget)
 
 
-def _measure_training(span: Span, trainer: Trainer) -> None:
-    """Log what training calls keep. Those without an adapter are measured by that, the others when they come."""
+def _row_bytes(span: Span, max_length: int) -> int:
+    """What it takes to train a row of the usual most tokens; 0, and a warning, for a span that cannot be trained."""
     try:
-        size = trainer.footprint.of(plain_call(span, 1, 1024)) / len(span.blocks)
+        return Trainer(span, AdapterStore(span, 0, 0, 0), 0, 0).footprint.of_row(min(ROW, max_length))
     except Exception as failure:  # any failure at all: who does not train need not care
         logger.warning("this span cannot be trained: %s", first_line(failure))
-    else:
-        logger.info("training keeps %.1f MB of 1,024 tokens and block", size / 1e6)
+        return 0
+
+
+def _tell_of_training(span: Span, trainer: Trainer, wished: int) -> None:
+    trainable, size = trainer.trainable, trainer.footprint.of(plain_call(span, 1, 1024)) / len(span.blocks)
+    assert trainable is not None, "it has been measured"
+    what = "training keeps %.1f MB of 1,024 tokens and block: rows of up to %s tokens, %s tokens of all rows at a time"
+    logger.info(what, size / 1e6, f"{trainable.row:,}", f"{trainable.tokens:,}")
+    if trainable.row < wished:
+        logger.warning("longer rows than %s tokens do not fit in training; serve fewer blocks", f"{trainable.row:,}")
 
 
 def _step_runner(span: Span, adapters: AdapterStore, trainer: Trainer, compiles: bool) -> StepRunner:

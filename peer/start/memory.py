@@ -17,6 +17,9 @@ WEIGHTS_SHARE = 0.6
 _CACHE, _KEPT, _ADAPTERS = 0.25, 0.25, 0.2
 """Of the memory that is free after loading. The rest is for the call that runs: its graph takes as much as all that are
 kept may, and the products that come and go take some, too."""
+_LEAST_ADAPTERS = 0.05
+ROW = 2048
+"""Tokens of a row that is to be trained and cached before the shares are what they are above."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Budget:
     cache: int
     """KV caches."""
     kept: int
-    """What forwards leave for their backwards. The graph of the one that runs may take as much of `call`."""
+    """What forwards leave for their backwards. It gives way to a call that takes more than `call`."""
     adapters: int
     """Clients' tensors, and as much again for what PEFT computes of their configurations."""
     call: int
@@ -37,13 +40,18 @@ class Budget:
     """Tokens that one session, or a row in training, may have: `cache` can hold them."""
 
     @classmethod
-    def of(cls, free: int, token_bytes: int, cache_tokens: int | None, max_length: int) -> "Budget":
+    def of(cls, free: int, token_bytes: int, cache_tokens: int | None, max_length: int, row_bytes: int = 0) -> "Budget":
         """For `free` bytes and `token_bytes` for each cached token; `cache_tokens`, if the user said how many.
 
-        Raises `BadUsage` where those do not fit.
+        `row_bytes`: what it takes to train a row of `ROW` tokens, or of `max_length` if these are fewer; caches and
+        adapters leave so much of the memory to calls and to what is kept, where they can.
+
+        Raises `BadUsage` where the cache does not fit.
         """
-        tokens = max(1, int(free * _CACHE) // token_bytes) if cache_tokens is None else cache_tokens
-        cache = tokens * token_bytes
+        if cache_tokens is None:
+            spare = max(int(free * (1 - _LEAST_ADAPTERS)) - row_bytes, min(ROW, max_length) * token_bytes)
+            cache_tokens = max(1, min(int(free * _CACHE), spare) // token_bytes)
+        tokens, cache = cache_tokens, cache_tokens * token_bytes
         if cache > free:
             raise BadUsage(
                 f"There is no memory for a KV cache of {tokens:,} tokens: it would take {cache / 1e9:,.2f} GB, and "
@@ -51,6 +59,7 @@ class Budget:
             )
         rest = (free - cache) / (1 - _CACHE)
         kept, adapters = int(rest * _KEPT), int(rest * _ADAPTERS)
+        adapters = min(adapters, max(free - cache - row_bytes, int(free * _LEAST_ADAPTERS)))
         return cls(cache, kept, adapters, free - cache - kept - adapters, tokens, min(max_length, tokens))
 
     def shares(self, free_tokens: int, kept: int, adapters: int) -> MemoryShares:

@@ -1,16 +1,17 @@
-"""What a training call will keep for its backward: foreseen, from what small calls of its kind were seen to keep."""
+"""What a training call will take: foreseen, from what small calls of its kind were seen to keep for their backwards."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from peer.adapters.store import AdapterStore
-from peer.kv_cache.span_cache import prefix_tokens
 from peer.span.block_types import block_types
 from peer.span.span import Inputs, Mode, Span
 from peer.training.call import TrainingCall
+from protocol.tensors import prefix_tokens
 
 _ROWS, _TOKENS = 2, 32
 """Measured is with two rows, as what is a view of one may be a copy of several, and at one, two and three times so many
@@ -61,15 +62,37 @@ class Footprint:
     def __init__(self, span: Span, adapters: AdapterStore, measure: Callable[[TrainingCall], int]):
         self._span, self._adapters, self._measure = span, adapters, measure
         self._kinds: dict[Any, _Kind] = {}
+        self._dequantized = max((_dequantized_bytes(module, span) for module in span.model.modules()), default=0)
 
     def of(self, call: TrainingCall) -> int:
         """Bytes that a call's autograd graph will keep."""
         return sum(self._blocks(call))
 
+    def of_run(self, call: TrainingCall) -> int:
+        """Bytes that it takes as a whole while it runs: its graph, and what comes and goes in one block."""
+        blocks = list(self._blocks(call))
+        return sum(blocks) + self._passing(max(blocks))
+
     def of_checkpoints(self, call: TrainingCall) -> int:
-        """Bytes that it takes at least: the hidden states between blocks, and the graph of one block at a time."""
-        hidden = call.inputs.hidden.numel() * self._span.dtype.itemsize
-        return hidden * (len(call.mode.blocks) + 1) + max(self._blocks(call))
+        """Bytes that it takes at least: the hidden states between blocks, and one block at a time."""
+        block = max(self._blocks(call))
+        return call.inputs.hidden.nbytes * (len(call.mode.blocks) + 1) + block + self._passing(block)
+
+    def of_row(self, tokens: int) -> int:
+        """Bytes that one row of so many tokens takes at least, with LoRA and dropout on all linear layers.
+
+        That keeps each layer's input, and which of its numbers were dropped.
+        """
+        call, number = plain_call(self._span, 1, tokens), self._span.dtype.itemsize + 1
+        return self.of_checkpoints(call) + 2 * tokens * number * _linear_inputs(self._span)
+
+    def _passing(self, graph: int) -> int:
+        """Bytes that come and go while a block runs whose graph has so many.
+
+        What is not saved, and gradients on their way back, were seen to take as much again (attention in float32), or
+        the weight of a layer whose quantized one is computed with.
+        """
+        return max(graph, self._dequantized)
 
     def _blocks(self, call: TrainingCall) -> Iterable[int]:
         kind, mode = self._kind(call), call.mode
@@ -98,6 +121,19 @@ class Footprint:
         mask = None if call.inputs.mask is None else (torch.arange(tokens) > 0).long().repeat(_ROWS, 1)
         mode = replace(call.mode, blocks=range(block, block + 1), dropout_seed=0)
         return TrainingCall(Inputs(hidden, mask), mode, call.adapter, {})
+
+
+def _linear_inputs(span: Span) -> int:
+    """The numbers that go into the linear layers of a block for each token; of the block where they are most."""
+    blocks = [span.where.of(span.model).get_submodule(str(block)) for block in span.blocks]
+    return max(sum(one.in_features for one in block.modules() if isinstance(one, nn.Linear)) for block in blocks)
+
+
+def _dequantized_bytes(module: nn.Module, span: Span) -> int:
+    """Of a quantized layer's weight, as floats."""
+    if not isinstance(module, nn.Linear) or module.weight.is_floating_point():
+        return 0
+    return module.in_features * module.out_features * span.dtype.itemsize
 
 
 def plain_call(span: Span, rows: int, tokens: int) -> TrainingCall:

@@ -128,6 +128,8 @@ class KeptCalls:
         self.max_bytes = max_bytes
         self._kept = dict[int, Kept]()
         """Oldest first."""
+        self.owners = set[str]()
+        """The clients that have had something kept and are still there: they share the memory."""
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -143,6 +145,7 @@ class KeptCalls:
             return 0
         call_id = secrets.randbits(63) | 1
         self._kept[call_id] = kept
+        self.owners.add(kept.owner)
         self._make_room()
         return call_id
 
@@ -162,6 +165,7 @@ class KeptCalls:
 
     def forget(self, owner: str) -> None:
         """Drop everything kept for a client that has gone."""
+        self.owners.discard(owner)
         for call_id in [i for i, kept in self._kept.items() if kept.owner == owner]:
             del self._kept[call_id]
 

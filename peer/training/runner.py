@@ -12,6 +12,7 @@ from peer.training.call import TrainingCall
 from peer.training.joined.together import Together
 from peer.training.trainer import Trainer
 from protocol.errors import SwarmError
+from protocol.records import Trainable
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,11 @@ class TrainingRunner:
     def __init__(self, trainer: Trainer, together: Together | None = None):
         self._trainer, self._together = trainer, together
         self.counts = BatchCounts()
+
+    @property
+    def trainable(self) -> Trainable | None:
+        """See `Trainer.trainable`."""
+        return self._trainer.trainable
 
     def forward(self, call: TrainingCall, owner: str, keep: bool) -> Task:
         """See `Trainer.forward`."""

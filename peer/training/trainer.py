@@ -1,5 +1,6 @@
 """Training calls: forward, and backward from what was kept or by computing the forward again."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -15,30 +16,54 @@ from peer.span.failures import is_out_of_memory
 from peer.span.span import Adapted, BlockCall, Inputs, Span
 from peer.span.transfer import to_host
 from peer.training.call import TrainingCall
-from peer.training.footprint import Footprint
+from peer.training.footprint import Footprint, plain_call
 from peer.training.kept import Checkpoints, Graph, Kept, KeptCalls, checkpoint_bytes, held_by_operations
 from protocol.errors import TooLong, UnknownCall
+from protocol.records import Trainable
 
+_USUAL_ROW = 1024
+"""Tokens of the row by which the memory of a token is measured: with attention that keeps its probabilities it grows
+with the row."""
 T = TypeVar("T")
 Adding = Callable[[StoredAdapter, Mapping[str, torch.Tensor]], AbstractContextManager[None]]
 """Within the context the span itself runs with an adapter, of which these are the tensors."""
 
 
 class Trainer:
-    """Runs training calls on a span, within `max_kept_bytes` for all that is kept, and as much for the call that runs.
+    """Runs training calls on a span, within `max_kept_bytes` for all that is kept, and `max_bytes` with what runs.
 
-    What a call keeps is foreseen. Where its activations are too many, only the hidden states before each block are
-    kept, and backward computes block after block again: the same numbers, for the time of one more forward. Raises
-    `TooLong` for calls that do not fit even so. Where memory lacks all the same, the oldest kept calls give way, and
-    the call is tried once more in the sparing way; then what torch raises is raised.
+    What a call takes is foreseen. Where its activations are too many, only the hidden states before each block are
+    kept, and backward computes block after block again: the same numbers, for the time of one more forward. The oldest
+    kept calls give way to it then. Raises `TooLong` for calls that do not fit even so. Where memory lacks all the same,
+    kept calls give way, and the call is tried once more in the sparing way; then what torch raises is raised.
 
     `adding`, where a method takes it: how a call's adapters are applied; `None`: by their PEFT tree. Such a call runs
     beside others; where it does not fit as it is, `torch.OutOfMemoryError` is raised, and it should be run alone.
     """
 
-    def __init__(self, span: Span, adapters: AdapterStore, max_kept_bytes: int):
-        self._span, self._adapters, self.kept = span, adapters, KeptCalls(max_kept_bytes)
+    def __init__(self, span: Span, adapters: AdapterStore, max_kept_bytes: int, max_bytes: int):
+        self._span, self._adapters, self.kept, self.max_bytes = span, adapters, KeptCalls(max_kept_bytes), max_bytes
+        self._capacity: Trainable | None = None
         self.footprint = Footprint(span, adapters, lambda call: self._graph(call, "", None).size)
+
+    @property
+    def trainable(self) -> Trainable | None:
+        """What one more client can train, as `measure` found; `None` before."""
+        return self._capacity and self._capacity.shared(len(self.kept.owners))
+
+    def measure(self, max_length: int) -> None:
+        """Find out what can be trained, in rows of up to `max_length` tokens: without adapters, which take more.
+
+        Raises whatever a span raises that cannot be trained.
+        """
+        lengths = range(1, max_length + 1)
+        row = bisect_right(lengths, self.max_bytes, key=lambda tokens: self.footprint.of_checkpoints(self._row(tokens)))
+        tokens = max(1, min(row, _USUAL_ROW))
+        bytes_per_token = max(1, self.footprint.of(self._row(tokens)) // tokens)
+        self._capacity = Trainable(row=row, tokens=self.kept.max_bytes // bytes_per_token)
+
+    def _row(self, tokens: int) -> TrainingCall:
+        return plain_call(self._span, 1, tokens)
 
     def forward(
         self, call: TrainingCall, owner: str, keep: bool, adding: Adding | None = None
@@ -98,20 +123,27 @@ class Trainer:
 
     def _passed(self, call: TrainingCall, owner: str, adding: Adding | None, sparing: bool) -> Kept:
         """A forward's result and what its backward needs, as much as fits; as little as can be if `sparing`."""
-        if not sparing and self.footprint.of(call) <= self.kept.max_bytes:
+        foreseen, kept = self.footprint, self.kept
+        if not sparing and foreseen.of(call) <= kept.max_bytes and foreseen.of_run(call) <= self.max_bytes:
+            self._spare(foreseen.of_run(call))
             return self._graph(call, owner, adding)
         if adding:
             raise torch.OutOfMemoryError("This call does not fit the memory beside others.")
         self._check_checkpoints(call)
+        self._spare(foreseen.of_checkpoints(call))
         return self._checkpoints(call, owner)
 
+    def _spare(self, size: int) -> None:
+        """Have so many bytes for the call that is about to run."""
+        self.kept.drop_oldest(self.kept.size + size - self.max_bytes)
+
     def _check_checkpoints(self, call: TrainingCall) -> None:
-        least, most, blocks = self.footprint.of_checkpoints(call), self.kept.max_bytes, call.mode.blocks
-        if least > most:
+        least, blocks = self.footprint.of_checkpoints(call), call.mode.blocks
+        if least > self.max_bytes:
             rows, tokens = call.inputs.hidden.shape[:2]
             raise TooLong(
                 f"To train blocks {blocks.start}:{blocks.stop} with {rows} x {tokens} tokens takes "
-                f"{least / 1e6:,.1f} MB of memory at least, and this peer has {most / 1e6:,.1f} MB for it; "
+                f"{least / 1e6:,.1f} MB of memory at least, and this peer has {self.max_bytes / 1e6:,.1f} MB for it; "
                 "send fewer or shorter rows, or use another peer."
             )
 

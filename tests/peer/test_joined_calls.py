@@ -37,7 +37,7 @@ class Desk:
     def __init__(self, span: Span, max_kept: int = 10**9):
         self.span = span
         self.store = AdapterStore(span, 10**8, 64, 10**8)
-        self.trainer = Trainer(span, self.store, max_kept)
+        self.trainer = Trainer(span, self.store, max_kept, 10**10)
         self.runner = TrainingRunner(self.trainer, Together(span, 32))
 
     def put(self, targets: Sequence[str], rank: int, seed: int, **options: Any) -> StoredAdapter:

@@ -39,7 +39,7 @@ class Scarce:
     def __init__(self, handlers: Handlers):
         self.handlers, self.memory = handlers, ScarceMemory()
         self.trainer: Trainer = handlers._trainers[0]
-        self.trainer.kept.max_bytes = AMPLE  # what is foreseen would protect it
+        self.trainer.kept.max_bytes = self.trainer.max_bytes = AMPLE  # what is foreseen would protect it
 
     def run(self, runner: TrainingRunner, tasks: Sequence[Task]) -> list[Any]:
         with self.memory:

@@ -71,9 +71,7 @@ def test_a_client_that_vanishes_leaves_nothing(small: Wire) -> None:
     LOOP.run(member.shutdown())
 
 
-def test_a_device_that_refuses_a_call(
-    fork_server: ForkServer, models: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_device_that_refuses_a_call(fork_server: ForkServer, models: Callable[[str], Path], tmp_path: Path) -> None:
     """But computes on: a client cannot end a peer with what a kernel does not take. Another peer may compute it, also
     where the call is longer than the model's context, which by itself says that no peer can."""
     model = shutil.copytree(models("llama"), tmp_path / "short")

@@ -13,7 +13,7 @@ from peer.start.memory import Budget
 from peer.training.call import TrainingCall
 from peer.training.kept import Checkpoints, Graph
 from peer.training.trainer import Trainer
-from protocol.errors import BadUsage, TooLong
+from protocol.errors import BadUsage, TooLong, UnknownCall
 from tests.tools.lora import put_lora
 from tests.tools.spans import END, START, states
 from tests.tools.wire import Wire
@@ -31,11 +31,11 @@ AMPLE = 10**9
 
 
 class Desk:
-    """A span, a trainer with so many bytes, and calls for it."""
+    """A span, a trainer with so many bytes for what is kept and for all, and calls for it."""
 
-    def __init__(self, span: Span, room: int = AMPLE):
+    def __init__(self, span: Span, kept: int = AMPLE, room: int = AMPLE):
         self.span, self.store = span, AdapterStore(span, 10**8, 64, 10**8)
-        self.trainer = Trainer(span, self.store, room)
+        self.trainer = Trainer(span, self.store, kept, room)
 
     def put(self, family: str, **options: Any) -> StoredAdapter:
         return put_lora(self.store, self.span, TARGETS[family], 4, 1, **options)
@@ -62,7 +62,8 @@ class Desk:
 
 def sparing(desk: Desk, call: TrainingCall) -> Desk:
     """A desk with just so much memory that the call's blocks have to be computed again."""
-    return Desk(desk.span, desk.trainer.footprint.of_checkpoints(call) * 11 // 10)
+    footprint = desk.trainer.footprint
+    return Desk(desk.span, footprint.of(call) - 1, footprint.of_checkpoints(call))
 
 
 KINDS: list[dict[str, Any]] = [{}, {"padded": False}, {"autocast": torch.bfloat16}, {"prefix": 3}, {"training": False}]
@@ -118,14 +119,14 @@ def test_what_is_kept_by_blocks_is_foreseen(spans: Callable[..., Span]) -> None:
     call = desk.call(2, 120, padded=False)
     again = sparing(desk, call)
     kept = again.trainer._passed(call, "", None, False)
-    assert kept.size < desk.trainer.footprint.of_checkpoints(call) < desk.trainer.footprint.of(call)
+    assert kept.size < desk.trainer.footprint.of_checkpoints(call) < desk.trainer.footprint.of_run(call)
 
 
 def test_a_row_too_long_even_for_that_is_refused(spans: Callable[..., Span]) -> None:
     desk = Desk(spans("llama"))
     call = desk.call(1, 120)
     least = desk.trainer.footprint.of_checkpoints(call)
-    short = Desk(desk.span, least - 1000).trainer
+    short = Desk(desk.span, least, least - 1000).trainer
     told = rf"To train blocks {START}:{END} with 1 x 120 tokens takes {least / 1e6:,.1f} MB of memory at least"
     for ask in (
         lambda: short.forward(call, "me", keep=True),
@@ -134,6 +135,40 @@ def test_a_row_too_long_even_for_that_is_refused(spans: Callable[..., Span]) -> 
         with pytest.raises(TooLong, match=told):
             ask()
     assert short.forward(call, "me", keep=False)[0].shape == (1, 120, desk.span.hidden_size)
+
+
+def test_kept_calls_give_way_to_one_that_needs_their_memory(spans: Callable[..., Span]) -> None:
+    ample = Desk(spans("llama"))
+    call, footprint = ample.call(2, 120), ample.trainer.footprint
+    desk = Desk(ample.span, footprint.of(call), footprint.of_run(call) + footprint.of(call) // 2)
+    _, first = desk.trainer.forward(call, "me", keep=True)
+    desk.trainer.backward(call, states(2, 120, 2))
+    with pytest.raises(UnknownCall):
+        desk.trainer.backward_kept(first, "me", states(2, 120, 2))
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_what_can_be_trained_is_found(spans: Callable[..., Span], family: str) -> None:
+    """The longest row, to the token; and how many tokens there is memory for, shared by the clients that train."""
+    ample = Desk(spans(family))
+    call, footprint = ample.call(1, 150, padded=False), ample.trainer.footprint
+    desk = Desk(ample.span, 3 * footprint.of(call), footprint.of_checkpoints(call))
+    assert desk.trainer.trainable is None
+    desk.trainer.measure(500)
+    trainable = desk.trainer.trainable
+    assert trainable is not None
+    assert trainable.row == 150
+    assert 400 < trainable.tokens <= 450
+    desk.trainer.backward(call, states(1, 150, 2))
+    with pytest.raises(TooLong):
+        desk.trainer.backward(desk.call(1, 151, padded=False), states(1, 151, 2))
+    for client in ("ann", "bob"):
+        desk.trainer.forward(desk.call(1, 9), client, keep=True)
+    assert desk.trainer.trainable == trainable.shared(2)
+    desk.trainer.kept.forget("ann")
+    assert desk.trainer.trainable == trainable
+    desk.trainer.measure(100)
+    assert desk.trainer.trainable.row == 100
 
 
 # ---- what a peer's memory is for
@@ -169,6 +204,21 @@ def test_what_is_used_of_the_shares(spans: Callable[..., Span]) -> None:
     assert desk.store.size == 0
 
 
+@pytest.mark.parametrize("row", [0, 500, 700, 800, 2000])
+@pytest.mark.parametrize("cache_tokens", [None, 2048])
+def test_a_row_that_is_to_be_trained_comes_first(row: int, cache_tokens: int | None) -> None:
+    """Adapters keep a twentieth, and caches that nobody has asked for room for one row, or a quarter."""
+    free, row = 10**9, row * 10**6
+    budget = Budget.of(free, 50_000, cache_tokens, 8192, row)
+    assert budget.cache + budget.kept + budget.adapters + budget.call == free
+    assert budget.kept <= budget.call
+    assert budget.adapters >= free // 20
+    assert budget.cache_tokens >= 2048
+    assert budget.kept + budget.call >= min(row, free - 2048 * 50_000 - free // 20)
+    if row <= 500 * 10**6:
+        assert budget == Budget.of(free, 50_000, cache_tokens, 8192)
+
+
 def test_more_cache_than_there_is_memory() -> None:
     with pytest.raises(BadUsage, match=r"it would take 1.50 GB, and 1.00 GB are free; choose fewer"):
         Budget.of(10**9, 50_000, 30_000, 8192)
@@ -177,6 +227,9 @@ def test_more_cache_than_there_is_memory() -> None:
 def test_a_peer_says_what_its_memory_is_for(opened_wire: Wire) -> None:
     said = opened_wire.peer.stderr.read_text()
     assert re.search(r"memory: .* GB for KV caches of 1,024 tokens, .*; rows of up to 64 tokens", said), said
-    measured = re.search(r"training keeps ([\d.]+) MB of 1,024 tokens and block", said)
+    measured = re.search(
+        r"training keeps ([\d.]+) MB of 1,024 tokens and block: rows of up to 64 tokens, [\d,]+ tokens of all rows",
+        said,
+    )
     assert measured, said
     assert 0.5 < float(measured[1]) < 20

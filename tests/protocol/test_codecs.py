@@ -137,6 +137,8 @@ def test_a_record_with_one_arbitrary_field_is_sound_or_refused(field: str, value
         {"addresses": ["a" * 301]},
         {"addresses": ["a"] * 21},
         {"name": "n" * 101},
+        {"trainable": {"row": -1, "tokens": 1}},
+        {"trainable": {"row": 1, "tokens": 2**40}},
         {"model": {"name": "m", "config_hash": "0" * 32, "num_blocks": 5000}},
         {"state": "on fire"},
         {"name": "\x1b[2J"},

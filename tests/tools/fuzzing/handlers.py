@@ -122,7 +122,9 @@ class Handlers:
         self._store = AdapterStore(self._span, 4 * MIB, _QUOTA.adapters, _QUOTA.adapter_bytes or 4 * MIB)
         self._hello = pb.Hello(version=VERSION, config_hash=checkpoint.model_id.config_hash, weights=checkpoint.digests)
         self._version = ModelVersion(checkpoint.model_id, checkpoint.digests)
-        self._trainers = [Trainer(self._span, self._store, max_kept_bytes=4 * MIB) for _ in range(2)]
+        self._trainers = [
+            Trainer(self._span, self._store, max_kept_bytes=4 * MIB, max_bytes=64 * MIB) for _ in range(2)
+        ]
         self._folder = tempfile.TemporaryDirectory()
         founder = found(Path(self._folder.name))
         roles = zip(_CLIENTS, (Role.USE, Role.SERVE), strict=True)

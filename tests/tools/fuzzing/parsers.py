@@ -29,7 +29,7 @@ from protocol.codecs import SUPPORTED
 from protocol.errors import BadAdapter, BadRequest, BadUsage, NotAMember, PeerUnreachable
 from protocol.membership.refusals import Refused
 from protocol.membership.secret import SwarmSecret
-from protocol.records import Accusation, Complaint, Door, ModelId, PeerRecord, Speed
+from protocol.records import Accusation, Complaint, Door, ModelId, PeerRecord, Speed, Trainable
 from protocol.tensors import Limits, nbytes
 from protocol.transport.introduction import Credentials, identify, introduce
 from tests.tools.fuzzing.carrier import connect
@@ -188,7 +188,7 @@ class Records(_Parsers):
         peer = PeerRecord(
             peer_id=self._identity.peer_id, name="it", model=model, start=1, end=4, dtype="float32",
             quantization="none", addresses=("/ip4/192.0.2.1/tcp/1",), speed=Speed(decode=1.0, forward=2.0),
-            free_cache_tokens=5, max_length=64, version="1",
+            free_cache_tokens=5, max_length=64, trainable=Trainable(row=9, tokens=99), version="1",
             direct=Door(fingerprint="0" * 64, addresses=(("192.0.2.1", 1), ("a.org", 2))),
         )  # fmt: skip
         accusation = Accusation(peer_id=_PEER, kind="step")
