@@ -29,10 +29,10 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 
 
 class Retries:
-    """The attempts at one piece of work."""
+    """The attempts at one piece of work. `row`: tokens of its rows, where it is to be trained."""
 
-    def __init__(self, swarm: Swarm):
-        self._swarm = swarm
+    def __init__(self, swarm: Swarm, row: int = 0):
+        self._swarm, self._row = swarm, row
         self._left = swarm.config.max_attempts
         self._pause = _FIRST_PAUSE
         self._refused = set[str]()
@@ -55,12 +55,13 @@ class Retries:
     async def find_route(self, start: int, end: int, purpose: Purpose) -> list[Hop]:
         """A route round the peers that failed; waits for one to come back or to turn up.
 
-        Raises `NoRoute` when nobody serves the blocks, and after too many attempts that, or a peer's last refusal.
+        Raises `NoRoute` when nobody serves the blocks, and after too many attempts that, or a peer's last refusal;
+        `TooLong` when nobody can train such a row.
         """
         missing: NoRoute | None = None
         while self._left > 0:
             try:
-                return await self._swarm.find_route(start, end, purpose, self._refused)
+                return await self._swarm.find_route(start, end, purpose, self._refused, self._row)
             except NoRoute as error:
                 missing = error
                 self._left -= 1

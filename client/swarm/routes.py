@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from protocol.errors import NoRoute
+from protocol.errors import NoRoute, TooLong
 from protocol.records import PeerRecord, holes
 
 
@@ -57,6 +57,25 @@ def spare_blocks(peer: PeerRecord, start: int, end: int, trusted: bool) -> list[
         return [peer]
     around = ((peer.start, min(peer.end, start)), (max(peer.start, end), peer.end))
     return [peer.model_copy(update={"start": first, "end": last}) for first, last in around if first < last]
+
+
+def check_row(peers: list[PeerRecord], start: int, end: int, row: int) -> None:
+    """Raise `TooLong` where a row of so many tokens is all that keeps `peers` from training blocks [start, end)."""
+    if holes(peers, start, end):
+        return
+    missing = holes([peer for peer in peers if peer.trains(row)], start, end)
+    if missing:
+        spans = ", ".join(f"{hole.start}:{hole.stop}" for hole in missing)
+        raise TooLong(
+            f"No peer of blocks {spans} has the memory to train rows of {row} tokens; those that serve them take "
+            f"{min(_longest_row(peers, hole) for hole in missing)} at most, so shorten the rows of the batch."
+        )
+
+
+def _longest_row(peers: Iterable[PeerRecord], blocks: range) -> int:
+    """Tokens of the longest row that peers which say what they can train could train over `blocks`."""
+    found = [(peer.start, peer.end, peer.trainable.row) for peer in peers if peer.trainable]
+    return min(max(row for start, end, row in found if start <= block < end) for block in blocks)
 
 
 def describe_holes(peers: list[PeerRecord], start: int, end: int) -> str:

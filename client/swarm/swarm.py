@@ -12,7 +12,7 @@ from client.swarm.config import SwarmConfig
 from client.swarm.health import Health
 from client.swarm.loop import LOOP, ProcessLoop
 from client.swarm.membership import MEMBERSHIPS, Membership
-from client.swarm.routes import Hop, find_route, spare_blocks
+from client.swarm.routes import Hop, check_row, find_route, spare_blocks
 from protocol.connections import Connections
 from protocol.errors import BadUsage, NoRoute, PeerUnreachable, SwarmError
 from protocol.model.checkpoint import Checkpoint
@@ -69,14 +69,17 @@ class Swarm:
         weakref.finalize(swarm, swarm.loop.call, _leave, swarm.connections, swarm._membership)
         return swarm
 
-    async def find_route(self, start: int, end: int, purpose: Purpose, without: Collection[str] = ()) -> list[Hop]:
-        """The hops for blocks [start, end), not through the peers `without`.
+    async def find_route(
+        self, start: int, end: int, purpose: Purpose, without: Collection[str] = (), row: int = 0
+    ) -> list[Hop]:
+        """The hops for blocks [start, end), not through the peers `without`, nor those that cannot train `row` tokens.
 
-        Looks up the peers again when those that are known do not reach. Raises `NoRoute`.
+        Looks up the peers again when those that are known do not reach. Raises `NoRoute`, and `TooLong` where there are
+        peers for all blocks, but none for such a row.
         """
         cost = self.health.decode_cost if purpose == "decode" else self.health.forward_cost
         try:
-            return find_route(self._usable(await self.fetch_peers(), without), start, end, cost)
+            return find_route(self._usable(await self.fetch_peers(), without, row), start, end, cost)
         except NoRoute:
             peers = await self.fetch_peers(fresh=True)
             if not peers and (others := await self._other_models()):
@@ -84,7 +87,8 @@ class Swarm:
                     f"This swarm serves {others}, and not {self.model_id.name} as configured here; "
                     "use a model that it serves, or start peers for this one."
                 ) from None
-            return find_route(self._usable(peers, without), start, end, cost)
+            check_row([peer for peer in peers if peer.state == "online"], start, end, row)
+            return find_route(self._usable(peers, without, row), start, end, cost)
 
     async def _other_models(self) -> str:
         """The names of what the swarm serves, when this model is not among it."""
@@ -161,11 +165,12 @@ class Swarm:
         """A peer is leaving: no new work for it until the directory has heard of it, or of its return."""
         self.health.ban(peer.peer_id, at_least=self.config.look_up_period)
 
-    def _usable(self, peers: list[PeerRecord], without: Collection[str]) -> list[PeerRecord]:
+    def _usable(self, peers: list[PeerRecord], without: Collection[str], row: int) -> list[PeerRecord]:
         free = [
             peer
             for peer in peers
             if peer.state == "online" and peer.peer_id not in without and not self.health.is_banned(peer.peer_id)
+            if peer.trains(row)
         ]
         for span, trusted in self.config.pins.items():
             start, end = map(int, span.split(":"))

@@ -18,6 +18,7 @@ from client.swarm.routes import Hop
 from client.training.hop import Hops
 from client.training.relay import HopFailed, Relay, Relayed
 from protocol.errors import SwarmError, UnknownCall
+from protocol.tensors import prefix_tokens
 
 T = TypeVar("T")
 _IN_FLIGHT = 32
@@ -30,6 +31,8 @@ class MicroBatch:
 
     work: Work
     rows: slice
+    trained: int
+    """Tokens of a row, a prefix included, where a backward is to follow; else 0: peers need no memory for one."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,14 @@ class TrainingCalls:
     ) -> tuple[torch.Tensor, list[Trace]]:
         """Hidden states after `blocks`, (batch, tokens, hidden size), and the traces for `backward` when `keep`.
 
-        Raises `NoRoute`, and what the last peer that was tried refused the call with.
+        Raises `NoRoute`, `TooLong` for rows that nobody can train, and what the last peer that was tried refused the
+        call with.
         """
-        batches = _split(work, hidden, self._swarm.config.micro_batch_tokens)
+        tokens, trained = self._swarm.config.micro_batch_tokens, 0
+        if keep:
+            trained = hidden.shape[1] + prefix_tokens(work.prefix)
+            tokens = min(tokens, await self._tokens_at_once(blocks, trained))
+        batches = _split(work, hidden, tokens, trained)
         results = await _all(partial(self._forward, batch, blocks, hidden[batch.rows], keep) for batch in batches)
         outputs = [output for output, _ in results]
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), [trace for _, trace in results]
@@ -85,18 +93,24 @@ class TrainingCalls:
             total[name] = torch.cat(pieces) if name.startswith("prefix.") else torch.stack(pieces).sum(0)
         return torch.cat([hidden for hidden, _ in results]), total
 
+    async def _tokens_at_once(self, blocks: range, row: int) -> int:
+        """Of all rows, each of `row` tokens: what the peers of a likely route say that they can train at a time."""
+        route = await Retries(self._swarm, row).find_route(blocks.start, blocks.stop, "forward")
+        said = [hop.peer.trainable.tokens for hop in route if hop.peer.trainable]
+        return max(1, min(said, default=self._swarm.config.micro_batch_tokens))
+
     async def _forward(
         self, batch: MicroBatch, blocks: range, hidden: torch.Tensor, keep: bool
     ) -> tuple[torch.Tensor, Trace]:
         """Forward by the peers themselves, from one to the next, where that is quicker and succeeds."""
-        retries = Retries(self._swarm)
+        retries = Retries(self._swarm, batch.trained)
         route = await retries.find_route(blocks.start, blocks.stop, "forward")
         if should_hand_over(self._swarm, route):
             try:
                 output, relayed = await self._relay.forward(batch.work, route, hidden, keep)
             except HopFailed as failure:
                 retries.failed(failure.hop.peer, failure.error)
-                retries = Retries(self._swarm)
+                retries = Retries(self._swarm, batch.trained)
                 route = await retries.find_route(blocks.start, blocks.stop, "forward")
             else:
                 return output, Trace(batch, (), relayed)
@@ -141,7 +155,7 @@ class TrainingCalls:
         self, batch: MicroBatch, passed: _Passed, grad: torch.Tensor
     ) -> tuple[torch.Tensor, Gradients]:
         """From the activations that the peer kept; else from the inputs, on this peer or on any others."""
-        hop, work, retries = passed.hop, batch.work, Retries(self._swarm)
+        hop, work, retries = passed.hop, batch.work, Retries(self._swarm, batch.trained)
         if passed.call_id:
             try:
                 return await self._hops.backward(work, hop, passed.hidden, grad, passed.call_id)
@@ -162,21 +176,21 @@ class TrainingCalls:
         self, batch: MicroBatch, blocks: range, hidden: torch.Tensor, grad: torch.Tensor
     ) -> tuple[torch.Tensor, Gradients]:
         """The blocks that were lost are now on several peers: go forward over them again, then back."""
-        retries = Retries(self._swarm)
+        retries = Retries(self._swarm, batch.trained)
         route = await retries.find_route(blocks.start, blocks.stop, "forward")
         _, trace = await self._forward_hop_by_hop(retries, route, batch, hidden, keep=True)
         return await self._backward(trace, grad)
 
 
-def _split(work: Work, hidden: torch.Tensor, tokens: int) -> list[MicroBatch]:
+def _split(work: Work, hidden: torch.Tensor, tokens: int, trained: int) -> list[MicroBatch]:
     """Micro-batches by rows, of about `tokens` tokens, as even as can be."""
     rows, length = hidden.shape[:2]
     count = min(rows, -(-rows * length // tokens))
     if count == 1:
-        return [MicroBatch(work, slice(0, rows))]
+        return [MicroBatch(work, slice(0, rows), trained)]
     edges = [rows * i // count for i in range(count + 1)]
     return [
-        MicroBatch(_rows_of(work, slice(begin, end), number), slice(begin, end))
+        MicroBatch(_rows_of(work, slice(begin, end), number), slice(begin, end), trained)
         for number, (begin, end) in enumerate(itertools.pairwise(edges))
     ]
 
