@@ -40,10 +40,13 @@ _LIVELY = 3.0
 
 
 class _Handler(NamedTuple):
-    """Who answers a kind of request, whether that is still done when the peer is about to leave, and for whom."""
+    """Who answers a kind of request."""
 
     answer: Callable[[Connection, Message, Any], Awaitable[Message]]
     while_draining: bool = False
+    """Whether that is still done when the peer is about to leave."""
+    is_repeated: bool = False
+    """Whether it is done once more if there was no memory, when kept training calls have given way."""
     role: Role = Role.USE
     """The least that a member of a private swarm must have."""
 
@@ -68,12 +71,12 @@ class Service:
             pb.Ping: _Handler(_pong, while_draining=True),
             pb.Step: _Handler(generation.step, while_draining=True),
             pb.OpenSession: _Handler(generation.open),
-            pb.ForkSession: _Handler(generation.fork),
+            pb.ForkSession: _Handler(generation.fork, is_repeated=True),
             pb.Forward: _Handler(training.forward),
             pb.Backward: _Handler(training.backward, while_draining=True),
-            pb.PutAdapter: _Handler(adapters.put),
-            pb.ReadWeight: _Handler(base_weights.read),
-            pb.Factorize: _Handler(base_weights.factorize),
+            pb.PutAdapter: _Handler(adapters.put, is_repeated=True),
+            pb.ReadWeight: _Handler(base_weights.read, is_repeated=True),
+            pb.Factorize: _Handler(base_weights.factorize, is_repeated=True),
         }
         self.requests = 0
         """Being answered."""
@@ -154,7 +157,7 @@ class Service:
             with connection.account.request(message.cost):
                 handler = self._find_handler(message.body)
                 require(channel, handler.role)
-                answer = await handler.answer(connection, message, message.body)
+                answer = await self._answer(handler, connection, message)
         except SwarmError as error:
             await channel.fail(error)
         except Exception as error:
@@ -170,6 +173,15 @@ class Service:
             await _send(channel, answer)
         finally:
             self.requests -= 1
+
+    async def _answer(self, handler: _Handler, connection: Connection, message: Message) -> Message:
+        try:
+            return await handler.answer(connection, message, message.body)
+        except Exception as error:
+            if not handler.is_repeated or not is_out_of_memory(error):
+                raise
+        await connection.compute(Priority.CALL, self._training.runner.give_way)
+        return await handler.answer(connection, message, message.body)
 
     def _learn_of_device(self, computes: "asyncio.Future[bool]") -> None:
         if not computes.cancelled() and not computes.result():

@@ -66,6 +66,10 @@ class TrainingRunner:
         """Of what forwards left for their backwards."""
         return self._trainer.kept.size
 
+    def give_way(self) -> None:
+        """See `Trainer.give_way`."""
+        self._trainer.give_way()
+
     def forget(self, owner: str) -> None:
         """Drop everything kept for a client that has gone."""
         self._trainer.kept.forget(owner)
