@@ -7,6 +7,8 @@ Five peers hold every block three times. Every 2 s one is killed with -9 or stop
 killed is started again, as itself or as a stranger. In a run of over a minute, now and then, the bootstrap node is
 killed and comes back under its identity and port, all holders of a block are killed at once, and two peers are cut off
 together with their p2pd.
+
+With --scarce-memory the peers compute on the pretended GPU, which has next to no memory for one call in ten.
 """
 
 import argparse
@@ -50,8 +52,8 @@ _DEADLINE = 120.0
 class Post:
     """A place in the swarm: a command that is run, killed and run again. Used by one thread."""
 
-    def __init__(self, server: ForkServer, folder: Path, *command: str):
-        self._server, self._folder, self._command = server, folder, command
+    def __init__(self, server: ForkServer, folder: Path, *command: str, lie: str | None = None):
+        self._server, self._folder, self._command, self._lie = server, folder, command, lie
         self._numbers = itertools.count()
         self._frozen: list[psutil.Process] = []
         self._thaw_at = 0.0
@@ -85,7 +87,7 @@ class Post:
         join = [part for address in initial_peers for part in ("--initial-peers", address)]
         out, err = self._folder / f"{number}.out", self._folder / f"{number}.err"
         argv = [*self._command, *_LOCALHOST, "--identity", str(identity), *join]
-        self._peer = Peer(self._server.start(argv, out, err), out, err)
+        self._peer = Peer(self._server.start(argv, out, err, lie=self._lie), out, err)
 
     def kill(self) -> None:
         """kill -9."""
@@ -118,6 +120,10 @@ class Post:
         """Start-up is over when this returns."""
         self._running.wait_ready()
         self.is_ready = True
+
+    def count(self, text: str) -> int:
+        """How often it has said so, in all of its runs."""
+        return sum(said.read_text().count(text) for said in self._folder.glob("*.err"))
 
     @property
     def is_down(self) -> bool:
@@ -344,17 +350,21 @@ class Clients:
 
 
 @contextlib.contextmanager
-def running_posts(server: ForkServer, model: Path) -> Iterator[tuple[Post, list[Post]]]:
+def running_posts(server: ForkServer, model: Path, scarce_memory: bool) -> Iterator[tuple[Post, list[Post]]]:
     """A bootstrap node and a peer for each of `SPANS`; all processes end with the block."""
     with tempfile.TemporaryDirectory() as folder:
 
-        def make(name: str, *command: str) -> Post:
+        def make(name: str, *command: str, lie: str | None = None) -> Post:
             Path(folder, name).mkdir()
-            return Post(server, Path(folder, name), *command)
+            return Post(server, Path(folder, name), *command, lie=lie)
 
         bootstrap = make("bootstrap", "bootstrap", "--port", str(_free_port()))
-        options = ("--threads", "1", "--cache-tokens", "20000")
-        posts = [make(f"p{i}", "serve", str(model), "--blocks", span, *options) for i, span in enumerate(SPANS)]
+        options, lie = ["--threads", "1", "--cache-tokens", "20000"], None
+        if scarce_memory:
+            options, lie = [*options, "--device", "cuda:0"], "lacks memory"
+        posts = [
+            make(f"p{i}", "serve", str(model), "--blocks", span, *options, lie=lie) for i, span in enumerate(SPANS)
+        ]
         try:
             bootstrap.start([])
             bootstrap.wait_ready()
@@ -369,10 +379,18 @@ def running_posts(server: ForkServer, model: Path) -> Iterator[tuple[Post, list[
                     post.kill()
 
 
-def run_chaos(server: ForkServer, model: Path, seconds: float, seed: int, hard: bool, length: int = 40) -> Report:
+def run_chaos(
+    server: ForkServer,
+    model: Path,
+    seconds: float,
+    seed: int,
+    hard: bool,
+    length: int = 40,
+    scarce_memory: bool = False,
+) -> Report:
     """So many seconds of chaos on the 5 blocks of `model`."""
     report, over, done = Report(), threading.Event(), threading.Event()
-    with running_posts(server, model) as (bootstrap, posts):
+    with running_posts(server, model, scarce_memory) as (bootstrap, posts):
         clients = Clients(model, [bootstrap.address], report)
         chaos = Chaos(bootstrap, posts, seed, hard, report)
         striker = threading.Thread(target=chaos.run, args=(over,))
@@ -389,6 +407,7 @@ def run_chaos(server: ForkServer, model: Path, seconds: float, seed: int, hard: 
         for post in (bootstrap, *posts):
             report.problems += [f"A peer died by itself: {fault}" for fault in post.faults]
             report.blows["starts while all known members were down"] += post.lonely_starts
+            report.blows["calls refused for lack of memory"] += post.count("was refused: CUDA out of memory")
     return report
 
 
@@ -403,15 +422,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--scarce-memory", action="store_true")
     options = parser.parse_args()
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        server = ForkServer()
+        server = ForkServer(pretended_gpu=options.scarce_memory)
         try:
             model = build_family("llama", Path(folder))
-            report = run_chaos(server, model, 60 * options.minutes, options.seed, hard=options.minutes > 1)
+            seconds, is_long = 60 * options.minutes, options.minutes > 1
+            report = run_chaos(server, model, seconds, options.seed, is_long, scarce_memory=options.scarce_memory)
         finally:
             server.close()
     print(f"### Chaos, {options.minutes:g} minutes, seed {options.seed}\n")

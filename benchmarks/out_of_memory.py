@@ -18,7 +18,7 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,8 @@ from tests.tools.pretended_gpu import device
 from tests.tools.spans import END, START, states
 from tests.tools.wire import OPEN, TARGET, context, forward, manifest, put, step
 
-ROWS, TOKENS = (1, 3, 8), (4, 60, 250)
+SIZES = [(rows, tokens) for rows in (1, 3, 8) for tokens in (4, 60, 250)]
+"""Rows, and tokens of each."""
 TYPED = (OutOfMemory, TooLong, SessionLost, UnknownCall, UnknownAdapter)
 """What a client can do something about: go elsewhere, send again."""
 SHARES = (0.005, 0.3)
@@ -189,15 +190,15 @@ class Report:
             print(f"\n{problem}")
 
 
-async def run(model: Path, calls: int, seed: int) -> Report:
+async def run(model: Path, calls: int, seed: int, sizes: Sequence[tuple[int, int]] = SIZES) -> Report:
     """So many requests."""
     chance, report = random.Random(seed), Report()
-    wishes = [(kind, rows, tokens) for kind in KINDS for rows in ROWS for tokens in TOKENS]
+    wishes = [(kind, *size) for kind in KINDS for size in sizes]
     async with Table(model) as table:
         expected = {wish: await table.ask(*wish) for wish in wishes}
         report.before = await table.settle()
         device.reset()
-        await table.ask("backward", max(ROWS), max(TOKENS))
+        await table.ask("backward", *max(sizes))
         most = device.bytes_most() - report.before
         gc.collect()
         gc.disable()  # what only a collection frees has leaked

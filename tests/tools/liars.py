@@ -1,6 +1,8 @@
 """Ways for a real peer to answer wrongly, or late."""
 
 import asyncio
+import random
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +13,12 @@ from peer.generation.steps import StepRunner
 from peer.service import connection
 from peer.service.handover import Outbox
 from peer.span.span import Span
+from peer.training.runner import TrainingRunner
 from peer.training.trainer import Trainer
 
 _BEAT = 0.05
+_LITTLE = 3000
+"""Bytes: less than most calls of a small model take."""
 
 
 def begin_to_lie(kind: str) -> None:
@@ -21,6 +26,8 @@ def begin_to_lie(kind: str) -> None:
 
     `cut off`: it reaches no other peer; `loses pushes`: what it pushes never comes; `hangs on pushes`: the next peer
     takes some of its signs of life to be found out of reach.
+
+    `lacks memory`: on the pretended GPU there is next to no memory for one call in ten.
 
     `device fails`: its backward passes fail as on a GPU that takes an illegal access; `device is lost`: for good.
     """
@@ -33,6 +40,9 @@ def begin_to_lie(kind: str) -> None:
         hangs = kind == "hangs on pushes"
         connection.HEARTBEAT = _BEAT if hangs else connection.HEARTBEAT
         _push_nothing(says=kind == "loses pushes", after=10 * _BEAT if hangs else 0.0)
+        return
+    if kind == "lacks memory":
+        _take_memory_away()
         return
     if kind == "slow":
         for owner, name in ((StepRunner, "run"), (Trainer, "forward")):
@@ -49,6 +59,25 @@ def begin_to_lie(kind: str) -> None:
 
 def _fail(_: Any) -> Any:
     raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+def _take_memory_away() -> None:
+    gpu, chance = sys.modules["tests.tools.pretended_gpu"].device, random.Random(1)
+
+    def scarce(run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            ample = gpu.bytes_limit()
+            if chance.random() < 0.1:
+                gpu.limit(gpu.bytes_now() + chance.randrange(_LITTLE))
+            try:
+                return run(*args)
+            finally:
+                gpu.limit(ample)
+
+        return call
+
+    for owner in (StepRunner, TrainingRunner):
+        owner.run = scarce(owner.run)  # type: ignore[method-assign]
 
 
 def _push_nothing(says: bool, after: float) -> None:

@@ -24,10 +24,10 @@ _READY = re.compile(r"^ready address=(\S+)(?: blocks=(\d+):(\d+) model=(\S+))?",
 
 
 class ForkServer:
-    """See `fork_server.py`. Where this process has the pretended GPU, its peers have one each."""
+    """See `fork_server.py`. `pretended_gpu`, or where this process has it: its peers have a pretended GPU each."""
 
-    def __init__(self) -> None:
-        gpu = ["pretended-gpu"] if is_loaded() else []
+    def __init__(self, pretended_gpu: bool = False) -> None:
+        gpu = ["pretended-gpu"] if pretended_gpu or is_loaded() else []
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.tools.fork_server", *gpu], cwd=_ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
