@@ -3,12 +3,18 @@
 Run as `python -m benchmarks.capacity > docs/capacity.md`. Nothing is measured; the page has each column's formula.
 """
 
+import copy
+from bisect import bisect_right
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 import torch
 import transformers as tf
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from peer.start.memory import ROW, WEIGHTS_SHARE, Budget
+from peer.training.footprint import Growth, least_bytes, lora_bytes
 from protocol.model.anatomy import find_blocks, hidden_size
 
 GIB, MIB, KIB = 2**30, 2**20, 2**10
@@ -31,6 +37,11 @@ LINKS = {
     "1 Gbit/s, 5 ms": (125e6, 0.005), "100 Mbit/s, 5 ms": (12.5e6, 0.005), "100 Mbit/s, 100 ms": (12.5e6, 0.1),
 }  # fmt: skip
 """Bytes per second, and seconds of a round trip."""
+CARDS = (8, 12, 24, 80)
+"""GiB of memory."""
+_DRIVER = 0.5
+"""GiB of a card that a process gets nothing of: CUDA's own."""
+_MAX_LENGTH = 8192
 CONTEXT = 2048
 _SHARE = 0.8
 """Of a GPU's memory, for weights and KV cache; the rest is for activations, adapters and the CUDA context."""
@@ -49,10 +60,16 @@ class Sizes:
     """Keys and values of one token in one block."""
     lora_numbers: int
     """LoRA of rank `LORA_RANK` on every linear layer of one block."""
+    linear_inputs: int
+    """Numbers that go into the linear layers of one block for each token."""
+    largest_weight: int
+    """Numbers of the largest linear layer's."""
 
 
-def measure(config: tf.PretrainedConfig) -> Sizes:
-    """The sizes of a model of this configuration, from a skeleton without memory."""
+@cache
+def measure(name: str) -> Sizes:
+    """The sizes of one of `MODELS`, from a skeleton without memory."""
+    config = MODELS[name]
     with torch.device("meta"):
         model = tf.AutoModelForCausalLM.from_config(config)
     blocks = find_blocks(model).of(model)
@@ -66,7 +83,34 @@ def measure(config: tf.PretrainedConfig) -> Sizes:
         sum(p.numel() for p in model.parameters()) - block * len(blocks),
         2 * heads * (hidden_size(config) // config.num_attention_heads),
         sum(LORA_RANK * (linear.in_features + linear.out_features) for linear in linears),
+        sum(linear.in_features for linear in linears),
+        max(linear.weight.numel() for linear in linears),
     )
+
+
+@cache
+def graph_growth(name: str) -> Growth:
+    """What one block of `MODELS` keeps of a row for its backward, in bf16: from forwards on tensors without memory."""
+    config = copy.deepcopy(MODELS[name])
+    config.num_hidden_layers = 1
+    with FakeTensorMode():
+        trunk = tf.AutoModel.from_config(config, dtype=torch.bfloat16).requires_grad_(False)
+        return Growth.through(1, 512, *(_graph_bytes(trunk, tokens) for tokens in (512, 1024, 1536)))
+
+
+def _graph_bytes(trunk: torch.nn.Module, tokens: int) -> int:
+    saved = {parameter.untyped_storage()._cdata: 0 for parameter in trunk.parameters()}
+
+    def save(tensor: torch.Tensor) -> torch.UntypedStorage:
+        storage = tensor.untyped_storage()
+        saved.setdefault(storage._cdata, storage.nbytes())
+        return storage  # it lives as long as the graph: no other gets its place
+
+    hidden = torch.empty(1, tokens, trunk.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda storage: storage):
+        result = trunk(inputs_embeds=hidden, use_cache=False)
+    del result
+    return sum(saved.values())
 
 
 def blocks_per_gpu(sizes: Sizes, memory: float, form: str, tokens: int = CONTEXT) -> int:
@@ -86,6 +130,78 @@ def decode_seconds(sizes: Sizes, spans: int, form: str, read: float, bandwidth: 
     return reading + link_seconds(sizes.hidden, spans, bandwidth, round_trip)
 
 
+@dataclass(frozen=True)
+class Card:
+    """A card of so many GiB that serves `blocks` blocks of a model, their weights in a form, as `peer serve` does."""
+
+    name: str
+    form: str
+    memory: int
+    blocks: int
+
+    @classmethod
+    def as_chosen(cls, name: str, form: str, memory: int) -> "Card":
+        """With as many blocks as a peer takes that is not told how many."""
+        card = cls(name, form, memory, 0)
+        most = int(WEIGHTS_SHARE * card.free // card.block)
+        return cls(name, form, memory, max(1, min(most, measure(name).blocks)))
+
+    @property
+    def block(self) -> float:
+        """Bytes of a block's weights."""
+        return measure(self.name).block_weights * BYTES_PER_WEIGHT[self.form]
+
+    @property
+    def free(self) -> int:
+        """Bytes that are free once the blocks are loaded."""
+        return int((self.memory - _DRIVER) * GIB - self.blocks * self.block)
+
+    @property
+    def budget(self) -> Budget:
+        """What that memory is for."""
+        token_bytes = measure(self.name).cache_numbers * 2 * self.blocks
+        return Budget.of(self.free, token_bytes, None, _MAX_LENGTH, self.row_bytes(ROW))
+
+    def row_bytes(self, tokens: int) -> int:
+        """What a row of so many tokens takes in training at least, with LoRA and dropout on all linear layers."""
+        sizes, graph = measure(self.name), graph_growth(self.name).at(1, tokens)
+        least = least_bytes(tokens * sizes.hidden * 2, self.blocks, graph, sizes.largest_weight * 2)
+        return least + lora_bytes(tokens, sizes.linear_inputs, 2)
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row that can be trained."""
+        room = self.budget.kept + self.budget.call
+        return bisect_right(range(1, _MAX_LENGTH + 1), room, key=self.row_bytes)
+
+    @property
+    def in_flight(self) -> int:
+        """Tokens of all rows that the hidden states between blocks can be kept of."""
+        return self.budget.kept // (measure(self.name).hidden * 2 * (self.blocks + 1))
+
+
+def training_table() -> str:
+    """What cards of several sizes can train."""
+    lines = [
+        f"| model | weights | card | blocks | free then | KV cache | a row of {ROW:,} takes | longest row "
+        f"| in flight | blocks for rows of {ROW:,} |",
+        f"|{'---|' * 10}",
+    ]
+    for name, form, memory in product(("BLOOM-176B", "Llama-3.3-70B"), ("int8", "nf4"), CARDS):
+        card = Card.as_chosen(name, form, memory)
+        if card.free <= 0:
+            lines.append(f"| {name} | {form} | {memory} GB | 0 |{' |' * 6}")
+            continue
+        counts = range(card.blocks, 0, -1)
+        able = next((count for count in counts if Card(name, form, memory, count).longest_row >= ROW), 0)
+        lines.append(
+            f"| {name} | {form} | {memory} GB | {card.blocks} | {card.free / GIB:.1f} GiB "
+            f"| {card.budget.cache_tokens:,} tokens | {card.row_bytes(ROW) / GIB:.1f} GiB | {card.longest_row:,} "
+            f"| {card.in_flight:,} | {able} |"
+        )
+    return "\n".join(lines)
+
+
 def model_table() -> str:
     """What the ends hold and what crosses the wire, per model."""
     lines = [
@@ -93,8 +209,8 @@ def model_table() -> str:
         f"| per token and span, one way | LoRA r={LORA_RANK}, all linear |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, config in MODELS.items():
-        sizes = measure(config)
+    for name in MODELS:
+        sizes = measure(name)
         block = ", ".join(f"{sizes.block_weights * size / GIB:.2f}" for size in BYTES_PER_WEIGHT.values())
         lora = sizes.lora_numbers * sizes.blocks
         lines.append(
@@ -111,8 +227,8 @@ def speed_table() -> str:
         f"| model | weights | GPUs | blocks each | {' | '.join(LINKS)} |",
         f"|---|---|---|---|{'---|' * len(LINKS)}",
     ]
-    for (name, config), form, (gpu, (memory, read)) in product(MODELS.items(), ("int8", "nf4"), GPUS.items()):
-        sizes = measure(config)
+    for name, form, (gpu, (memory, read)) in product(MODELS, ("int8", "nf4"), GPUS.items()):
+        sizes = measure(name)
         each = blocks_per_gpu(sizes, memory, form)
         if not each:
             continue
@@ -144,6 +260,19 @@ Made by `python -m benchmarks.capacity` from skeletons of the real shapes on tor
   micro-batches, a low rank, or fewer layers. On the client x 16 bytes with AdamW (weight, gradient, two moments, all
   in float32).
 
+## What a card can train
+
+{training}
+
+Blocks: as many as `peer serve` takes when it is not told how many, {share:.0%} of what is free for weights. Then the
+memory is shared out as `peer serve` does it: room for a row of {row:,} tokens and a KV cache of as many come first. A
+row that does not fit as a whole is computed again block by block in its backward. That takes its hidden states between
+all blocks; of one block twice what its graph keeps, as much again coming and going as is kept; and what LoRA with
+dropout on all linear layers adds. BLOOM's attention keeps its probabilities (ALiBi: there is no fused kernel), so that
+one block keeps {bloom} of rows of 1,024 and 2,048 tokens; Llama-70B's {llama}. In flight: tokens of all rows
+between forward and backward; of more, inputs are sent again. Last column: with so many blocks or fewer, rows of
+{row:,} tokens can be trained; 0: this card cannot.
+
 ## Decode steps per second, at best
 
 {speeds}
@@ -160,7 +289,14 @@ their time is the links' and the arithmetic's.
 
 def page() -> str:
     """docs/capacity.md."""
-    return PAGE.format(models=model_table(), speeds=speed_table(), context=CONTEXT)
+    bloom, llama = (
+        ", ".join(f"{graph_growth(name).at(1, tokens) / GIB:.2f}" for tokens in (1024, 2048)) + " GiB"
+        for name in ("BLOOM-176B", "Llama-3.3-70B")
+    )
+    return PAGE.format(
+        models=model_table(), training=training_table(), speeds=speed_table(), context=CONTEXT, row=ROW,
+        share=WEIGHTS_SHARE, bloom=bloom, llama=llama,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -143,16 +143,12 @@ class Door(_Record):
 
 
 class Trainable(_Record):
-    """What a peer can train: tokens, as its memory holds them."""
+    """What a peer can train, as far as it foresees that. Adapters take memory, too: with large ones it may be less."""
 
     row: int = Field(ge=0, lt=2**40)
-    """Of the longest row. Adapters take some memory, too: with large ones it may be less."""
+    """Tokens of the longest row."""
     tokens: int = Field(ge=0, lt=2**40)
-    """Of all the rows whose activations it can keep for a client at a time. More are computed twice."""
-
-    def shared(self, clients: int) -> "Trainable":
-        """What is there for each of so many clients."""
-        return Trainable(row=self.row, tokens=self.tokens // max(1, clients))
+    """Of all rows that a client has in flight: more than these at once are refused, or not kept for the backward."""
 
 
 class PeerRecord(_Record):

@@ -143,7 +143,7 @@ def _row_bytes(span: Span, max_length: int) -> int:
 def _tell_of_training(span: Span, trainer: Trainer, wished: int) -> None:
     trainable, size = trainer.trainable, trainer.footprint.of(plain_call(span, 1, 1024)) / len(span.blocks)
     assert trainable is not None, "it has been measured"
-    what = "training keeps %.1f MB of 1,024 tokens and block: rows of up to %s tokens, %s tokens of all rows at a time"
+    what = "training keeps %.1f MB of 1,024 tokens and block: rows of up to %s tokens, %s tokens of all rows in flight"
     logger.info(what, size / 1e6, f"{trainable.row:,}", f"{trainable.tokens:,}")
     if trainable.row < wished:
         logger.warning("longer rows than %s tokens do not fit in training; serve fewer blocks", f"{trainable.row:,}")

@@ -20,7 +20,7 @@ _MOST_KINDS = 64
 
 
 @dataclass(frozen=True)
-class _Growth:
+class Growth:
     """Bytes that a block keeps of a row of t tokens: constant + linear * t + square * t**2.
 
     Attention keeps its probabilities where no fused kernel computes it (ALiBi, soft caps), and masks: squares.
@@ -31,11 +31,11 @@ class _Growth:
     square: float
 
     @classmethod
-    def through(cls, first: int, second: int, third: int) -> "_Growth":
-        """From the bytes of `_ROWS` rows of one, two and three times `_TOKENS`."""
-        square = (third - 2 * second + first) / (2 * _TOKENS**2)
-        linear = (second - first) / _TOKENS - 3 * _TOKENS * square
-        return cls(first - linear * _TOKENS - square * _TOKENS**2, linear / _ROWS, square / _ROWS)
+    def through(cls, rows: int, tokens: int, first: int, second: int, third: int) -> "Growth":
+        """From the bytes of so many rows of one, two and three times so many tokens."""
+        square = (third - 2 * second + first) / (2 * tokens**2)
+        linear = (second - first) / tokens - 3 * tokens * square
+        return cls(first - linear * tokens - square * tokens**2, linear / rows, square / rows)
 
     def at(self, rows: int, tokens: int) -> int:
         """Bytes, for so many rows of so many tokens."""
@@ -48,7 +48,7 @@ class _Kind:
 
     types: dict[int, int]
     """Block -> the first one of its type."""
-    growth: dict[int, _Growth] = field(default_factory=dict)
+    growth: dict[int, Growth] = field(default_factory=dict)
     """The first block of a type -> what it keeps."""
 
 
@@ -71,28 +71,16 @@ class Footprint:
     def of_run(self, call: TrainingCall) -> int:
         """Bytes that it takes as a whole while it runs: its graph, and what comes and goes in one block."""
         blocks = list(self._blocks(call))
-        return sum(blocks) + self._passing(max(blocks))
+        return sum(blocks) + _passing(max(blocks), self._dequantized)
 
     def of_checkpoints(self, call: TrainingCall) -> int:
         """Bytes that it takes at least: the hidden states between blocks, and one block at a time."""
-        block = max(self._blocks(call))
-        return call.inputs.hidden.nbytes * (len(call.mode.blocks) + 1) + block + self._passing(block)
+        return least_bytes(call.inputs.hidden.nbytes, len(call.mode.blocks), max(self._blocks(call)), self._dequantized)
 
     def of_row(self, tokens: int) -> int:
-        """Bytes that one row of so many tokens takes at least, with LoRA and dropout on all linear layers.
-
-        That keeps each layer's input, and which of its numbers were dropped.
-        """
-        call, number = plain_call(self._span, 1, tokens), self._span.dtype.itemsize + 1
-        return self.of_checkpoints(call) + 2 * tokens * number * _linear_inputs(self._span)
-
-    def _passing(self, graph: int) -> int:
-        """Bytes that come and go while a block runs whose graph has so many.
-
-        What is not saved, and gradients on their way back, were seen to take as much again (attention in float32), or
-        the weight of a layer whose quantized one is computed with.
-        """
-        return max(graph, self._dequantized)
+        """Bytes that one row of so many tokens takes at least, with LoRA and dropout on all linear layers."""
+        least = self.of_checkpoints(plain_call(self._span, 1, tokens))
+        return least + lora_bytes(tokens, _linear_inputs(self._span), self._span.dtype.itemsize)
 
     def _blocks(self, call: TrainingCall) -> Iterable[int]:
         kind, mode = self._kind(call), call.mode
@@ -100,7 +88,8 @@ class Footprint:
         for block in mode.blocks:
             first = kind.types[block]
             if first not in kind.growth:
-                kind.growth[first] = _Growth.through(*(self._measure(self._small(call, first, n)) for n in (1, 2, 3)))
+                sizes = (self._measure(self._small(call, first, number)) for number in (1, 2, 3))
+                kind.growth[first] = Growth.through(_ROWS, _TOKENS, *sizes)
             yield kind.growth[first].at(rows, tokens + prefix_tokens(call.prefix))
 
     def _kind(self, call: TrainingCall) -> _Kind:
@@ -121,6 +110,29 @@ class Footprint:
         mask = None if call.inputs.mask is None else (torch.arange(tokens) > 0).long().repeat(_ROWS, 1)
         mode = replace(call.mode, blocks=range(block, block + 1), dropout_seed=0)
         return TrainingCall(Inputs(hidden, mask), mode, call.adapter, {})
+
+
+def least_bytes(states: int, blocks: int, graph: int, dequantized: int) -> int:
+    """Bytes that a call takes whose blocks are computed again one by one.
+
+    `states`: bytes of its hidden states; `graph`: of what one block keeps; `dequantized`: of the largest quantized
+    weight, as floats.
+    """
+    return states * (blocks + 1) + graph + _passing(graph, dequantized)
+
+
+def lora_bytes(tokens: int, linear_inputs: int, itemsize: int) -> int:
+    """What LoRA with dropout on all linear layers of a block, into which so many numbers go, adds to that at most."""
+    return 2 * tokens * linear_inputs * (itemsize + 1)
+
+
+def _passing(graph: int, dequantized: int) -> int:
+    """Bytes that come and go while a block runs.
+
+    What is not saved, and gradients on their way back, were seen to take as much again as what is (attention in
+    float32), or the weight of a layer whose quantized one is computed with.
+    """
+    return max(graph, dequantized)
 
 
 def _linear_inputs(span: Span) -> int:

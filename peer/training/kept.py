@@ -24,6 +24,8 @@ class Kept(ABC):
     """(rows, tokens, hidden size)."""
     size: int
     """Bytes."""
+    takes: int
+    """Bytes that its backward takes as a whole, these included."""
     owner: str
     meets: bool
     """Whether its backward can meet others."""

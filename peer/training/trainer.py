@@ -21,9 +21,8 @@ from peer.training.kept import Checkpoints, Graph, Kept, KeptCalls, checkpoint_b
 from protocol.errors import TooLong, UnknownCall
 from protocol.records import Trainable
 
-_USUAL_ROW = 1024
-"""Tokens of the row by which the memory of a token is measured: with attention that keeps its probabilities it grows
-with the row."""
+_MOST_TOKENS = 2**20
+"""Of one call: none has more."""
 T = TypeVar("T")
 Adding = Callable[[StoredAdapter, Mapping[str, torch.Tensor]], AbstractContextManager[None]]
 """Within the context the span itself runs with an adapter, of which these are the tensors."""
@@ -43,27 +42,31 @@ class Trainer:
 
     def __init__(self, span: Span, adapters: AdapterStore, max_kept_bytes: int, max_bytes: int):
         self._span, self._adapters, self.kept, self.max_bytes = span, adapters, KeptCalls(max_kept_bytes), max_bytes
-        self._capacity: Trainable | None = None
-        self.footprint = Footprint(span, adapters, lambda call: self._graph(call, "", None).size)
+        self._trainable: Trainable | None = None
+        self.footprint = Footprint(span, adapters, lambda call: self._graph(call, "", None, 0).size)
 
     @property
     def trainable(self) -> Trainable | None:
-        """What one more client can train, as `measure` found; `None` before."""
-        return self._capacity and self._capacity.shared(len(self.kept.owners))
+        """What a client can train now; `None` before `measure`."""
+        most, span = self._trainable, self._span
+        if most is None:
+            return None
+        states = span.hidden_size * span.dtype.itemsize * (len(span.blocks) + 1)
+        share = self.kept.max_bytes // states // max(1, len(self.kept.owners))
+        return Trainable(row=most.row, tokens=min(most.tokens, share))
 
     def measure(self, max_length: int) -> None:
         """Find out what can be trained, in rows of up to `max_length` tokens: without adapters, which take more.
 
         Raises whatever a span raises that cannot be trained.
         """
-        lengths = range(1, max_length + 1)
-        row = bisect_right(lengths, self.max_bytes, key=lambda tokens: self.footprint.of_checkpoints(self._row(tokens)))
-        tokens = max(1, min(row, _USUAL_ROW))
-        bytes_per_token = max(1, self.footprint.of(self._row(tokens)) // tokens)
-        self._capacity = Trainable(row=row, tokens=self.kept.max_bytes // bytes_per_token)
 
-    def _row(self, tokens: int) -> TrainingCall:
-        return plain_call(self._span, 1, tokens)
+        def take(tokens: int) -> int:
+            """Bytes, as one row: shorter ones of as many tokens take less."""
+            return self.footprint.of_checkpoints(plain_call(self._span, 1, tokens))
+
+        most = bisect_right(range(1, _MOST_TOKENS + 1), self.max_bytes, key=take)
+        self._trainable = Trainable(row=min(max_length, most), tokens=most)
 
     def forward(
         self, call: TrainingCall, owner: str, keep: bool, adding: Adding | None = None
@@ -77,6 +80,7 @@ class Trainer:
         """Gradients of a kept call, which is dropped by it. Raises `UnknownCall`, `BadRequest`."""
         kept = self.kept.take(call_id, owner, grad)
         size = kept.size
+        self._spare(kept.takes)
         try:
             return kept.backward(grad)
         except Exception as error:
@@ -124,46 +128,47 @@ class Trainer:
     def _passed(self, call: TrainingCall, owner: str, adding: Adding | None, sparing: bool) -> Kept:
         """A forward's result and what its backward needs, as much as fits; as little as can be if `sparing`."""
         foreseen, kept = self.footprint, self.kept
-        if not sparing and foreseen.of(call) <= kept.max_bytes and foreseen.of_run(call) <= self.max_bytes:
-            self._spare(foreseen.of_run(call))
-            return self._graph(call, owner, adding)
+        takes = foreseen.of_run(call)
+        if not sparing and foreseen.of(call) <= kept.max_bytes and takes <= self.max_bytes:
+            self._spare(takes)
+            return self._graph(call, owner, adding, takes)
         if adding:
             raise torch.OutOfMemoryError("This call does not fit the memory beside others.")
-        self._check_checkpoints(call)
-        self._spare(foreseen.of_checkpoints(call))
-        return self._checkpoints(call, owner)
+        takes = foreseen.of_checkpoints(call)
+        self._check_fits(call, takes)
+        self._spare(takes)
+        return self._checkpoints(call, owner, takes)
 
     def _spare(self, size: int) -> None:
         """Have so many bytes for the call that is about to run."""
         self.kept.drop_oldest(self.kept.size + size - self.max_bytes)
 
-    def _check_checkpoints(self, call: TrainingCall) -> None:
-        least, blocks = self.footprint.of_checkpoints(call), call.mode.blocks
+    def _check_fits(self, call: TrainingCall, least: int) -> None:
         if least > self.max_bytes:
-            rows, tokens = call.inputs.hidden.shape[:2]
+            blocks, (rows, tokens) = call.mode.blocks, call.inputs.hidden.shape[:2]
             raise TooLong(
                 f"To train blocks {blocks.start}:{blocks.stop} with {rows} x {tokens} tokens takes "
                 f"{least / 1e6:,.1f} MB of memory at least, and this peer has {self.max_bytes / 1e6:,.1f} MB for it; "
                 "send fewer or shorter rows, or use another peer."
             )
 
-    def _graph(self, call: TrainingCall, owner: str, adding: Adding | None) -> Graph:
+    def _graph(self, call: TrainingCall, owner: str, adding: Adding | None, takes: int) -> Graph:
         leaves, counter = _leaves(call), _SavedBytes(self._span, call)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor):
             result = self._run(call, leaves, adding)
         if getattr(self._span.model, "is_loaded_in_8bit", False):
             for tensor in held_by_operations(result):
                 counter.count(tensor)
-        return Graph(leaves, result, counter.total, owner, call.meets)
+        return Graph(leaves, result, counter.total, takes, owner, call.meets)
 
     @torch.no_grad()
-    def _checkpoints(self, call: TrainingCall, owner: str) -> Checkpoints:
+    def _checkpoints(self, call: TrainingCall, owner: str, takes: int) -> Checkpoints:
         result, calls = self._span.record(
             call.inputs, call.mode, self._cache(call, {}, call.mode.blocks), self._adapted(call, {})
         )
         leaves = _leaves(call)
         again = partial(self._run_block, call, leaves)
-        return Checkpoints(leaves, result, checkpoint_bytes(calls, result), owner, False, calls, again)
+        return Checkpoints(leaves, result, checkpoint_bytes(calls, result), takes, owner, False, calls, again)
 
     def _run_block(
         self, call: TrainingCall, leaves: Mapping[str, torch.Tensor], block: BlockCall, hidden: torch.Tensor

@@ -127,7 +127,7 @@ def test_a_backward_that_fails_leaves_no_queue() -> None:
     gc.disable()
     with memory:
         result = torch.cat([states * 2, _Fails.apply(states)])  # type: ignore[no-untyped-call]
-        graph = Graph({"hidden_states": states}, result, 0, "", False)
+        graph = Graph({"hidden_states": states}, result, 0, 0, "", False)
         with pytest.raises(torch.OutOfMemoryError):
             graph.backward(torch.ones(2, 8, 1000))
         del graph, result

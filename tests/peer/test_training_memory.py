@@ -14,6 +14,7 @@ from peer.training.call import TrainingCall
 from peer.training.kept import Checkpoints, Graph
 from peer.training.trainer import Trainer
 from protocol.errors import BadUsage, TooLong, UnknownCall
+from protocol.records import Trainable
 from tests.tools.lora import put_lora
 from tests.tools.spans import END, START, states
 from tests.tools.wire import Wire
@@ -149,26 +150,24 @@ def test_kept_calls_give_way_to_one_that_needs_their_memory(spans: Callable[...,
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_what_can_be_trained_is_found(spans: Callable[..., Span], family: str) -> None:
-    """The longest row, to the token; and how many tokens there is memory for, shared by the clients that train."""
+    """The longest row, to the token; and the tokens that there is memory for, shared by the clients that train."""
     ample = Desk(spans(family))
     call, footprint = ample.call(1, 150, padded=False), ample.trainer.footprint
-    desk = Desk(ample.span, 3 * footprint.of(call), footprint.of_checkpoints(call))
+    state = call.inputs.hidden.nbytes // 150 * (len(ample.span.blocks) + 1)
+    desk = Desk(ample.span, 200 * state, footprint.of_checkpoints(call))
     assert desk.trainer.trainable is None
     desk.trainer.measure(500)
-    trainable = desk.trainer.trainable
-    assert trainable is not None
-    assert trainable.row == 150
-    assert 400 < trainable.tokens <= 450
+    assert desk.trainer.trainable == Trainable(row=150, tokens=150)
     desk.trainer.backward(call, states(1, 150, 2))
     with pytest.raises(TooLong):
         desk.trainer.backward(desk.call(1, 151, padded=False), states(1, 151, 2))
     for client in ("ann", "bob"):
         desk.trainer.forward(desk.call(1, 9), client, keep=True)
-    assert desk.trainer.trainable == trainable.shared(2)
+    assert desk.trainer.trainable == Trainable(row=150, tokens=100)
     desk.trainer.kept.forget("ann")
-    assert desk.trainer.trainable == trainable
+    assert desk.trainer.trainable == Trainable(row=150, tokens=150)
     desk.trainer.measure(100)
-    assert desk.trainer.trainable.row == 100
+    assert desk.trainer.trainable == Trainable(row=100, tokens=150)
 
 
 # ---- what a peer's memory is for
@@ -228,7 +227,7 @@ def test_a_peer_says_what_its_memory_is_for(opened_wire: Wire) -> None:
     said = opened_wire.peer.stderr.read_text()
     assert re.search(r"memory: .* GB for KV caches of 1,024 tokens, .*; rows of up to 64 tokens", said), said
     measured = re.search(
-        r"training keeps ([\d.]+) MB of 1,024 tokens and block: rows of up to 64 tokens, [\d,]+ tokens of all rows",
+        r"training keeps ([\d.]+) MB of 1,024 tokens and block: rows of up to 64 tokens, [\d,]+ tokens of all rows in flight",
         said,
     )
     assert measured, said
