@@ -14,7 +14,8 @@ import transformers as tf
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peer.start.memory import ROW, WEIGHTS_SHARE, Budget
-from peer.training.footprint import Growth, least_bytes, lora_bytes
+from peer.training.allocated import Allocated
+from peer.training.footprint import Growth, lora_bytes
 from protocol.model.anatomy import find_blocks, hidden_size
 
 GIB, MIB, KIB = 2**30, 2**20, 2**10
@@ -41,7 +42,7 @@ CARDS = (8, 12, 24, 80)
 """GiB of memory."""
 _DRIVER = 0.5
 """GiB of a card that a process gets nothing of: CUDA's own."""
-_MAX_LENGTH = 8192
+_MAX_LENGTH, _STEP = 8192, 512
 CONTEXT = 2048
 _SHARE = 0.8
 """Of a GPU's memory, for weights and KV cache; the rest is for activations, adapters and the CUDA context."""
@@ -90,27 +91,47 @@ def measure(name: str) -> Sizes:
 
 @cache
 def graph_growth(name: str) -> Growth:
-    """What one block of `MODELS` keeps of a row for its backward, in bf16: from forwards on tensors without memory."""
-    config = copy.deepcopy(MODELS[name])
-    config.num_hidden_layers = 1
+    """What one block of `MODELS` keeps of a row for its backward, in bf16: from runs on tensors without memory."""
+    return Growth.through(1, _STEP, [kept for kept, _ in _runs(name)])
+
+
+@cache
+def peak_growth(name: str) -> Growth:
+    """What it takes at most, while it is computed without a graph and then again."""
+    return Growth.through(1, _STEP, [history for _, history in _runs(name)])
+
+
+@cache
+def _runs(name: str) -> list[tuple[int, list[int]]]:
     with FakeTensorMode():
-        trunk = tf.AutoModel.from_config(config, dtype=torch.bfloat16).requires_grad_(False)
-        return Growth.through(1, 512, *(_graph_bytes(trunk, tokens) for tokens in (512, 1024, 1536)))
+        one, two = (_trunk(name, blocks) for blocks in (1, 2))
+        return [_run(one, two, count * _STEP) for count in (1, 2, 3)]
 
 
-def _graph_bytes(trunk: torch.nn.Module, tokens: int) -> int:
-    saved = {parameter.untyped_storage()._cdata: 0 for parameter in trunk.parameters()}
+def _trunk(name: str, blocks: int) -> tf.PreTrainedModel:
+    config = copy.deepcopy(MODELS[name])
+    config.num_hidden_layers = blocks
+    trunk: tf.PreTrainedModel = tf.AutoModel.from_config(config, dtype=torch.bfloat16)
+    return trunk.requires_grad_(False)
 
-    def save(tensor: torch.Tensor) -> torch.UntypedStorage:
+
+def _run(one: tf.PreTrainedModel, two: tf.PreTrainedModel, tokens: int) -> tuple[int, list[int]]:
+    """Forward without a graph, of two blocks: BLOOM holds on to one's probabilities in the next. Then one, and back."""
+    saved = {parameter.untyped_storage()._cdata: 0 for parameter in one.parameters()}
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         saved.setdefault(storage._cdata, storage.nbytes())
-        return storage  # it lives as long as the graph: no other gets its place
+        return tensor.detach()  # or an operation that saves its own result would hold itself
 
-    hidden = torch.empty(1, tokens, trunk.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda storage: storage):
-        result = trunk(inputs_embeds=hidden, use_cache=False)
-    del result
-    return sum(saved.values())
+    hidden = torch.empty(1, tokens, one.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    with Allocated() as allocated:
+        with torch.no_grad():
+            two(inputs_embeds=hidden, use_cache=False)
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            result = one(inputs_embeds=hidden, use_cache=False)[0]
+        torch.autograd.grad(result, hidden, torch.empty_like(result))
+    return sum(saved.values()), allocated.history
 
 
 def blocks_per_gpu(sizes: Sizes, memory: float, form: str, tokens: int = CONTEXT) -> int:
@@ -164,9 +185,9 @@ class Card:
 
     def row_bytes(self, tokens: int) -> int:
         """What a row of so many tokens takes in training at least, with LoRA and dropout on all linear layers."""
-        sizes, graph = measure(self.name), graph_growth(self.name).at(1, tokens)
-        least = least_bytes(tokens * sizes.hidden * 2, self.blocks, graph, sizes.largest_weight * 2)
-        return least + lora_bytes(tokens, sizes.linear_inputs, 2)
+        sizes, states = measure(self.name), tokens * measure(self.name).hidden * 2 * (self.blocks + 1)
+        kept, most = (growth(self.name).at(1, tokens) for growth in (graph_growth, peak_growth))
+        return states + max(most, kept + sizes.largest_weight * 2) + lora_bytes(tokens, sizes.linear_inputs)
 
     @property
     def longest_row(self) -> int:
@@ -267,11 +288,11 @@ Made by `python -m benchmarks.capacity` from skeletons of the real shapes on tor
 Blocks: as many as `peer serve` takes when it is not told how many, {share:.0%} of what is free for weights. Then the
 memory is shared out as `peer serve` does it: room for a row of {row:,} tokens and a KV cache of as many come first. A
 row that does not fit as a whole is computed again block by block in its backward. That takes its hidden states between
-all blocks; of one block twice what its graph keeps, as much again coming and going as is kept; and what LoRA with
-dropout on all linear layers adds. BLOOM's attention keeps its probabilities (ALiBi: there is no fused kernel), so that
-one block keeps {bloom} of rows of 1,024 and 2,048 tokens; Llama-70B's {llama}. In flight: tokens of all rows
-between forward and backward; of more, inputs are sent again. Last column: with so many blocks or fewer, rows of
-{row:,} tokens can be trained; 0: this card cannot.
+all blocks; the most that one block takes while it is computed and differentiated, or its graph and its largest weight,
+dequantized; and what LoRA with dropout on all linear layers adds, in float32. BLOOM's attention keeps its probabilities
+(ALiBi: there is no fused kernel), so that one block keeps {bloom} of rows of 1,024 and 2,048 tokens;
+Llama-70B's {llama}. In flight: tokens of all rows between forward and backward; of more, inputs are sent
+again. Last column: with so many blocks or fewer, rows of {row:,} tokens can be trained; 0: this card cannot.
 
 ## Decode steps per second, at best
 

@@ -9,8 +9,6 @@ What a peer foresees keeps it from most of this. So memory is taken away when th
 program would take it.
 """
 
-import tests.tools.pretended_gpu  # noqa: F401  before torch
-
 import argparse
 import asyncio
 import gc
@@ -21,10 +19,10 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
+import tests.tools.pretended_gpu  # noqa: F401  before torch
 from bootstrap.member import Member, MemberOptions
 from client.swarm.loop import LOOP
 from peer.compute.scheduler import Priority
@@ -45,7 +43,7 @@ SIZES = [(rows, tokens) for rows in (1, 3, 8) for tokens in (4, 60, 250)]
 TYPED = (OutOfMemory, TooLong, SessionLost, UnknownCall, UnknownAdapter)
 """What a client can do something about: go elsewhere, send again."""
 SHARES = (0.005, 0.3)
-"""Of the memory that the largest request takes, there is something between these for each, so that it fails anywhere."""
+"""Of the memory that the largest request takes, each has something between these, so that it fails anywhere."""
 _DECODES = 3
 _PATIENCE = 20.0
 _Answer = dict[str, torch.Tensor]
@@ -54,17 +52,12 @@ _Answer = dict[str, torch.Tensor]
 class Table:
     """A peer in this process, and a client that asks it for one thing after the other."""
 
-    def __init__(self, model: Path):
-        self._model = model
-        self._checkpoint = open_checkpoint(str(model))
-        self.expected: dict[tuple[str, int, int], _Answer] = {}
+    def __init__(self, model: Path, options: ServeOptions):
+        self._checkpoint, self._options = open_checkpoint(str(model)), options
 
     async def __aenter__(self) -> "Table":
-        options = ServeOptions(
-            blocks=f"{START}:{END}", device="cuda:0", max_length=512, cache_tokens=20_000, idle_timeout=0.5
-        )
         joining = asyncio.create_task(Member.join(MemberOptions(host="127.0.0.1", direct_port=0)))
-        self.server = await Server.start(options, self._checkpoint, joining)
+        self.server = await Server.start(self._options, self._checkpoint, joining)
         self._member = await Member.join(MemberOptions(tuple(self.server.member.addresses[:1]), client_mode=True))
         await self._member.directory.peers(self._checkpoint.model_id.config_hash)  # learns where the peer's door is
         await self.connect()
@@ -194,7 +187,10 @@ async def run(model: Path, calls: int, seed: int, sizes: Sequence[tuple[int, int
     """So many requests."""
     chance, report = random.Random(seed), Report()
     wishes = [(kind, *size) for kind in KINDS for size in sizes]
-    async with Table(model) as table:
+    options = ServeOptions(
+        blocks=f"{START}:{END}", device="cuda:0", max_length=512, cache_tokens=20_000, idle_timeout=0.5
+    )
+    async with Table(model, options) as table:
         expected = {wish: await table.ask(*wish) for wish in wishes}
         report.before = await table.settle()
         device.reset()

@@ -3,14 +3,14 @@
 import secrets
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from peer.span.span import BlockCall
 from peer.span.transfer import all_to_host, to_device
+from peer.training.allocated import tensors_in
 from protocol.errors import BadRequest, UnknownCall
 
 
@@ -73,7 +73,7 @@ class Checkpoints(Kept):
 
 def checkpoint_bytes(calls: Sequence[BlockCall], result: torch.Tensor) -> int:
     """Bytes of what blocks were called with, and of the last one's result; what several of them share counts once."""
-    tensors = _tensors([result, *((call.hidden, call.positional, call.arguments) for call in calls)])
+    tensors = tensors_in([result, *((call.hidden, call.positional, call.arguments) for call in calls)])
     storages = map(torch.Tensor.untyped_storage, tensors)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -86,15 +86,7 @@ def held_by_operations(result: torch.Tensor) -> Iterator[torch.Tensor]:
         if node is not None and node not in met:
             met.add(node)
             waiting += [other for other, _ in node.next_functions]
-            yield from _tensors(getattr(node, "__dict__", {}))
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, tuple | list | dict):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
+            yield from tensors_in(getattr(node, "__dict__", {}))
 
 
 def _by_block(names: Iterable[str]) -> dict[int, list[str]]:

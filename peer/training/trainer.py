@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from math import inf
 from typing import TypeVar
@@ -15,8 +16,9 @@ from peer.kv_cache.span_cache import SpanCache, prefix_cache
 from peer.span.failures import is_out_of_memory
 from peer.span.span import Adapted, BlockCall, Inputs, Span
 from peer.span.transfer import to_host
+from peer.training.allocated import Allocated
 from peer.training.call import TrainingCall
-from peer.training.footprint import Footprint, plain_call
+from peer.training.footprint import Footprint, Taken, plain_call
 from peer.training.kept import Checkpoints, Graph, Kept, KeptCalls, checkpoint_bytes, held_by_operations
 from protocol.errors import TooLong, UnknownCall
 from protocol.records import Trainable
@@ -43,7 +45,7 @@ class Trainer:
     def __init__(self, span: Span, adapters: AdapterStore, max_kept_bytes: int, max_bytes: int):
         self._span, self._adapters, self.kept, self.max_bytes = span, adapters, KeptCalls(max_kept_bytes), max_bytes
         self._trainable: Trainable | None = None
-        self.footprint = Footprint(span, adapters, lambda call: self._graph(call, "", None, 0).size)
+        self.footprint = Footprint(span, adapters, self._try)
 
     @property
     def trainable(self) -> Trainable | None:
@@ -67,6 +69,16 @@ class Trainer:
 
         most = bisect_right(range(1, _MOST_TOKENS + 1), self.max_bytes, key=take)
         self._trainable = Trainable(row=min(max_length, most), tokens=most)
+
+    def _try(self, call: TrainingCall) -> Taken:
+        kept, (block,) = self._graph(call, "", None, 0).size, call.mode.blocks
+        # Beside a neighbour: some trunks hold on to what one block put out (its attention's probabilities) in the next.
+        first = max(self._span.start, block - 1)
+        both = replace(call, mode=replace(call.mode, blocks=range(first, min(first + 2, self._span.end))))
+        with Allocated() as allocated:
+            checkpoints = self._checkpoints(both, "", 0)
+            checkpoints.backward(torch.ones_like(checkpoints.result))
+        return Taken(kept, allocated.history)
 
     def forward(
         self, call: TrainingCall, owner: str, keep: bool, adding: Adding | None = None
