@@ -54,7 +54,7 @@ class Taken:
     kept: int
     """Bytes of its graph."""
     history: Sequence[int]
-    """Bytes taken after each operation, while the block and a neighbour were computed without a graph and then again."""
+    """Bytes taken after each operation, while it and a neighbour were computed without a graph and then again."""
 
 
 @dataclass(frozen=True)
