@@ -9,6 +9,9 @@ What a peer foresees keeps it from most of this. So memory is taken away when th
 program would take it.
 """
 
+import tests.tools.pretended_gpu  # noqa: F401  before torch
+
+# isort: split
 import argparse
 import asyncio
 import gc
@@ -22,7 +25,6 @@ from pathlib import Path
 
 import torch
 
-import tests.tools.pretended_gpu  # noqa: F401  before torch
 from bootstrap.member import Member, MemberOptions
 from client.swarm.loop import LOOP
 from peer.compute.scheduler import Priority
