@@ -105,7 +105,8 @@ class Footprint:
 
     def of_checkpoints(self, call: TrainingCall) -> int:
         """Bytes that it takes at least: the hidden states between blocks, and one block at a time."""
-        return call.inputs.hidden.nbytes * (len(call.mode.blocks) + 1) + max(most for _, most in self._blocks(call))
+        states = call.inputs.hidden.numel() * self._span.dtype.itemsize
+        return states * (len(call.mode.blocks) + 1) + max(most for _, most in self._blocks(call))
 
     def of_row(self, tokens: int) -> int:
         """Bytes that one row of so many tokens takes at least, with LoRA and dropout on all linear layers."""
