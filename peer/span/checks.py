@@ -32,7 +32,7 @@ def check_mode(span: Span, context: pb.Context) -> Mode:
 def check_inputs(span: Span, message: Message, past: int, max_length: int) -> Inputs:
     """Hidden states, mask and positions of a request on top of `past` cached tokens, as they came.
 
-    Raises `BadRequest` for wrong shapes or dtypes, `TooLong` over `max_length` tokens.
+    Raises `BadRequest` for wrong shapes or dtypes, `TooLong` over `max_length` tokens or the model's own positions.
     """
     hidden = message.tensor("hidden_states")
     if not hidden.is_floating_point() or hidden.ndim != 3 or hidden.shape[2] != span.hidden_size or not hidden.numel():
@@ -52,7 +52,18 @@ def check_inputs(span: Span, message: Message, past: int, max_length: int) -> In
     positions = _integers(message, "position_ids", {(batch, tokens), (1, tokens)})
     if positions is not None and positions.dtype == torch.bool:
         raise BadRequest("position_ids is torch.bool; expected integers.")
+    _check_positions(span, past + tokens, positions)
     return Inputs(hidden, mask, positions)
+
+
+def _check_positions(span: Span, tokens: int, positions: torch.Tensor | None) -> None:
+    """A GPU that reads beyond a table computes nothing any more for this process."""
+    limit = span.positions
+    if limit is None:
+        return
+    found = torch.tensor([0, tokens - 1]) if positions is None else positions
+    if not 0 <= int(found.min()) <= int(found.max()) < limit:
+        raise TooLong(f"The blocks of this model cannot compute more than {limit} tokens; shorten the prompt.")
 
 
 def check_prefix(span: Span, mode: Mode, message: Message, batch: int) -> KvPrefix:

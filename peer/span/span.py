@@ -94,6 +94,9 @@ class Span:
         self._check_identity()
         self.kv_shapes = self._find_kv_shapes()
         """Block -> what it caches of keys and of values for each token; of attention blocks only."""
+        tables = (buffer for name, buffer in model.named_buffers() if name.endswith("embed_positions"))
+        self.positions = min(map(len, tables), default=None)
+        """How many positions the blocks have tables of (GPT-J, CodeGen); None: they compute them, or need none."""
 
     @property
     def blocks(self) -> range:

@@ -18,7 +18,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from client import AutoDistributedModelForCausalLM
+from peer.span.checks import check_inputs
+from peer.span.loading import load_span
+from protocol import swarm_pb2 as pb
+from protocol.channel import Message
 from protocol.errors import BadUsage, NoRoute, PeerFull, PeerUnreachable, TooLong, UnsupportedModel, WrongModel
+from protocol.model.checkpoint import open_checkpoint
 from tests.tools.command import Command
 from tests.tools.damage import CONFIG, INDEX, edit
 from tests.tools.families import build_small, short
@@ -383,6 +388,20 @@ def test_a_prompt_beyond_the_models_own_tables(family: str, swarm: Swarm, tmp_pa
             run(input_ids=torch.arange(3, 23)[None])
         assert time.monotonic() - begin < 5
     assert model.generate(input_ids=IDS, max_new_tokens=4, eos_token_id=None).shape == (1, 12)
+
+
+@pytest.mark.parametrize("position", [-1, 16, 2**40])
+def test_positions_beyond_the_models_own_tables(tmp_path: Path, position: int) -> None:
+    """Are refused before they reach the blocks: a GPU that reads beyond a table is lost to the peer."""
+    span = load_span(open_checkpoint(str(build_small(tmp_path / "gptj", short("gptj", 16)))), 0, 2)
+    hidden, positions = torch.zeros(1, 2, 32), torch.tensor([[0, position]])
+    message = Message(pb.Forward(), {"hidden_states": hidden, "position_ids": positions})
+    with pytest.raises(TooLong, match="cannot compute more than 16 tokens"):
+        check_inputs(span, message, 0, 64)
+    plain = Message(pb.Forward(), {"hidden_states": hidden})
+    assert check_inputs(span, plain, 14, 64).positions is None
+    with pytest.raises(TooLong, match="cannot compute more than 16 tokens"):
+        check_inputs(span, plain, 15, 64)
 
 
 def test_a_peer_that_is_full(small: Swarm, llama: Path) -> None:
