@@ -12,6 +12,7 @@ from peer.service import connection
 from peer.service.handover import Outbox
 from peer.span.span import Span
 from peer.training.trainer import Trainer
+from protocol.weights.parts import Held
 
 _BEAT = 0.05
 
@@ -21,6 +22,8 @@ def begin_to_lie(kind: str) -> None:
 
     `cut off`: it reaches no other peer; `loses pushes`: what it pushes never comes; `hangs on pushes`: the next peer
     takes some of its signs of life to be found out of reach.
+
+    `weights`: a bit of each piece that it gives is another.
 
     `device fails`: its backward passes fail as on a GPU that takes an illegal access; `device is lost`: for good.
     """
@@ -33,6 +36,9 @@ def begin_to_lie(kind: str) -> None:
         hangs = kind == "hangs on pushes"
         connection.HEARTBEAT = _BEAT if hangs else connection.HEARTBEAT
         _push_nothing(says=kind == "loses pushes", after=10 * _BEAT if hangs else 0.0)
+        return
+    if kind == "weights":
+        _change(Held, "read", lambda data: bytes([data[0] ^ 1]) + data[1:])
         return
     if kind == "slow":
         for owner, name in ((StepRunner, "run"), (Trainer, "forward")):
