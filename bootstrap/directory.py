@@ -13,9 +13,17 @@ from hivemind.dht import DHTNode
 
 from bootstrap.neighbours import Neighbours
 from bootstrap.storage import MAX_LIFETIME
-from bootstrap.validator import MEMBERS_KEY, MODELS_KEY, complaints_key, model_key
+from bootstrap.validator import MEMBERS_KEY, MODELS_KEY, WEIGHTS_KEY, complaints_key, model_key
 from protocol.errors import BadRequest
-from protocol.records import MAX_RECORD_BYTES, Complaint, MemberRecord, ModelId, PeerRecord, PeerState
+from protocol.records import (
+    MAX_RECORD_BYTES,
+    Complaint,
+    MemberRecord,
+    ModelId,
+    PeerRecord,
+    PeerState,
+    WeightsRecord,
+)
 
 PERIOD = 20.0
 """Seconds between two announcements of a peer."""
@@ -26,21 +34,23 @@ RETRY = 5.0
 MAX_MODELS = 256
 WITHDRAW_TIMEOUT = 1.5
 _log = logging.getLogger(__name__)
-R = TypeVar("R", ModelId, PeerRecord, Complaint, MemberRecord)
+R = TypeVar("R", ModelId, PeerRecord, Complaint, MemberRecord, WeightsRecord)
+Announcement = PeerRecord | WeightsRecord
 
 
 class Directory:
     """Announces and looks up peers in a DHT. All methods raise `PeerUnreachable` when this member is cut off."""
 
-    def __init__(self, node: DHTNode, neighbours: Neighbours, learn: Callable[[PeerRecord], None]):
-        """`learn` is called with every peer's record that is looked up."""
+    def __init__(self, node: DHTNode, neighbours: Neighbours, learn: Callable[[Announcement], None]):
+        """`learn` is called with every member's record that is looked up."""
         self._node = node
         self._neighbours = neighbours
         self._learn = learn
         self._expirations: dict[str, float] = {}
 
-    async def announce(self, record: PeerRecord, lifetime: float) -> bool:
-        """Announce `record` for `lifetime` seconds, instead of what this member announced before for that model.
+    async def announce(self, record: Announcement, lifetime: float) -> bool:
+        """Announce `record` for `lifetime` seconds, instead of what this member announced before for that model, or of
+        the weights that it gives.
 
         Returns whether the DHT took it. Raises `BadRequest` for a record or a lifetime that is too long.
         """
@@ -51,15 +61,23 @@ class Directory:
             )
         return await self._store(record, time.time() + lifetime)
 
-    async def withdraw(self, record: PeerRecord) -> None:
-        """Take the announcement back: from now on nobody sees the peer."""
+    async def withdraw(self, record: Announcement) -> None:
+        """Take the announcement back: from now on nobody sees the peer, or the weights."""
         # The DHT keeps the record that expires later, so this one expires no sooner than the one that it replaces.
-        await self._store(record.model_copy(update={"state": PeerState.OFFLINE}), time.time() + 1.0)
+        nothing = {"state": PeerState.OFFLINE} if isinstance(record, PeerRecord) else {"models": ()}
+        await self._store(record.model_copy(update=nothing), time.time() + 1.0)
 
     async def peers(self, config_hash: str) -> list[PeerRecord]:
         """The peers that serve blocks of a model, as the DHT's members hold them now; sorted by start, then ID."""
         key = model_key(config_hash)
         return self._learned((await self._look_up([key]))[key])
+
+    async def weights(self) -> list[WeightsRecord]:
+        """Who gives which models' files; sorted by ID."""
+        records = _parse(_current((await self._look_up([WEIGHTS_KEY]))[WEIGHTS_KEY]), WeightsRecord)
+        for record in records:
+            self._learn(record)
+        return sorted((record for record in records if record.models), key=lambda record: record.peer_id)
 
     async def complain(self, complaint: Complaint) -> None:
         """Publish this member's complaint for a model for ten minutes, in place of an earlier one."""
@@ -96,16 +114,16 @@ class Directory:
             self._learn(record)
         return records
 
-    async def _store(self, record: PeerRecord, expiration: float) -> bool:
+    async def _store(self, record: Announcement, expiration: float) -> bool:
         await self._neighbours.ensure()
-        key = model_key(record.model.config_hash)
+        values = {WEIGHTS_KEY: record.to_bytes()}
+        if isinstance(record, PeerRecord):
+            values = {model_key(record.model.config_hash): record.to_bytes(), MODELS_KEY: record.model.to_bytes()}
+        key = next(iter(values))
         expiration = max(expiration, self._expirations.get(key, 0.0) + 0.001)
         self._expirations[key] = expiration
         stored = await self._node.store_many(
-            [key, MODELS_KEY],
-            [record.to_bytes(), record.model.to_bytes()],
-            expiration,
-            subkeys=[record.peer_id, record.peer_id],
+            list(values), list(values.values()), expiration, subkeys=[record.peer_id] * len(values)
         )
         return all(stored.values()) and not self._neighbours.cut_off
 
@@ -126,12 +144,12 @@ class Directory:
 
 
 class Announcer:
-    """Keeps a peer announced: every `period` seconds and whenever `refresh` is called."""
+    """Keeps a record announced: every `period` seconds and whenever `refresh` is called."""
 
     def __init__(
         self,
         directory: Directory,
-        record: Callable[[], PeerRecord],
+        record: Callable[[], Announcement],
         period: float = PERIOD,
         lifetime: float = LIFETIME,
     ):
@@ -200,10 +218,13 @@ def _parse(values: dict[str, Any], kind: type[R]) -> list[R]:
     return records
 
 
-def _peers(values: dict[str, Any]) -> list[PeerRecord]:
+def _current(values: dict[str, Any]) -> dict[str, Any]:
     now = time.time()
-    current = {peer_id: value for peer_id, value in values.items() if value.expiration_time > now}
-    records = [record for record in _parse(current, PeerRecord) if record.state != PeerState.OFFLINE]
+    return {peer_id: value for peer_id, value in values.items() if value.expiration_time > now}
+
+
+def _peers(values: dict[str, Any]) -> list[PeerRecord]:
+    records = [record for record in _parse(_current(values), PeerRecord) if record.state != PeerState.OFFLINE]
     return sorted(records, key=lambda record: (record.start, record.peer_id))
 
 

@@ -25,6 +25,8 @@ from protocol.records import MAX_RECORD_BYTES
 MODELS_KEY = f"{NAME}.models"
 MEMBERS_KEY = f"{NAME}.members"
 """Where the processes of a private swarm's members announce themselves."""
+WEIGHTS_KEY = f"{NAME}.weights"
+"""The DHT key under which members announce the models whose files they give."""
 _CONTEXT = f"{NAME} record 1\0".encode()
 _MAX_OVERHEAD = 2048 + MAX_CERTIFICATE_BYTES
 _NOTHING: bytes = msgpack.packb(b"")
@@ -44,7 +46,7 @@ def _key_id(key: str) -> bytes:
     return bytes(DHTID.generate(source=key).to_bytes())
 
 
-_MODELS_KEY_ID, _MEMBERS_KEY_ID = _key_id(MODELS_KEY), _key_id(MEMBERS_KEY)
+_MODELS_KEY_ID, _MEMBERS_KEY_ID, _WEIGHTS_KEY_ID = map(_key_id, (MODELS_KEY, MEMBERS_KEY, WEIGHTS_KEY))
 
 
 class SignedRecords(RecordValidatorBase):  # type: ignore[misc]
@@ -135,7 +137,8 @@ def _data(payload: bytes) -> bytes:
 
 
 def _may_announce(key: bytes, peer_id: str, content: object, member: Certificate | None) -> bool:
-    """Whether `content` may stand under `key`: a member itself, a model, a peer's record or complaint for a model.
+    """Whether `content` may stand under `key`: a member itself, a model, the weights that it gives, a peer's record or
+    complaint for a model.
 
     `member`: whose process `peer_id` is; None in an open swarm.
     """
@@ -148,6 +151,8 @@ def _may_announce(key: bytes, peer_id: str, content: object, member: Certificate
         return False
     if key == _MEMBERS_KEY_ID:
         return member is not None and content.get("member") == member.id
+    if key == _WEIGHTS_KEY_ID:
+        return serves and isinstance(content.get("models"), list)
     config_hash = content["model"]["config_hash"]
     if not isinstance(config_hash, str):
         return False

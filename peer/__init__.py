@@ -2,11 +2,13 @@
 
 commands        what people type: `peer serve`, `status`, `demo`, ...
 server          a peer's life, from joining to leaving
+sharer          what any member does about weights: gives, fetches, announces
 start           once, before anyone is served: which blocks, their loading, what is tried out
 service         speaks the wire: a file per group of messages
 generation      steps of generations, many sessions in one trunk pass
 training        forwards and backwards, kept activations
 adapters        clients' adapters
+weights         models' files for other members
 base_weights    what clients may ask about the base model's weights
 span            the model's own trunk with foreign blocks skipped
 kv_cache        sessions' keys and values in bounded memory

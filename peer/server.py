@@ -6,8 +6,8 @@ import logging
 from collections.abc import Iterator
 
 from bootstrap.directory import LIFETIME, Announcer
-from bootstrap.member import Member
 from peer.compute.scheduler import Scheduler
+from peer.sharer import Sharer
 from peer.start.assembly import Assembled, assemble, new_scheduler
 from peer.start.options import ServeOptions
 from protocol.errors import PeerFailed
@@ -26,34 +26,37 @@ class Server:
     """A running peer. Make one with `start`."""
 
     def __init__(
-        self, options: ServeOptions, model_id: ModelId, assembled: Assembled, scheduler: Scheduler, member: Member
+        self, options: ServeOptions, model_id: ModelId, assembled: Assembled, scheduler: Scheduler, sharer: Sharer
     ):
-        self.options, self.model_id, self.member = options, model_id, member
+        self.options, self.model_id, self.member, self.sharer = options, model_id, sharer.member, sharer
         self.span, self.service = assembled.span, assembled.service
         self._speed, self._budget, self._scheduler = assembled.speed, assembled.budget, scheduler
         self._state = PeerState.ONLINE
         self._preload: asyncio.Task[object] | None = None
         """Imports what the first adapter needs, PEFT above all, while the peer serves already."""
         self._teller: asyncio.Task[None] | None = None
-        self._announcer = Announcer(member.directory, self.record)
+        self._announcer = Announcer(self.member.directory, self.record)
 
     @classmethod
-    async def start(cls, options: ServeOptions, checkpoint: Checkpoint, joining: asyncio.Task[Member]) -> "Server":
+    async def start(cls, options: ServeOptions, checkpoint: Checkpoint, joining: asyncio.Task[Sharer]) -> "Server":
         """Load and announce once `joining` is done. Raises as it does, and `BadUsage`, `UnsupportedModel`."""
         options.span(checkpoint.model_id.num_blocks)  # what is wrong with it need not wait for the join
         scheduler = new_scheduler(options)
         try:
-            member = await joining  # first: what loads cannot be stopped, and most of a join is over by now
-            assembled = await assemble(options, checkpoint, member, scheduler)
-            server = cls(options, checkpoint.model_id, assembled, scheduler, member)
-            await member.transport.serve(server.service.handle)
-            await member.directory.announce(server.record(), LIFETIME)
+            sharer = await joining  # first: what loads cannot be stopped, and most of a join is over by now
+            assembled = await assemble(options, checkpoint, sharer.member, scheduler)
+            server = cls(options, checkpoint.model_id, assembled, scheduler, sharer)
+            sharer.entrance.blocks = server.service
+            sharer.step_back(lambda: scheduler.is_at_work)
+            await sharer.member.directory.announce(server.record(), LIFETIME)
         except BaseException:
             scheduler.close()
             raise
         server._announcer.start()
         server._teller = asyncio.create_task(server._tell_of_memory())
         server._preload = asyncio.create_task(asyncio.to_thread(_import_adapters))
+        if checkpoint.source is None:
+            sharer.give_folder(checkpoint)
         return server
 
     def record(self) -> PeerRecord:
@@ -93,6 +96,7 @@ class Server:
         yield from self._scheduler.describe()
         for what, counts in (("steps", service.step_counts), ("training calls", service.training_counts)):
             yield f"{counts.items} {what} in {counts.passes} passes since the start"
+        yield from self.sharer.describe()
         yield from self.member.describe()
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -130,7 +134,7 @@ class Server:
         logger.info("ran %d training calls in %d goes", counts.items, counts.passes)
         if self._teller:
             self._teller.cancel()
-        await self._announcer.stop()
+        await asyncio.gather(self._announcer.stop(), self.sharer.stop())
         self._scheduler.close()
         await self.member.shutdown()
 

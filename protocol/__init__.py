@@ -8,5 +8,6 @@ connections    open channels to peers of one model, greeted once and used again
 tensors        tensors as bytes, checked before memory is taken for them; codecs: in fewer bytes
 adapters       PEFT adapters as they travel; records: what peers announce in the directory
 errors         errors that survive the wire; name: what the project is called
+weights/       a model's files from other members: manifests, pieces, the cache, fetching
 model/         what both ends must know of a Transformers model; machine/: this process on its machine
 """

@@ -84,10 +84,8 @@ class Connections:
 
         Raises `NoConnection`, `PeerUnreachable`, `NotAMember`, `WrongModel`.
         """
-        end = self._end()
-        channel = Channel(await self._dial(end.transport, peer_id), Limits(), self._patience)
+        channel = await dial(self._end(), peer_id, self._patience, self._carrier)
         try:
-            await end.handshake.initiate(channel)
             await self._greet(channel)
         except BaseException:
             channel.close()
@@ -104,15 +102,6 @@ class Connections:
         for peer_id in list(self._idle):
             self.forget(peer_id)
 
-    async def _dial(self, transport: Dialer, peer_id: str) -> Stream:
-        try:
-            async with asyncio.timeout(self._patience):
-                return await transport.connect(peer_id, self._carrier)
-        except PeerUnreachable as error:
-            raise NoConnection(str(error)) from error
-        except TimeoutError as error:
-            raise NoConnection(f"Peer {peer_id} cannot be reached within {self._patience:g} s.") from error
-
     async def _greet(self, channel: Channel) -> None:
         hello = pb.Hello(version=VERSION, config_hash=self._wanted.model_id.config_hash, weights=self._wanted.digests)
         begin = time.perf_counter()
@@ -125,3 +114,24 @@ class Connections:
         channel.remote_codecs = self.codecs[channel.remote] = SUPPORTED & {pb.RAW, *welcome.codecs}
         if not same_weights(self._wanted.digests, welcome.weights):
             raise WrongModel(f"Peer {channel.remote} serves other weights than ours.")
+
+
+async def dial(end: End, peer_id: str, patience: float, carrier: Carrier = "auto") -> Channel:
+    """A new channel on which both ends have shown each other that they belong to the swarm; the caller must close it.
+
+    Raises `NoConnection`, `PeerUnreachable`, `NotAMember`.
+    """
+    try:
+        async with asyncio.timeout(patience):
+            stream = await end.transport.connect(peer_id, carrier)
+    except PeerUnreachable as error:
+        raise NoConnection(str(error)) from error
+    except TimeoutError as error:
+        raise NoConnection(f"Peer {peer_id} cannot be reached within {patience:g} s.") from error
+    channel = Channel(stream, Limits(), patience)
+    try:
+        await end.handshake.initiate(channel)
+    except BaseException:
+        channel.close()
+        raise
+    return channel

@@ -97,6 +97,10 @@ class NoRoute(SwarmError):
     """Some blocks are served by nobody."""
 
 
+class NoWeights(SwarmError):
+    """Nobody in the swarm gives some of a model's files."""
+
+
 class UnsupportedModel(SwarmError):
     """The span approach cannot run this architecture, or the folder is not a usable model."""
 

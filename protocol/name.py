@@ -10,6 +10,8 @@ NAME = "hivetune"
 """The distribution's name, as `pip install` takes it."""
 CACHE_VARIABLE = f"{NAME.upper()}_CACHE"
 HOME_VARIABLE = f"{NAME.upper()}_HOME"
+CACHE_SIZE = 200 * 10**9
+"""Bytes that the models which are fetched from other members may take together, where nobody says otherwise."""
 
 
 def cache_folder() -> Path:

@@ -27,6 +27,7 @@ def _check_printable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_check_printable)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ConfigHash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*\.?")
 
@@ -198,6 +199,33 @@ class MemberRecord(_Record):
     addresses: tuple[Annotated[Text, Field(max_length=300)], ...] = Field(default=(), max_length=MAX_ADDRESSES)
     """None: it listens nowhere."""
     version: Text = Field(max_length=40)
+
+
+MAX_SHARED = 8
+
+
+class SharedModel(_Record):
+    """A model of which a member gives pieces to others; it may be fetching the rest itself."""
+
+    model: ModelId
+    manifest: Sha256
+    """See `protocol.weights.manifest`."""
+    held: int = Field(ge=0)
+    """Bytes of it that are there."""
+    wanted: int = Field(ge=0)
+    """Bytes that are to be there in the end: `held`, where nothing is being fetched."""
+    rate: float = Field(default=0.0, ge=0)
+    """Bytes per second that come at present."""
+
+
+class WeightsRecord(_Record):
+    """One member's announcement of the models' files that it gives to others."""
+
+    peer_id: PeerIdText
+    name: Text = Field(default="", max_length=MAX_NAME)
+    models: tuple[SharedModel, ...] = Field(max_length=MAX_SHARED)
+    direct: Door | None = None
+    """As in `PeerRecord`."""
 
 
 def holes(peers: Iterable[PeerRecord], start: int, end: int) -> list[range]:

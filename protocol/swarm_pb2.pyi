@@ -67,7 +67,7 @@ class Tensor(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[_Union[Codec, str]] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "welcome", "failure", "result", "forward", "backward", "open_session", "step", "fork_session", "put_adapter", "read_weight", "ping", "working", "factorize", "push", "knock", "proof", "tensors")
+    __slots__ = ("hello", "welcome", "failure", "result", "forward", "backward", "open_session", "step", "fork_session", "put_adapter", "read_weight", "ping", "working", "factorize", "push", "read_manifest", "read_holdings", "read_piece", "knock", "proof", "tensors")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +83,9 @@ class Frame(_message.Message):
     WORKING_FIELD_NUMBER: _ClassVar[int]
     FACTORIZE_FIELD_NUMBER: _ClassVar[int]
     PUSH_FIELD_NUMBER: _ClassVar[int]
+    READ_MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    READ_HOLDINGS_FIELD_NUMBER: _ClassVar[int]
+    READ_PIECE_FIELD_NUMBER: _ClassVar[int]
     KNOCK_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
@@ -101,10 +104,13 @@ class Frame(_message.Message):
     working: Working
     factorize: Factorize
     push: Push
+    read_manifest: ReadManifest
+    read_holdings: ReadHoldings
+    read_piece: ReadPiece
     knock: Knock
     proof: Proof
     tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., open_session: _Optional[_Union[OpenSession, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., fork_session: _Optional[_Union[ForkSession, _Mapping]] = ..., put_adapter: _Optional[_Union[PutAdapter, _Mapping]] = ..., read_weight: _Optional[_Union[ReadWeight, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ..., factorize: _Optional[_Union[Factorize, _Mapping]] = ..., push: _Optional[_Union[Push, _Mapping]] = ..., knock: _Optional[_Union[Knock, _Mapping]] = ..., proof: _Optional[_Union[Proof, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., open_session: _Optional[_Union[OpenSession, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., fork_session: _Optional[_Union[ForkSession, _Mapping]] = ..., put_adapter: _Optional[_Union[PutAdapter, _Mapping]] = ..., read_weight: _Optional[_Union[ReadWeight, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ..., factorize: _Optional[_Union[Factorize, _Mapping]] = ..., push: _Optional[_Union[Push, _Mapping]] = ..., read_manifest: _Optional[_Union[ReadManifest, _Mapping]] = ..., read_holdings: _Optional[_Union[ReadHoldings, _Mapping]] = ..., read_piece: _Optional[_Union[ReadPiece, _Mapping]] = ..., knock: _Optional[_Union[Knock, _Mapping]] = ..., proof: _Optional[_Union[Proof, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
 
 class Knock(_message.Message):
     __slots__ = ("nonce", "mac")
@@ -179,16 +185,18 @@ class Failure(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ..., retry_after: _Optional[float] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("call_id", "token", "leaving", "pushed")
+    __slots__ = ("call_id", "token", "leaving", "pushed", "holder")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     PUSHED_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     token: bytes
     leaving: bool
     pushed: bool
-    def __init__(self, call_id: _Optional[int] = ..., token: _Optional[bytes] = ..., leaving: _Optional[bool] = ..., pushed: _Optional[bool] = ...) -> None: ...
+    holder: str
+    def __init__(self, call_id: _Optional[int] = ..., token: _Optional[bytes] = ..., leaving: _Optional[bool] = ..., pushed: _Optional[bool] = ..., holder: _Optional[str] = ...) -> None: ...
 
 class Ping(_message.Message):
     __slots__ = ()
@@ -333,3 +341,29 @@ class Factorize(_message.Message):
     rank: int
     iterations: int
     def __init__(self, name: _Optional[str] = ..., transposed: _Optional[bool] = ..., factorization: _Optional[_Union[Factorization, str]] = ..., rank: _Optional[int] = ..., iterations: _Optional[int] = ...) -> None: ...
+
+class ReadManifest(_message.Message):
+    __slots__ = ("version", "manifest")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    manifest: bytes
+    def __init__(self, version: _Optional[int] = ..., manifest: _Optional[bytes] = ...) -> None: ...
+
+class ReadHoldings(_message.Message):
+    __slots__ = ("manifest",)
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    manifest: bytes
+    def __init__(self, manifest: _Optional[bytes] = ...) -> None: ...
+
+class ReadPiece(_message.Message):
+    __slots__ = ("manifest", "number", "shares", "insists")
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    INSISTS_FIELD_NUMBER: _ClassVar[int]
+    manifest: bytes
+    number: int
+    shares: bool
+    insists: bool
+    def __init__(self, manifest: _Optional[bytes] = ..., number: _Optional[int] = ..., shares: _Optional[bool] = ..., insists: _Optional[bool] = ...) -> None: ...

@@ -51,6 +51,17 @@ def exact_and_quiet(tmp_path_factory: pytest.TempPathFactory) -> None:
     logging.disable_progress_bar()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Peers keep what they keep outside of the user's own cache, whose sample model is used all the same."""
+    from protocol.name import CACHE_VARIABLE, cache_folder
+
+    cache = tmp_path_factory.mktemp("cache")
+    if (sample := cache_folder() / "SmolLM2-135M-Instruct").is_dir():
+        (cache / sample.name).symlink_to(sample)
+    os.environ[CACHE_VARIABLE] = str(cache)
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Family name -> the folder of a small random model."""

@@ -12,7 +12,9 @@ from protocol.errors import BadUsage, first_line
 
 
 def generate(
-    model: Annotated[str, typer.Argument(parser=as_model, help="A Hugging Face folder or hub name.")],
+    model: Annotated[
+        str, typer.Argument(parser=as_model, help="A Hugging Face folder, a model that the swarm has, or a hub name.")
+    ],
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
     initial_peers: InitialPeers = None,
     swarm: SwarmName = None,
@@ -34,9 +36,11 @@ def generate(
     find_swarm(swarm, initial_peers)  # what is wrong with them need not wait
     import torch
 
+    from client.model.load import local_name
     from client.tokenizer import encode_prompt, load_adapted_tokenizer, load_tokenizer, vocabulary_size
     from protocol.model.checkpoint import open_checkpoint
 
+    model = local_name(model, revision, initial_peers=initial_peers, swarm=swarm)
     if adapter is None:
         tokenizer = load_tokenizer(model, revision)
     else:

@@ -59,6 +59,7 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
     Raises `TuneError` (its subclasses say what) and whatever the swarm raises, each with one sentence for a person.
     """
     from client.auto import AutoDistributedModelForCausalLM
+    from client.model.load import local_name
     from client.tokenizer import load_tokenizer, vocabulary_size
     from client.tune.description.config import load_config
     from client.tune.running.dataset import prepare
@@ -79,8 +80,9 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
     check_output(config, resume)
     if config.device != "auto":
         choose_device(config.device)  # before the data is read, which may take long
-    tokenizer = load_tokenizer(config.model, config.revision)
-    described = open_checkpoint(config.model, config.revision).config
+    place = local_name(config.model, config.revision, initial_peers=config.initial_peers, swarm=config.swarm)
+    tokenizer = load_tokenizer(place, config.revision)
+    described = open_checkpoint(place, config.revision).config
     prepared = prepare(config, tokenizer, context_length(described), vocabulary_size(described))
     model = AutoDistributedModelForCausalLM.from_pretrained(
         config.model,

@@ -1,6 +1,7 @@
 """Making the model that a user asked for."""
 
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from client.model.pseudo_layer import refuse_outputs
 from client.model.saving import base_of, load_generation_config, name_base
 from client.swarm.config import SwarmConfig
 from client.swarm.membership import Membership
+from client.swarm.membership import joining as joining_of
 from client.swarm.swarm import Swarm
+from client.swarm.weights import open_model
 from protocol.errors import BadUsage
-from protocol.model.checkpoint import Checkpoint, open_checkpoint
+from protocol.model.checkpoint import Checkpoint, Hub, is_here, may_be_on_hub
 from protocol.model.classes import class_for, config_for
 from protocol.tensors import COMPUTE_DTYPES
 
@@ -47,13 +50,13 @@ def load_distributed(
     `cls` None: the class that Transformers' auto mapping of the name `mapping` has for the model.
     """
     hub, place = take_loading_options(options)
-    checkpoint = open_checkpoint(str(model), revision, hub)
+    checkpoint = open_model(str(model), revision, hub, joining)
     cls, config = _class_of(checkpoint, cls, mapping)
     for name, value in options.items():
         _override(config, name, value)
     for part in config, config.get_text_config():
         refuse_outputs(part, {})
-    base = base_of(checkpoint)
+    base = base_of(checkpoint, partial(open_model, joining=joining))
     swarm = Swarm.connect(network, base, joining)
     with torch.device("cpu"):  # whatever torch.set_default_device says: it is read and tried out there
         built = build_model(cls, checkpoint, config, swarm, _dtype(dtype or torch_dtype, checkpoint))
@@ -63,6 +66,17 @@ def load_distributed(
     if place is not None:
         place.take(built)
     return with_prompts(built, tuning_mode, pre_seq_len) if tuning_mode else built
+
+
+def local_name(model: str, revision: str | None = None, **network: Any) -> str:
+    """A folder with configuration and tokenizer, for a model that this machine has or gets from the swarm.
+
+    Any other name, of a folder or of the hub, as it is. `network`: fields of `SwarmConfig`. Raises as `open_model`.
+    """
+    if revision is not None or is_here(model) or not may_be_on_hub(model):
+        return model
+    with joining_of(SwarmConfig.make(None, **network)) as joined:
+        return open_model(model, revision, Hub(), joined).name
 
 
 def _class_of(

@@ -5,6 +5,7 @@ they write names the checkpoint whose blocks the swarm serves.
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from client.ghosts.blocks import GhostBlocks, ghost_names
 from client.ghosts.tensor import GhostTensor
 from protocol.errors import BadUsage, UnsupportedModel, first_line
-from protocol.model.checkpoint import Checkpoint, find_file, open_checkpoint
+from protocol.model.checkpoint import Checkpoint, Hub, find_file
 
 _log = logging.getLogger(__name__)
 _BASE = "swarm_base"
@@ -27,14 +28,15 @@ def name_base(model: PreTrainedModel, base: Checkpoint) -> None:
     """Let what `model.save_pretrained` and `Trainer` write say which checkpoint the blocks are of."""
     folder = Path(base.name)
     name = str(folder.resolve()) if folder.is_dir() else base.name
+    name = base.source.label if base.source is not None else name
     entry = {"name": name, "revision": base.revision, "config_hash": base.model_id.config_hash}
     setattr(model.config, _BASE, entry)
 
 
-def base_of(checkpoint: Checkpoint) -> Checkpoint:
+def base_of(checkpoint: Checkpoint, open_model: Callable[[str, str | None, Hub], Checkpoint]) -> Checkpoint:
     """The checkpoint whose blocks the swarm serves: `checkpoint` itself, or the one that it was saved from.
 
-    Raises `UnsupportedModel` when that one is gone or is another by now.
+    `open_model` opens that by name and revision. Raises `UnsupportedModel` when it is gone or is another by now.
     """
     if _BASE not in checkpoint.raw_config:
         return checkpoint
@@ -45,7 +47,7 @@ def base_of(checkpoint: Checkpoint) -> Checkpoint:
         raise UnsupportedModel(f"{checkpoint.name}: {_BASE} in its config.json names no model; save the model again.")
     advice = f"if it has moved, put its new place into {_BASE} in the config.json of {checkpoint.name}"
     try:
-        base = open_checkpoint(name, revision, checkpoint.hub)
+        base = open_model(name, revision, checkpoint.hub)
     except UnsupportedModel as error:
         raise UnsupportedModel(f"The base model of {checkpoint.name} cannot be opened ({error}); {advice}.") from error
     if base.model_id.config_hash != entry.get("config_hash"):

@@ -36,6 +36,11 @@ class Membership:
         return cls(initial_peers, swarm, await _join(initial_peers, swarm))
 
     @property
+    def swarm(self) -> SwarmFolder | None:
+        """The private swarm; None: an open one."""
+        return self._swarm
+
+    @property
     def is_lost(self) -> bool:
         """Whether p2pd has died: no connection lives any more, and none can be made."""
         return self.member.lost.is_set()

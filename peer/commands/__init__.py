@@ -6,10 +6,10 @@
     status          how `peer status` shows a swarm
     swarm           `peer swarm`: the private swarms that this machine knows
     invite          `peer invite`: tickets; members: `peer join`, `members`, `revoke`
+    weights         `peer share`, `peer cache`
     demo            `peer demo`: a swarm on this machine, and a fine-tuning through it
     sample_model    the small model of the demo
-    options         `--config`, and the client's commands
-    fields          options of a command from the fields of a dataclass
+    options         `--config`, options from the fields of a dataclass, the client's commands
     process         running until told to stop
 
 Importing these imports neither torch nor Transformers: `peer --help` must not wait for them.

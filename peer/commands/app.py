@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.live import Live
@@ -28,6 +28,8 @@ from peer.commands.options import Config, LazyGroup
 from peer.commands.process import leave_at_once, run, say_ready, stop_on_signals, unless_stopped
 from peer.commands.serve import serve
 from peer.commands.swarm import app as swarm_app
+from peer.commands.weights import app as cache_app
+from peer.commands.weights import share
 from protocol.errors import (
     BadAdapter,
     BadRequest,
@@ -43,11 +45,15 @@ from protocol.errors import (
 from protocol.machine.inspection import describe_on_signal, show_stacks_on_signal
 from protocol.machine.terminal import escape_what_cannot_be_written, new_console
 
+if TYPE_CHECKING:
+    from peer.commands import status as view
+
 app = typer.Typer(
     cls=LazyGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Fine-tune and run models too big for your GPU, on a swarm of peers.",
 )  # fmt: skip
 app.add_typer(swarm_app, name="swarm")
+app.add_typer(cache_app, name="cache")
 _USAGE_ERRORS = (
     BadUsage,
     BadRequest,
@@ -60,7 +66,7 @@ _USAGE_ERRORS = (
     TooLong,
 )
 
-for command in (serve, invite, join, members, revoke):
+for command in (serve, share, invite, join, members, revoke):
     app.command()(command)
 
 
@@ -124,9 +130,10 @@ def status(
         stop = stop_on_signals()
         member = await Member.join(MemberOptions(addresses, client_mode=True, swarm=folder))
 
-        async def look() -> tuple[view.Models, view.Complaints]:
-            models = _only(await member.directory.models(), model)
-            return models, await view.read_complaints(member.directory, models)
+        async def look() -> tuple[view.Models, view.Complaints, view.Weights]:
+            found, weights = await member.directory.models(), await member.directory.weights()
+            models, weights = _only(found, weights, model)
+            return models, await view.read_complaints(member.directory, models), weights
 
         try:
             state = await look()
@@ -180,12 +187,15 @@ def main() -> None:
         sys.exit(130)
 
 
-def _only(models: dict[Any, Any], wanted: str | None) -> dict[Any, Any]:
+def _only(models: "view.Models", weights: "view.Weights", wanted: str | None) -> "tuple[view.Models, view.Weights]":
+    """What there is of one model; `wanted` None: of all."""
     if wanted is None:
-        return models
+        return models, weights
     name = Path(wanted).resolve().name if Path(wanted).is_dir() else wanted
     chosen = {model: peers for model, peers in models.items() if model.name == name}
-    if not chosen:
+    parts = [[one for one in record.models if one.model.name == name] for record in weights]
+    given = [record.model_copy(update={"models": part}) for record, part in zip(weights, parts, strict=True) if part]
+    if not chosen and not given:
         known = ", ".join(model.name for model in models) or "none"
         raise BadUsage(f"No peer serves {wanted!r} in this swarm; its models: {known}.")
-    return chosen
+    return chosen, given

@@ -62,7 +62,8 @@ def _use_swarm(
 
     tokenizer = load_tokenizer(folder)
     model = AutoDistributedModelForCausalLM.from_pretrained(folder, initial_peers=addresses)
-    console.print(status.as_table({checkpoint.model_id: swarm_of(model).peers()}, {checkpoint.model_id: Counter()}))
+    peers = {checkpoint.model_id: swarm_of(model).peers()}
+    console.print(status.as_table(peers, {checkpoint.model_id: Counter()}, []))
     _begin_chapter(console, "Text through the swarm")
     _ask(model, tokenizer, console)
     _begin_chapter(console, f"A LoRA adapter, trained through the swarm: the persona {PERSONA_NAME}")

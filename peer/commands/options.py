@@ -1,14 +1,21 @@
-"""Options of the `peer` command that are about the command line itself: `--config`, and commands of other rooms."""
+"""Options of the `peer` command that are about the command line itself: `--config`, options that are declared as the
+fields of a dataclass, and commands of other rooms."""
 
 import difflib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 import yaml
 
 from bootstrap.options import as_path
 from protocol.errors import BadUsage, first_line
+
+Parameter = inspect.Parameter
 
 
 def _load_defaults(context: typer.Context, value: Path | None) -> Path | None:
@@ -43,6 +50,57 @@ Config = Annotated[
         help="A YAML file with these options.",
     ),
 ]  # fmt: skip
+
+
+def with_fields(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, with an option for each field of its parameters that are dataclasses.
+
+    A field annotated as Typer wants it is an option on the command line and in a `--config` file, and the place where
+    its value is found: Typer itself makes options of a command's parameters only. A field that is a dataclass itself
+    has its own fields taken. All fields need defaults.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    given = inspect.signature(command).parameters
+
+    @wraps(command)
+    def run(**typed: Any) -> None:
+        command(**{name: _filled(hints[name], typed) if is_dataclass(hints[name]) else typed[name] for name in given})
+
+    parameters = [each for name, parameter in given.items() for each in _parameters(parameter, hints[name])]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def _parameters(parameter: Parameter, hint: Any) -> Iterator[Parameter]:
+    if not is_dataclass(hint):
+        yield parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=hint)
+        return
+    for field, of in _fields(hint):
+        default = Parameter.empty if field.default is MISSING else field.default
+        yield from _parameters(Parameter(_name(field, of), Parameter.KEYWORD_ONLY, default=default), of)
+
+
+def _filled(cls: Any, typed: dict[str, Any]) -> Any:
+    """The dataclass, of what the user typed."""
+    return cls(
+        **{
+            field.name: _filled(of, typed) if is_dataclass(of) else typed[_name(field, of)]
+            for field, of in _fields(cls)
+        }
+    )
+
+
+def _fields(cls: Any) -> Iterator[tuple[Field[Any], Any]]:
+    """A dataclass's fields and what they are annotated with."""
+    hints = get_type_hints(cls, include_extras=True)
+    return ((field, hints[field.name]) for field in fields(cls))
+
+
+def _name(field: Field[Any], annotation: Any) -> str:
+    """The parameter's name: as its option is called, where that is said, for two dataclasses may share a field's."""
+    (option, *_) = getattr(annotation, "__metadata__", (None,))
+    said = getattr(option, "default", None)  # where Typer keeps the first name
+    return said.lstrip("-").replace("-", "_") if isinstance(said, str) else field.name
 
 
 class LazyGroup(typer.core.TyperGroup):

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,20 +14,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bootstrap.options import Announce, Host, Identity, InitialPeers, Port, SwarmName, as_model
-from peer.commands.fields import with_fields
 from peer.commands.invite import offer_invitation
-from peer.commands.options import Config
+from peer.commands.options import Config, with_fields
 from peer.commands.process import leave_at_once, run, say_ready, stop_on_signals, unless_stopped
 from peer.commands.supervisor import Supervisor
 from peer.start.options import ServeOptions
-from protocol.errors import BadUsage, UnsupportedModel
+from protocol.errors import BadUsage
 from protocol.machine.imports import without_collection
 from protocol.machine.inspection import describe_on_signal
 
 if TYPE_CHECKING:
     from bootstrap.member import Member, MemberOptions
     from peer.server import Server
+    from peer.sharer import Sharer
     from protocol.model.checkpoint import Checkpoint
+    from protocol.records import ModelId
+
+_IMPORTING = threading.Lock()
+"""Two threads must not import Transformers at a time: what it loads lazily would be seen half made."""
 
 _PORTS_APART = 10
 """Of the next peer from those of the one before it: a peer may have two ports side by side."""
@@ -36,7 +41,10 @@ _PORTS_APART = 10
 
 @with_fields
 def serve(
-    model: Annotated[str | None, typer.Argument(parser=as_model, help="A Hugging Face folder or hub name.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(parser=as_model, help="A Hugging Face folder, a model that the swarm has, or a hub name."),
+    ] = None,
     initial_peers: InitialPeers = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     host: Host = "0.0.0.0",
@@ -161,26 +169,65 @@ async def _start(
     """Join while Transformers is being imported: what a join takes is another process's time, p2pd's."""
     from bootstrap.member import Member
 
-    joining = asyncio.create_task(Member.join(membership))
+    joining = asyncio.create_task(_share(options, asyncio.create_task(Member.join(membership))))
     try:
-        if model is None:
-            checkpoint = await _open_the_only_model(await joining, revision)
-        else:
-            checkpoint = await asyncio.to_thread(_open, model, revision)
+        checkpoint = await _open_model(model, revision, joining)
         await asyncio.to_thread(_import_server)
         from peer.server import Server
 
-        return await Server.start(options, checkpoint, joining)
+        return await Server.start(options, options.weights.named(checkpoint), joining)
+    except BaseException:
+        joining.cancel()
+        with suppress(Exception, asyncio.CancelledError):
+            await (await joining).leave()
+        raise
+
+
+async def _share(options: ServeOptions, joining: "asyncio.Task[Member]") -> "Sharer":
+    try:
+        await asyncio.to_thread(_import_sharer)
+        from peer.sharer import Sharer
+        from protocol.tensors import Limits
+
+        member = await joining
     except BaseException:
         joining.cancel()
         with suppress(Exception, asyncio.CancelledError):
             await (await joining).shutdown()
         raise
+    limits = Limits(max_payload=options.max_message or Limits.max_payload)
+    sharer = Sharer(member, options.name, options.weights, limits)
+    await sharer.start()
+    return sharer
+
+
+async def _open_model(model: str | None, revision: str | None, joining: "asyncio.Task[Sharer]") -> "Checkpoint":
+    """The model of this name: that of this machine, else the swarm's, else the hub's. `None`: the swarm's only one."""
+    expected = await _find_the_only_model(await joining) if model is None else None
+    name = model or (expected.name if expected else "")
+    given = None
+    if revision is None and not await asyncio.to_thread(_is_here, name):
+        given = await (await joining).obtain(name)
+    checkpoint = given if given is not None else await asyncio.to_thread(_open, name, revision)
+    if expected is not None and checkpoint.model_id.config_hash != expected.config_hash:
+        raise BadUsage(f"What is called {name!r} here is another model than the swarm's; name its folder as MODEL.")
+    return checkpoint
+
+
+def _import_sharer() -> None:
+    with _IMPORTING, without_collection():
+        import peer.sharer  # noqa: F401
+
+
+def _is_here(model: str) -> bool:
+    _import_sharer()
+    from protocol.model.checkpoint import is_here, may_be_on_hub
+
+    return is_here(model) or not may_be_on_hub(model)
 
 
 def _open(model: str, revision: str | None) -> "Checkpoint":
-    with without_collection():
-        from protocol.model.checkpoint import open_checkpoint
+    from protocol.model.checkpoint import open_checkpoint
 
     return open_checkpoint(model, revision)
 
@@ -191,19 +238,12 @@ def _import_server() -> None:
     gc.freeze()  # nothing of this will ever be garbage, and to look through it takes 0.2 s each time
 
 
-async def _open_the_only_model(member: "Member", revision: str | None) -> "Checkpoint":
-    """The swarm's model, when it has exactly one and that is found here or on the hub. Raises `BadUsage`."""
-    found = list(await member.directory.models())
-    names = ", ".join(model.name for model in found)
+async def _find_the_only_model(sharer: "Sharer") -> "ModelId":
+    """The swarm's model, when it has exactly one. Raises `BadUsage`."""
+    served = list(await sharer.member.directory.models())
+    given = [offer.model for offer in await sharer.library.offers()]
+    found = {model.config_hash: model for model in (*given, *served)}
+    names = ", ".join(model.name for model in found.values())
     if len(found) != 1:
         raise BadUsage(f"The swarm serves {len(found)} models ({names or 'none'}); name the MODEL to serve.")
-    try:
-        checkpoint = await asyncio.to_thread(_open, names, revision)
-    except UnsupportedModel as error:
-        raise BadUsage(
-            f"The swarm's model is called {names!r}, which is no folder here and not found on the hub; "
-            "name its folder as MODEL."
-        ) from error
-    if checkpoint.model_id.config_hash != found[0].config_hash:
-        raise BadUsage(f"What is called {names!r} here is another model than the swarm's; name its folder as MODEL.")
-    return checkpoint
+    return next(iter(found.values()))

@@ -9,9 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from bootstrap.directory import Directory
-from protocol.records import ModelId, PeerRecord, PeerState, holes
+from protocol.records import ModelId, PeerRecord, PeerState, SharedModel, WeightsRecord, holes
 
 Models = dict[ModelId, list[PeerRecord]]
+Weights = list[WeightsRecord]
 Complaints = dict[ModelId, Counter[str]]
 """Model -> ID of a peer -> how many clients say that it answered wrongly."""
 
@@ -21,8 +22,11 @@ async def read_complaints(directory: Directory, models: Models) -> Complaints:
     return {model: await directory.complaints(model.config_hash) for model in models}
 
 
-def as_json(models: Models, complaints: Complaints) -> list[dict[str, Any]]:
-    """The swarm's state as plain data."""
+def as_json(models: Models, complaints: Complaints, weights: Weights) -> list[dict[str, Any]]:
+    """The swarm's state as plain data: a model whose files are given without its blocks being served has no peers."""
+    given = {one.model.config_hash: one.model for record in weights for one in record.models}
+    served = {model.config_hash for model in models}
+    models = models | {model: [] for config_hash, model in given.items() if config_hash not in served}
     return [
         {
             "model": model.name,
@@ -33,20 +37,27 @@ def as_json(models: Models, complaints: Complaints) -> list[dict[str, Any]]:
                 peer.model_dump(mode="json", exclude={"model"}) | {"complaints": complaints[model][peer.peer_id]}
                 for peer in peers
             ],
+            "weights": [
+                {"peer_id": record.peer_id, "name": record.name} | one.model_dump(mode="json", exclude={"model"})
+                for record in weights
+                for one in record.models
+                if one.model.config_hash == model.config_hash
+            ],
         }
         for model, peers in models.items()
     ]
 
 
-def as_table(models: Models, complaints: Complaints) -> RenderableType:
+def as_table(models: Models, complaints: Complaints, weights: Weights) -> RenderableType:
     """The swarm's state for a terminal."""
-    if not models:
-        return Text("No peer serves any model in this swarm.", style="bold red")
     parts: list[RenderableType] = []
+    if not models:
+        parts.append(Text("No peer serves any model in this swarm.", style="bold red"))
     for model, peers in models.items():
         title = Text(f"{model.name}: {model.num_blocks} blocks, {len(peers)} peers", style="table.title")
         parts += [title, _peers_table(peers), *_memory_table(peers), _coverage(model, peers)]
         parts += [_complaint(peer, count) for peer in peers if (count := complaints[model][peer.peer_id])]
+    parts += [_weights(record, one) for record in weights for one in record.models]
     return Group(*parts)
 
 
@@ -102,6 +113,16 @@ def _name(peer: PeerRecord) -> str:
 def _complaint(peer: PeerRecord, count: int) -> Text:
     who = f"{peer.name} ({peer.peer_id})" if peer.name else peer.peer_id
     return Text(f"WRONG ANSWERS: {count} client(s) found that {who} answers wrongly.", style="bold red")
+
+
+def _weights(record: WeightsRecord, one: SharedModel) -> Text:
+    who = record.name or f"…{record.peer_id[-8:]}"
+    what = f"{one.model.name}@{one.manifest[:12]}"
+    if one.held >= one.wanted:
+        return Text(f"{who} gives {one.held / 1e6:,.1f} MB of {what}.")
+    share, left = one.held / one.wanted, (one.wanted - one.held) / max(one.rate, 1.0)
+    how = f"{share:.0%} of {one.wanted / 1e6:,.1f} MB at {one.rate / 1e6:,.1f} MB/s, {left:,.0f} s left"
+    return Text(f"{who} is fetching {what}: {how}.")
 
 
 def _coverage(model: ModelId, peers: list[PeerRecord]) -> Text:

@@ -10,6 +10,7 @@ of the pass's time. `peer.compute.batching_window` decides whether a pass waits 
 
 import asyncio
 import itertools
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -34,6 +35,8 @@ after a pause, and one whose work has queued behind another. More passes then go
 are needed, and the next work is worth waiting for even if it takes most of a pass: from then on, round after round, the
 two are one. Eight clients of one peer decode 1.4 times as fast (`python -m benchmarks.many --peers 1`). A whole pass's
 time would be too much: so late comes what is on its way through another peer, as it should be."""
+_OF_LATE = 1.0
+"""Seconds after its last work in which this peer still counts as at work: the next step is on its way."""
 _REST = 10.0
 """Seconds without work after which this peer is at rest."""
 
@@ -113,6 +116,7 @@ class Scheduler:
         self._numbers = itertools.count()
         self._ready = threading.Condition()
         self._closed = False
+        self._last_work = float("-inf")
         self._windows: dict[Priority, tuple[BatchingWindow, ...]] = {
             Priority.STEP: (BatchingWindow(*_AFTER_A_PAUSE), BatchingWindow(*_QUEUED)),
             Priority.CALL: (BatchingWindow(*_AFTER_A_PAUSE),),
@@ -168,6 +172,11 @@ class Scheduler:
         for name, work in waiting.items():
             yield f"    {name or 'this peer itself'}: {work}"
 
+    @property
+    def is_at_work(self) -> bool:
+        """Whether something is computed, or was a moment ago."""
+        return self._last_work > time.monotonic() - _OF_LATE
+
     def close(self) -> None:
         """Begin no more work. What is running runs on."""
         with self._ready:
@@ -192,8 +201,9 @@ class Scheduler:
             if window:
                 window.started(ready, begin, len(batch), min(waited_for, len(batch) - 1))
         if batch:
+            self._last_work = math.inf
             _run(batch)
-            now = time.monotonic()
+            self._last_work = now = time.monotonic()
             if window:
                 window.ended(now)
             _charge(batch, now - begin)

@@ -1,4 +1,4 @@
-"""Who is let in: the beginning of a stream, from its first frame to the Welcome."""
+"""Who is let in to the blocks: the beginning of a stream, from its Hello to the Welcome."""
 
 from peer.service.quotas import Account, Accounts
 from peer.span.span import Span
@@ -6,16 +6,12 @@ from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
 from protocol.codecs import SUPPORTED
 from protocol.errors import BadRequest, OverQuota, SwarmError, WrongModel
-from protocol.membership.handshake import Handshake
 from protocol.records import ModelVersion, same_weights
-from protocol.stream import Stream
 from protocol.tensors import Limits, wire_dtype
-
-_PATIENCE = 60.0
 
 
 class Reception:
-    """Lets in callers that are members of the swarm, want this model, and have not too many streams yet."""
+    """Lets in callers that want this model, and have not too many streams yet."""
 
     def __init__(
         self,
@@ -24,21 +20,16 @@ class Reception:
         max_length: int,
         accounts: Accounts,
         limits: Limits,
-        handshake: Handshake,
     ):
         """`max_length`: tokens of one session, as callers are told."""
         self.accounts = accounts
         self._served, self._span, self._max_length = served, span, max_length
-        self._limits, self.handshake = limits, handshake
+        self._limits = limits
 
-    def open(self, stream: Stream) -> Channel:
-        """A channel with this peer's limits."""
-        return Channel(stream, self._limits, _PATIENCE)
-
-    async def admit(self, channel: Channel) -> Account:
-        """Greet a caller; its account. Raises what the caller was told, or `PeerUnreachable`."""
+    async def admit(self, channel: Channel, first: Message) -> Account:
+        """Greet a caller whose first request is `first`; its account. Raises what it was told, or `PeerUnreachable`."""
         try:
-            hello = (await self.handshake.respond(channel)).body
+            hello = first.body
             if not isinstance(hello, pb.Hello):
                 raise BadRequest("A stream must begin with a Hello.")
             self._check(hello)

@@ -31,7 +31,6 @@ from protocol.membership.certificate import Role
 from protocol.membership.handshake import require
 from protocol.model.anatomy import context_length
 from protocol.records import Trainable
-from protocol.stream import Stream
 
 logger = logging.getLogger(__name__)
 
@@ -123,11 +122,11 @@ class Service:
         """From now on take no new work, and tell clients to take their sessions elsewhere."""
         self._is_draining = self._generation.is_leaving = True
 
-    async def handle(self, stream: Stream) -> None:
-        """Serve one stream until its client closes it."""
-        channel, client = self._reception.open(stream), stream.remote
+    async def serve(self, channel: Channel, first: Message) -> None:
+        """Serve one stream, whose first request is `first`, until its client closes it."""
+        client = channel.remote
         try:
-            connection = Connection(channel, await self._reception.admit(channel), self._scheduler)
+            connection = Connection(channel, await self._reception.admit(channel, first), self._scheduler)
         except SwarmError as error:
             logger.debug("stream of %s refused: %s", client, error)
             return

@@ -112,7 +112,7 @@ def _assemble(
     trainer = Trainer(span, store, max_kept_bytes=budget.kept, max_bytes=budget.kept + budget.call)
     runner = TrainingRunner(trainer, Together(span, scheduler.joined_size) if options.joins_training else None)
     service = Service(
-        Reception(version, span, max_length, Accounts(quota), limits, member.handshake),
+        Reception(version, span, max_length, Accounts(quota), limits),
         scheduler,
         Generation(span, memory, adapters, _step_runner(span, store, trainer, options.compile), hand_over),
         Training(span, max_length, adapters, runner, hand_over),

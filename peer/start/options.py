@@ -1,4 +1,4 @@
-"""What `peer serve` is told. Imports nothing slow: the command line is made of it (`peer.commands.fields`)."""
+"""What `peer serve` is told. Imports nothing slow: the command line is made of it (`peer.commands.options`)."""
 
 import re
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peer.service.quotas import Quota
+from peer.weights.options import WeightsOptions
 from protocol.errors import BadUsage
 from protocol.records import MAX_NAME
 
@@ -60,6 +61,7 @@ class ServeOptions:
         int | None, typer.Option(min=2**20, help="Bytes of tensors in one message; default: 512 MiB.")
     ] = None
     quota: Quota = field(default_factory=Quota)
+    weights: WeightsOptions = field(default_factory=WeightsOptions)
     drain_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that clients get to go elsewhere when this peer is told to stop.")
     ] = 30.0

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
@@ -27,6 +28,8 @@ _VOLATILE = {
     "quantization_config", "auto_map", "_attn_implementation", "attn_implementation", "task_specific_params",
 }  # fmt: skip
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
+_MAX_HEADER = 100 * 2**20
+"""Bytes of the header of a safetensors file: no more are read by safetensors either."""
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What safetensors call the dtypes that a model may be loaded in."""
 
@@ -40,6 +43,32 @@ class Hub:
     local_files_only: bool = False
 
 
+class Source(Protocol):
+    """Where the bytes of files come from that are here in part only."""
+
+    name: str
+    """Of the model, in the swarm that has it."""
+    label: str
+    """Its name and version, as people may type them."""
+    digests: Mapping[str, str]
+    """File of weights -> its digest, as of the whole file."""
+
+    def find(self, file: str) -> Path | None:
+        """Where a file lies, if the model has one of that name."""
+
+    def need(self, ranges: Mapping[str, Iterable[tuple[int, int]]]) -> None:
+        """Have these bytes here, file -> [start, end); returns when they are. Raises `SwarmError`."""
+
+
+class Layout(NamedTuple):
+    """What the header of a safetensors file says."""
+
+    data_start: int
+    """The file's first byte that is not of the header."""
+    tensors: dict[str, tuple[int, int]]
+    """Tensor -> bytes [start, end) of the file."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model's files. Nothing but the configuration is read until it is asked for."""
@@ -50,6 +79,17 @@ class Checkpoint:
     config: PreTrainedConfig
     raw_config: dict[str, Any]
     hub: Hub = Hub()
+    source: Source | None = None
+    """Of a folder whose files are fetched from the swarm as they are needed; headers of weights are here already."""
+    called: str | None = None
+    """What the swarm is to call the model; None: by its folder or its hub name."""
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the configuration lies."""
+        path = self._optional_file(_CONFIG)
+        assert path is not None
+        return path.parent
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -63,7 +103,7 @@ class Checkpoint:
     def _dtype_of_weights(self) -> torch.dtype:
         """That of the first floating-point weight; only the header of its file is fetched."""
         name = min(self.weight_map.values())
-        local = self._local_file(name)
+        local = self.local_file(name)
         if local is not None:
             with _open(local) as file:
                 names = sorted(file.keys())
@@ -86,6 +126,7 @@ class Checkpoint:
         digest = hashlib.sha256(json.dumps(essential, sort_keys=True).encode()).hexdigest()[:32]
         folder = Path(self.name)
         name = folder.resolve().name if folder.is_dir() else self.name
+        name = self.called or (self.source.name if self.source is not None else name)
         name = "".join(letter if letter.isprintable() else "?" for letter in name[:200])
         return ModelId(name=name, config_hash=digest, num_blocks=num_blocks(self.config))
 
@@ -108,16 +149,34 @@ class Checkpoint:
             return dict.fromkeys(file.keys(), SINGLE_FILE)
 
     def state_dict(self, wanted: Callable[[str], bool]) -> dict[str, Any]:
-        """Name -> lazy safetensors slice, for the tensors whose name is `wanted`. Fetches just their files.
+        """Name -> lazy safetensors slice, for the tensors whose name is `wanted`. Fetches just their files, or where
+        these come from the swarm just their bytes.
 
-        Raises `UnsupportedModel` for a missing or broken shard.
+        Raises `UnsupportedModel` for a missing or broken shard, and as `Source.need`.
         """
         names = [name for name in self.weight_map if wanted(name)]
+        if self.source is not None:
+            self.source.need(self._ranges(names))
         files = {file: _open(self._file(file)) for file in sorted({self.weight_map[name] for name in names})}
         try:
             return {name: files[self.weight_map[name]].get_slice(name) for name in names}
         except SafetensorError as error:
             raise UnsupportedModel(f"{self.name}: the index names a tensor that no shard holds ({error}).") from error
+
+    def fetch_all(self) -> None:
+        """Have every file of weights on this machine. Raises `UnsupportedModel` where the hub has not all of them."""
+        for file in sorted(set(self.weight_map.values())):
+            self._file(file)
+
+    def _ranges(self, names: Iterable[str]) -> dict[str, list[tuple[int, int]]]:
+        """File -> the bytes of those of the tensors `names` that lie in it."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        layouts = {file: read_layout(self._file(file)) for file in {self.weight_map[name] for name in names}}
+        for name in names:
+            file = self.weight_map[name]
+            if name in layouts[file].tensors:
+                found.setdefault(file, []).append(layouts[file].tensors[name])
+        return found
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -127,7 +186,9 @@ class Checkpoint:
         another fine-tuning apart without reading hundreds of gigabytes; it is no protection against forgery.
         """
         index = hashlib.sha256(json.dumps(self.weight_map, sort_keys=True).encode()).hexdigest()[:32]
-        files = {name: self._local_file(name) for name in sorted(set(self.weight_map.values()))}
+        if self.source is not None:
+            return {INDEX_FILE: index, **self.source.digests}
+        files = {name: self.local_file(name) for name in sorted(set(self.weight_map.values()))}
         return {INDEX_FILE: index, **{name: _sampled_digest(path) for name, path in files.items() if path is not None}}
 
     def _file(self, name: str) -> Path:
@@ -137,17 +198,22 @@ class Checkpoint:
         return path
 
     def _optional_file(self, name: str) -> Path | None:
+        if self.source is not None:
+            return self.source.find(name)
         return find_file(self.name, name, self.revision, self.hub)
 
-    def _local_file(self, name: str) -> Path | None:
+    def local_file(self, name: str) -> Path | None:
+        """Where a file is on this machine, if it is; nothing is fetched."""
         if Path(self.name).is_dir():
             return self._optional_file(name)
         cached = try_to_load_from_cache(self.name, name, cache_dir=self.hub.cache_dir, revision=self.revision)
         return Path(cached) if isinstance(cached, str) else None
 
 
-def open_checkpoint(model: str, revision: str | None = None, hub: Hub = Hub()) -> Checkpoint:
-    """The checkpoint in the folder, or of the hub name, `model`.
+def open_checkpoint(
+    model: str, revision: str | None = None, hub: Hub = Hub(), source: Source | None = None
+) -> Checkpoint:
+    """The checkpoint in the folder, or of the hub name, `model`; `source`: what fetches the rest of a folder's files.
 
     Raises `UnsupportedModel` when there is no such folder or hub model, or its configuration is no model's.
     """
@@ -175,7 +241,18 @@ def open_checkpoint(model: str, revision: str | None = None, hub: Hub = Hub()) -
         ) from error
     if not 0 < blocks <= MAX_BLOCKS:
         raise UnsupportedModel(f"{path} describes a model of {blocks} blocks; expected 1 to {MAX_BLOCKS}.")
-    return Checkpoint(model, revision, config, raw, hub)
+    return Checkpoint(model, revision, config, raw, hub, source)
+
+
+def is_here(model: str, revision: str | None = None, hub: Hub = Hub()) -> bool:
+    """Whether `model` is a folder, or a hub's that was opened on this machine before."""
+    if Path(model).is_dir() or not may_be_on_hub(model):
+        return Path(model).is_dir()
+    try:
+        found = try_to_load_from_cache(model, _CONFIG, cache_dir=hub.cache_dir, revision=revision)
+    except ValueError:  # no hub's name
+        return False
+    return isinstance(found, str)
 
 
 def may_be_on_hub(model: str) -> bool:
@@ -194,6 +271,27 @@ def find_file(model: str, name: str, revision: str | None = None, hub: Hub = Hub
         return Path(hf_hub_download(model, name, revision=revision, **asdict(hub)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
         return None
+
+
+def read_layout(path: Path) -> Layout:
+    """Where the tensors of a safetensors file lie. Raises `UnsupportedModel` for a file that is none."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(_MAX_HEADER, size - 8):
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(file.read(length))
+        start = 8 + length
+        offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+        tensors = {name: (start + int(first), start + int(last)) for name, (first, last) in offsets.items()}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, struct.error) as error:
+        raise UnsupportedModel(
+            f"{path} is not a whole safetensors file ({first_line(error)}); download it again."
+        ) from error
+    if any(not start <= first <= last <= size for first, last in tensors.values()):
+        raise UnsupportedModel(f"{path} is not a whole safetensors file (tensors lie outside); download it again.")
+    return Layout(start, tensors)
 
 
 def _open(path: Path) -> Any:

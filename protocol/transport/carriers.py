@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from protocol.errors import PeerUnreachable
-from protocol.records import Door, PeerRecord
+from protocol.records import Door, PeerRecord, WeightsRecord
 from protocol.stream import Carrier, Handler, Stream, Transport
 from protocol.transport.direct import DirectCaller, DirectListener
 from protocol.transport.race import first
@@ -42,7 +42,7 @@ class Carriers:
         self._libp2p, self._caller, self._listener = libp2p, caller, listener
         self._doors: dict[str, _Known] = {}
 
-    def learn(self, record: PeerRecord) -> None:
+    def learn(self, record: PeerRecord | WeightsRecord) -> None:
         """Take note of a peer's door, or that it has none. The record's signature must have been checked.
 
         A door that failed and has not changed stays closed for a while.

@@ -21,7 +21,7 @@ from bootstrap.directory import Announcer
 from bootstrap.member import Member, MemberOptions
 from bootstrap.validator import MODELS_KEY, model_key
 from protocol.errors import BadRequest, PeerUnreachable
-from protocol.records import PeerRecord, PeerState
+from protocol.records import PeerRecord, PeerState, SharedModel, WeightsRecord
 from tests.tools.members import HASH, record, send_store, stored_value
 
 OTHER = "f" * 32
@@ -100,6 +100,25 @@ def test_models():
             }
             await founder.directory.withdraw(record(founder))
             assert [model.config_hash for model in await peer.directory.models()] == [OTHER]
+
+    asyncio.run(main())
+
+
+def test_who_gives_weights():
+    """A record for all models that a member gives, beside that of a peer; gone when it is withdrawn."""
+
+    async def main() -> None:
+        async with swarm(2) as (founder, peer):
+            given = SharedModel(model=record(peer).model, manifest="0" * 64, held=5, wanted=9)
+            announced = WeightsRecord(peer_id=peer.peer_id, models=(given,), direct=peer.door)
+            assert await founder.directory.weights() == []
+            assert await peer.directory.announce(announced, 60)
+            assert await founder.directory.weights() == [announced]
+            assert await peer.directory.announce(record(peer), 60)
+            assert await founder.directory.weights() == [announced]
+            await peer.directory.withdraw(announced)
+            assert await founder.directory.weights() == []
+            assert len(await founder.directory.peers(HASH)) == 1
 
     asyncio.run(main())
 

@@ -20,7 +20,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from bootstrap.addresses import check_announced, for_others, listening_address, split_peer_address
 from bootstrap.identity import Identity, peer_id_of, verify
 from bootstrap.storage import MAX_KEY_BYTES, MAX_LIFETIME, RecordStorage
-from bootstrap.validator import MODELS_KEY, SignedRecords, model_key
+from bootstrap.validator import MODELS_KEY, WEIGHTS_KEY, SignedRecords, model_key
 from protocol.errors import BadUsage
 
 HASH = "0123456789abcdef" * 2
@@ -137,6 +137,17 @@ def test_own_records_are_valid(alice: Identity, mallory: Identity):
     assert anyone.validate(record)
     assert json.loads(msgpack.unpackb(anyone.strip_value(record))) == peer_content(alice)
     assert anyone.validate(signed(alice, MODELS_KEY, {"config_hash": HASH}))
+
+
+def test_weights_are_announced_by_who_gives_them(alice: Identity, mallory: Identity):
+    anyone = SignedRecords(mallory)
+    content = {"peer_id": alice.peer_id, "models": []}
+    assert anyone.validate(signed(alice, WEIGHTS_KEY, content))
+    assert not anyone.validate(signed(mallory, WEIGHTS_KEY, content))
+    assert not anyone.validate(signed(mallory, WEIGHTS_KEY, content, subkey=alice.peer_id))
+    assert not anyone.validate(signed(alice, WEIGHTS_KEY, {"peer_id": alice.peer_id}))
+    assert not anyone.validate(signed(alice, WEIGHTS_KEY, [HASH]))
+    assert not anyone.validate(signed(alice, MODELS_KEY, content))
 
 
 def test_forged_records_are_refused(alice: Identity, mallory: Identity):

@@ -50,7 +50,7 @@ class Scarce:
 
         async def play() -> None:
             near, far = connect("ann", "peer")
-            served = asyncio.ensure_future(self.handlers._services[0].handle(far))
+            served = asyncio.ensure_future(self.handlers._entrances[0].handle(far))
             channel = Channel(near, Limits(), 60)
             try:
                 await channel.call(Message(self.handlers._hello))

@@ -27,7 +27,7 @@ import peer.adapters.peft_trees
 import peer.server  # noqa: F401
 from peer.commands.app import app, main
 from protocol.errors import BadUsage
-from protocol.name import HOME_VARIABLE
+from protocol.name import CACHE_VARIABLE, HOME_VARIABLE
 from tests.tools.liars import begin_to_lie
 
 _PR_SET_PDEATHSIG = 1
@@ -48,6 +48,8 @@ def _become(request: dict) -> None:
         os.environ[HOME_VARIABLE] = request["home"]
     if request["cwd"]:
         os.chdir(request["cwd"])
+    if request["cache"]:
+        os.environ[CACHE_VARIABLE] = request["cache"]
     if request["lie"]:
         begin_to_lie(request["lie"])
     code = 1

@@ -15,6 +15,7 @@ from peer.service.handover import Outbox
 from peer.span.span import Span
 from peer.training.runner import TrainingRunner
 from peer.training.trainer import Trainer
+from protocol.weights.parts import Held
 
 _BEAT = 0.05
 _LITTLE = 3000
@@ -28,6 +29,7 @@ def begin_to_lie(kind: str) -> None:
     takes some of its signs of life to be found out of reach.
 
     `lacks memory`: on the pretended GPU there is next to no memory for one call in ten.
+    `weights`: a bit of each piece that it gives is another.
 
     `device fails`: its backward passes fail as on a GPU that takes an illegal access; `device is lost`: for good.
     """
@@ -43,6 +45,9 @@ def begin_to_lie(kind: str) -> None:
         return
     if kind == "lacks memory":
         _take_memory_away()
+        return
+    if kind == "weights":
+        _change(Held, "read", lambda data: bytes([data[0] ^ 1]) + data[1:])
         return
     if kind == "slow":
         for owner, name in ((StepRunner, "run"), (Trainer, "forward")):

@@ -21,6 +21,7 @@ from tests.tools.device_library import is_loaded
 
 _ROOT = Path(__file__).parents[2]
 _READY = re.compile(r"^ready address=(\S+)(?: blocks=(\d+):(\d+) model=(\S+))?", re.M)
+_GAVE = re.compile(r"gave (\d+) pieces of weights, (\d+) bytes")
 
 
 class ForkServer:
@@ -45,14 +46,16 @@ class ForkServer:
         script: Path | None = None,
         cwd: Path | None = None,
         home: Path | None = None,
+        cache: Path | None = None,
     ) -> int:
         """Start `peer ARGV`, or `python SCRIPT ARGV`, whose output goes into files. Returns its process ID.
 
-        `home`: of the machine that it is on, as far as private swarms go; None: of one that knows none.
+        `home`: of the machine that it is on, as far as private swarms go; None: of one that knows none. `cache`: its
+        `$HIVETUNE_CACHE`, as if it were on a machine of its own.
         """
         assert self._process.stdin
         assert self._process.stdout
-        paths = {"stdout": stdout, "stderr": stderr, "script": script, "cwd": cwd, "home": home}
+        paths = {"stdout": stdout, "stderr": stderr, "script": script, "cwd": cwd, "home": home, "cache": cache}
         request = {"argv": list(argv), "lie": lie} | {name: path and str(path) for name, path in paths.items()}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -139,6 +142,16 @@ class Peer:
     def is_alive(self) -> bool:
         return Path(f"/proc/{self.pid}").exists()
 
+    def bytes_given(self) -> int:
+        """Bytes of weights that it has given to others since its start."""
+        before = len(_GAVE.findall(self.stderr.read_text()))
+        self.send(signal.SIGUSR1)
+        deadline = time.monotonic() + 20
+        while len(found := _GAVE.findall(self.stderr.read_text())) == before:
+            assert time.monotonic() < deadline, self.stderr.read_text()
+            time.sleep(0.02)
+        return int(found[-1][1])
+
     def rss(self) -> int:
         """Bytes of anonymous memory."""
         rollup = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
@@ -163,11 +176,11 @@ class Swarm:
         options = {"initial_peers": self.initial_peers} | options
         return AutoDistributedModelForCausalLM.from_pretrained(str(model), **options)
 
-    def launch(self, *argv: str, lie: str | None = None) -> Peer:
-        """Start a command without waiting for it to be ready; `lie`: see `liars.py`."""
+    def launch(self, *argv: str, lie: str | None = None, cache: Path | None = None) -> Peer:
+        """Start a command without waiting for it to be ready; `lie`, `cache`: see `ForkServer.start`."""
         stem = self._folder / f"peer{len(self.peers)}"
         out, err = stem.with_suffix(".out"), stem.with_suffix(".err")
-        peer = Peer(self._server.start(argv, out, err, lie=lie, home=self.home), out, err)
+        peer = Peer(self._server.start(argv, out, err, lie=lie, home=self.home, cache=cache), out, err)
         self.peers.append(peer)
         return peer
 

@@ -13,10 +13,12 @@ MAY_IMPORT: dict[str, str] = {
     "protocol/machine": "protocol/errors",
     "protocol": "",
     "protocol/model": "protocol protocol/machine",
+    "protocol/weights": "protocol protocol/machine protocol/model protocol/transport",
     "protocol/transport": "protocol",
     "protocol/membership": "protocol",
     "bootstrap/membership": "protocol/*",
     "bootstrap": "bootstrap/membership protocol/*",
+    "peer/weights": "protocol/*",
     "peer/compute": "",
     "peer/kv_cache": "protocol/*",
     "peer/span": "peer/kv_cache protocol/*",
@@ -26,12 +28,12 @@ MAY_IMPORT: dict[str, str] = {
     "peer/generation": "peer/generation/joined peer/adapters peer/span peer/kv_cache peer/compute protocol/*",
     "peer/training/joined": "peer/adapters peer/span protocol/*",
     "peer/training": "peer/training/joined peer/adapters peer/span peer/kv_cache peer/compute protocol/*",
-    "peer/service": "peer/generation peer/training peer/adapters peer/base_weights peer/span peer/kv_cache "
-    "peer/compute bootstrap/* protocol/*",
-    "peer/start": "peer/service peer/generation peer/generation/joined peer/training peer/training/joined "
+    "peer/service": "peer/generation peer/training peer/adapters peer/base_weights peer/weights peer/span "
+    "peer/kv_cache peer/compute bootstrap/* protocol/*",
+    "peer/start": "peer/service peer/weights peer/generation peer/generation/joined peer/training peer/training/joined "
     "peer/adapters peer/span peer/kv_cache peer/compute bootstrap/* protocol/*",
-    "peer": "peer/commands/app peer/start peer/service peer/compute bootstrap/* protocol/*",
-    "peer/commands": "peer peer/start peer/service bootstrap/* protocol/*",
+    "peer": "peer/commands/app peer/start peer/service peer/weights peer/compute bootstrap/* protocol/*",
+    "peer/commands": "peer peer/weights peer/start peer/service bootstrap/* protocol/*",
     "client/swarm": "bootstrap/* protocol/*",
     "client/ghosts": "client/swarm protocol/*",
     "client/adapters": "client/ghosts protocol/*",

@@ -121,7 +121,7 @@ class SamplesConfig(Section):
 class TuneConfig(Section):
     """One fine-tuning run."""
 
-    model: ModelName = Field(min_length=1, description="folder or hub name")
+    model: ModelName = Field(min_length=1, description="folder, a name of the swarm's, or hub name")
     revision: str | None = None
     initial_peers: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
     swarm: str | None = Field(default=None, description="a private swarm that this machine has joined")

@@ -6,7 +6,7 @@ EXAMPLE = """\
 # Every key can also be given as a flag, dots between the levels: trainer.steps=200
 # Paths are relative to the folder the command is started in.
 
-model: HuggingFaceTB/SmolLM2-135M-Instruct   # folder or hub name
+model: HuggingFaceTB/SmolLM2-135M-Instruct   # folder, a name of the swarm's, or hub name
 # revision: main                             # branch, tag or commit on the hub
 initial_peers: []                            # addresses of the swarm, as `peer serve` prints them
 # swarm: lab                                 # a private swarm that this machine has joined, instead

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import struct
 import tempfile
 import time
@@ -18,16 +19,20 @@ from peer.generation.steps import StepRunner
 from peer.kv_cache.memory import CacheMemory
 from peer.service.adapters import Adapters
 from peer.service.base_weights import BaseWeights
+from peer.service.entrance import Entrance
 from peer.service.generation import Generation
 from peer.service.handover import HandOver, Mailbox, Outbox
 from peer.service.quotas import Accounts, Quota
 from peer.service.reception import Reception
 from peer.service.service import Service
 from peer.service.training import Training
+from peer.service.weights import Weights
 from peer.span.loading import load_span
 from peer.training.joined.together import Together
 from peer.training.runner import TrainingRunner
 from peer.training.trainer import Trainer
+from peer.weights.sharing import Shared, Sharing
+from peer.weights.uploads import ROOM, Uploads
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
 from protocol.errors import SwarmError
@@ -36,10 +41,11 @@ from protocol.membership.handshake import Handshake
 from protocol.model.checkpoint import open_checkpoint
 from protocol.records import ModelVersion
 from protocol.tensors import Limits, check_entries, decode
+from protocol.weights.making import hold
 from tests.tools.fuzzing.carrier import MemoryStream, connect
 from tests.tools.fuzzing.choices import Choices
 from tests.tools.fuzzing.messages import build_frame, mutated_frame, to_bytes
-from tests.tools.fuzzing.requests import Memory, build_bundles, pick_request
+from tests.tools.fuzzing.requests import Memory, Request, build_bundles, pick_request
 from tests.tools.spans import END, START
 from tests.tools.swarms import found, let_in
 from tests.tools.wire import HIDDEN, MIB, forward
@@ -129,24 +135,28 @@ class Handlers:
         founder = found(Path(self._folder.name))
         roles = zip(_CLIENTS, (Role.USE, Role.SERVE), strict=True)
         self._members = {name: OwnMembership(let_in(founder, role=role), name) for name, role in roles}
-        self._services = [
-            self._serve(self._trainers[0], None), self._serve(self._trainers[1], OwnMembership(founder, "peer"))
-        ]  # fmt: skip
+        memberships = (None, OwnMembership(founder, "peer"))
+        self._services = [self._serve(trainer) for trainer in self._trainers]
         self._bundles = build_bundles(model)
+        held = hold(checkpoint, model.parent / "kept")
+        assert held is not None
+        self._sharing, self._uploads = Sharing(lambda: None), Uploads(math.inf)
+        self._sharing.add(Shared(checkpoint.model_id, held))
+        self._weights = Request(held.manifest.hash, len(held.manifest.pieces))
+        self._entrances = [self._enter(*each) for each in zip(self._services, memberships, strict=True)]
         self._raised = _Raised()
         logging.getLogger("peer").addHandler(self._raised)
         logging.getLogger("asyncio").addHandler(self._raised)
         self._expected = self._loop.run_until_complete(self._good_forward())
         self.inputs, self.answers = 0, dict[str, int]()
 
-    def _serve(self, trainer: Trainer, membership: OwnMembership | None) -> Service:
+    def _serve(self, trainer: Trainer) -> Service:
         memory = CacheMemory(_CACHE_TOKENS, _MAX_LENGTH, idle_timeout=0.0, limit=_QUOTA.cache_tokens)
-        handshake = Handshake("peer", membership)
         adapters = Adapters(self._store)
         hand_over = HandOver(Mailbox(_LIMITS.max_payload, patience=0.01), _Nowhere())
         steps = StepRunner(self._span, self._store, Packer(self._span))
         return Service(
-            Reception(self._version, self._span, _MAX_LENGTH, Accounts(_QUOTA), _LIMITS, handshake),
+            Reception(self._version, self._span, _MAX_LENGTH, Accounts(_QUOTA), _LIMITS),
             self._scheduler,
             Generation(self._span, memory, adapters, steps, hand_over),
             Training(self._span, _MAX_LENGTH, adapters, TrainingRunner(trainer, Together(self._span, 8)), hand_over),
@@ -155,6 +165,11 @@ class Handlers:
             hand_over,
             self._span,
         )
+
+    def _enter(self, service: Service, membership: OwnMembership | None) -> Entrance:
+        entrance = Entrance(Handshake("peer", membership), Weights(self._sharing, self._uploads), _LIMITS)
+        entrance.blocks = service
+        return entrance
 
     def play(self, data: bytes) -> None:
         """The requests that `data` decides on. Raises for anything that should not have happened."""
@@ -200,14 +215,16 @@ class Handlers:
 
     async def _open(self, choices: Choices, is_private: bool, slot: int) -> _Client:
         near, far = connect(_CLIENTS[slot == _STREAMS - 1], "peer")
-        served = asyncio.ensure_future(self._services[is_private].handle(far))
-        client = _Client(near, served, Memory(self._hello, self._bundles))
+        served = asyncio.ensure_future(self._entrances[is_private].handle(far))
+        client = _Client(near, served, Memory(self._hello, self._bundles, self._weights))
         if choices.one_in(8):
             await self._send(client, mutated_frame(choices, self._hello, {}))
             return client
         if is_private:
             await Handshake(far.remote, self._members[far.remote]).initiate(Channel(near, Limits(), MAX_SECONDS))
-        await self._send(client, to_bytes(*_serialized(Message(self._hello))))
+        client.memory.is_of_weights = choices.one_in(6)
+        if not client.memory.is_of_weights:
+            await self._send(client, to_bytes(*_serialized(Message(self._hello))))
         return client
 
     async def _ask(self, choices: Choices, client: _Client) -> None:
@@ -238,7 +255,7 @@ class Handlers:
 
     async def _good_forward(self) -> torch.Tensor:
         near, far = connect("honest", "peer")
-        served = asyncio.ensure_future(self._services[0].handle(far))
+        served = asyncio.ensure_future(self._entrances[0].handle(far))
         channel = Channel(near, Limits(), MAX_SECONDS)
         await channel.call(Message(self._hello))
         answer = await channel.call(forward({"hidden_states": HIDDEN}))
@@ -254,6 +271,8 @@ class Handlers:
             memory, accounts = service.memory, service._reception.accounts
             left = (service._generation._forks, accounts._open, memory._sessions, memory._held, len(trainer.kept))
             assert not any(left), f"left behind: {left}"
+        uploads = self._uploads
+        assert (uploads._streams, uploads._asked, uploads.room._value) == ({}, {}, ROOM), "weights left behind"
 
 
 def _serialized(message: Message) -> tuple[bytes, bytes]:

@@ -2,12 +2,14 @@
 
 import asyncio
 import dataclasses
+import hashlib
 import json
 import random
 import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -21,7 +23,7 @@ from bootstrap.door import parse_announced
 from bootstrap.identity import Identity, signer_of
 from bootstrap.membership.seal import Nonces, Route, Sealed, SealedRequest, refusal_in
 from bootstrap.storage import RecordStorage
-from bootstrap.validator import MODELS_KEY, SignedRecords, complaints_key, model_key
+from bootstrap.validator import MODELS_KEY, WEIGHTS_KEY, SignedRecords, complaints_key, model_key
 from protocol import swarm_pb2 as pb
 from protocol.adapters import Manifest
 from protocol.channel import Channel
@@ -29,9 +31,20 @@ from protocol.codecs import SUPPORTED
 from protocol.errors import BadAdapter, BadRequest, BadUsage, NotAMember, PeerUnreachable
 from protocol.membership.refusals import Refused
 from protocol.membership.secret import SwarmSecret
-from protocol.records import Accusation, Complaint, Door, ModelId, PeerRecord, Speed, Trainable
+from protocol.records import (
+    Accusation,
+    Complaint,
+    Door,
+    ModelId,
+    PeerRecord,
+    SharedModel,
+    Speed,
+    Trainable,
+    WeightsRecord,
+)
 from protocol.tensors import Limits, nbytes
 from protocol.transport.introduction import Credentials, identify, introduce
+from protocol.weights.manifest import Manifest as Files
 from tests.tools.fuzzing.carrier import connect
 from tests.tools.fuzzing.choices import Choices, mutate_bytes, mutate_json
 from tests.tools.fuzzing.messages import build_frame, mutate_fields, mutate_wire, to_bytes
@@ -193,8 +206,10 @@ class Records(_Parsers):
         )  # fmt: skip
         accusation = Accusation(peer_id=_PEER, kind="step")
         complaint = Complaint(peer_id=self._identity.peer_id, model=model, accused=(accusation,))
-        self._seeds = (peer, model, complaint)
-        keys = (model_key(_HASH), MODELS_KEY, complaints_key(_HASH))
+        shared = SharedModel(model=model, manifest="0" * 64, held=5, wanted=9, rate=1.5)
+        weights = WeightsRecord(peer_id=self._identity.peer_id, name="it", models=(shared,), direct=peer.direct)
+        self._seeds = (peer, model, complaint, weights)
+        keys = (model_key(_HASH), MODELS_KEY, complaints_key(_HASH), WEIGHTS_KEY)
         self._signed = [self._sign(key, record.to_bytes()) for key, record in zip(keys, self._seeds, strict=True)]
         assert all(map(self._rules.validate, self._signed))
         spec = {"name": "default", "method": "LORA", "options": {"r": 4, "rank_pattern": {TARGET: 2}}}
@@ -203,8 +218,13 @@ class Records(_Parsers):
         self._manifest = json.dumps(
             {"adapters": [spec], "scaling": {TARGET: {"default": 2.0}}, "tensors": names, "trainable": sorted(names)}
         )
+        files = [
+            {"name": name, "pieces": [[2, "0" * 64]], "digest": ""} for name in ("config.json", "model.safetensors")
+        ]
+        self._files = json.dumps({"files": files}, sort_keys=True, separators=(",", ":")).encode()
         self._kinds = (
             self._record, self._record, self._try_manifest, self._try_signed, self._store, self._try_content,
+            self._try_files,
         )  # fmt: skip
 
     def check(self) -> None:
@@ -227,6 +247,17 @@ class Records(_Parsers):
         with suppress(BadAdapter):
             Manifest.from_json(_json_bytes(choices, self._manifest.encode()).decode(errors="replace")).config_key()
 
+    def _try_files(self, choices: Choices) -> None:
+        """The manifest of a model's files: what is taken for one is written as one."""
+        data = _json_bytes(choices, self._files)
+        with suppress(BadRequest):
+            manifest = Files.from_bytes(data, hashlib.sha256(data).hexdigest())
+            assert manifest.data == data
+            assert all(Path(name).name == name for name in manifest.numbers)
+            assert [manifest.covering(piece.file, piece.start, piece.end) for piece in manifest.pieces] == [
+                [number] for number in range(len(manifest.pieces))
+            ]
+
     def _try_signed(self, choices: Choices) -> None:
         """A genuine record that has been changed: whatever differs, it is no longer valid."""
         genuine = choices.pick(self._signed)
@@ -242,7 +273,7 @@ class Records(_Parsers):
 
     def _try_content(self, choices: Choices) -> None:
         """Whatever a member signs for itself: it can be taken apart, or it is refused."""
-        index = choices.below(3)
+        index = choices.below(len(self._seeds))
         content = _json_bytes(choices, self._seeds[index].to_bytes())
         payload = mutate_bytes(choices, msgpack.packb(content)) if choices.one_in(8) else msgpack.packb(content)
         unsigned = dataclasses.replace(self._signed[index], value=payload)

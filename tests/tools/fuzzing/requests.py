@@ -15,7 +15,7 @@ from client.adapters.source import AdapterSource
 from client.ghosts.tensor import GhostTensor
 from protocol import swarm_pb2 as pb
 from protocol.adapters import METHODS
-from protocol.channel import Message
+from protocol.channel import VERSION, Message
 from tests.tools.fuzzing.choices import Choices
 from tests.tools.spans import END, START
 from tests.tools.wire import HIDDEN, TARGET, context
@@ -40,12 +40,23 @@ _EDITS = (
 _PREFIX = {f"prefix.{i}.{part}": torch.ones(1, 2, 3, 8) / 4 for i in range(START, END) for part in ("key", "value")}
 
 
+@dataclass(frozen=True)
+class Request:
+    """A model whose files are given."""
+
+    manifest: str
+    pieces: int
+
+
 @dataclass
 class Memory:
     """What a client has been told, to be used in its next requests."""
 
     hello: pb.Hello
     bundles: Sequence[AdapterBundle] = ()
+    weights: Request | None = None
+    is_of_weights: bool = False
+    """Whether its stream is one for weights."""
     number: int = 0
     """Of its next step."""
     rows: int = 1
@@ -90,6 +101,8 @@ _PUSHED = (b"1" * 16, b"2" * 16)
 
 def pick_request(choices: Choices, memory: Memory) -> Message:
     """A well-formed request, the likely ones more often."""
+    if memory.is_of_weights != choices.one_in(16) and memory.weights is not None:
+        return _ask_for_weights(choices, memory.weights)
     message = choices.pick(_KINDS)(choices, memory)
     if isinstance(message.body, pb.Step | pb.Forward | pb.Backward) and choices.one_in(6):
         return _handed_over(choices, message)
@@ -105,6 +118,17 @@ def _handed_over(choices: Choices, message: Message) -> Message:
     else:
         hand_over.to, hand_over.token, hand_over.copy = "somebody", choices.pick(_PUSHED), choices.one_in(2)
     return Message(message.body, tensors)
+
+
+def _ask_for_weights(choices: Choices, weights: Request) -> Message:
+    manifest = bytes.fromhex(weights.manifest)
+    kind = choices.below(6)
+    if kind == 0:
+        return Message(pb.ReadManifest(version=VERSION, manifest=manifest))
+    if kind == 1:
+        return Message(pb.ReadHoldings(manifest=manifest))
+    number = choices.below(weights.pieces)
+    return Message(pb.ReadPiece(manifest=manifest, number=number, shares=kind > 3, insists=kind == 5))
 
 
 def _push(choices: Choices, memory: Memory) -> Message:
