@@ -28,7 +28,6 @@ import torch
 from bootstrap.member import Member, MemberOptions
 from client.swarm.loop import LOOP
 from peer.compute.scheduler import Priority
-from peer.server import Server
 from peer.start.options import ServeOptions
 from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
@@ -36,6 +35,7 @@ from protocol.errors import OutOfMemory, SessionLost, SwarmError, TooLong, Unkno
 from protocol.model.checkpoint import open_checkpoint
 from protocol.tensors import Limits
 from tests.tools.families import build_family
+from tests.tools.own_peer import start_server
 from tests.tools.pretended_gpu import device
 from tests.tools.spans import END, START, states
 from tests.tools.wire import OPEN, TARGET, context, forward, manifest, put, step
@@ -55,13 +55,12 @@ class Table:
     """A peer in this process, and a client that asks it for one thing after the other."""
 
     def __init__(self, model: Path, options: ServeOptions):
-        self._checkpoint, self._options = open_checkpoint(str(model)), options
+        self._model, self._options = model, options
 
     async def __aenter__(self) -> "Table":
-        joining = asyncio.create_task(Member.join(MemberOptions(host="127.0.0.1", direct_port=0)))
-        self.server = await Server.start(self._options, self._checkpoint, joining)
+        self.server = await start_server(self._model, self._options)
         self._member = await Member.join(MemberOptions(tuple(self.server.member.addresses[:1]), client_mode=True))
-        await self._member.directory.peers(self._checkpoint.model_id.config_hash)  # learns where the peer's door is
+        await self._member.directory.peers(self.server.model_id.config_hash)  # learns where the peer's door is
         await self.connect()
         return self
 
@@ -73,7 +72,7 @@ class Table:
     async def connect(self) -> None:
         """A stream to the peer."""
         self.channel = Channel(await self._member.transport.connect(self.server.member.peer_id), Limits(), _PATIENCE)
-        version = self._checkpoint.model_id.config_hash, self._checkpoint.digests
+        version = self.server.model_id.config_hash, open_checkpoint(str(self._model)).digests
         await self.channel.call(Message(pb.Hello(version=VERSION, config_hash=version[0], weights=version[1])))
 
     async def settle(self) -> int:

@@ -167,7 +167,7 @@ class _Blocks:
     def training(self) -> Figures:
         """A micro-batch with all its activations kept."""
         rows, tokens = (1, 32) if self._tiny else (2, 512)
-        call, trainer = self._call(rows, tokens), Trainer(self._span, self._store, _UNBOUNDED)
+        call, trainer = self._call(rows, tokens), Trainer(self._span, self._store, _UNBOUNDED, _UNBOUNDED)
         foreseen, before = trainer.footprint.of(call), self._gpu.allocated()
         _, call_id = trainer.forward(call, "me", keep=True)
         real = self._gpu.allocated() - before
@@ -190,8 +190,8 @@ class _Blocks:
         """A long row in as little memory as a peer can have for it: each block is computed again in backward."""
         tokens = 64 if self._tiny else 2048
         call = self._call(1, tokens)
-        whole = Trainer(self._span, self._store, _UNBOUNDED).footprint
-        trainer = Trainer(self._span, self._store, whole.of_checkpoints(call))
+        whole = Trainer(self._span, self._store, _UNBOUNDED, _UNBOUNDED).footprint
+        trainer = Trainer(self._span, self._store, *[whole.of_checkpoints(call)] * 2)
         with self._gpu.peak_here() as peak:
             both = self._gpu.seconds(lambda: self._train(trainer, call), rounds=3, warm=1)
         return {

@@ -8,21 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bootstrap.member import Member, MemberOptions
 from client.swarm.loop import BackgroundLoop
 from peer.server import Server
 from peer.start.options import ServeOptions
-from protocol.model.checkpoint import open_checkpoint
+from tests.tools.own_peer import start_server
 
 _LOOP = BackgroundLoop()
 """The peers'; a client in this process has its own."""
 _BEAT = 0.002
 """Seconds that the watched loop sleeps."""
-
-
-async def _start(path: Path, options: ServeOptions, initial_peers: tuple[str, ...]) -> Server:
-    joining = asyncio.create_task(Member.join(MemberOptions(initial_peers, host="127.0.0.1")))
-    return await Server.start(options, open_checkpoint(str(path)), joining)
 
 
 @contextmanager
@@ -32,7 +26,7 @@ def serving(path: Path, spans: Sequence[str], **options: Any) -> Iterator[str]:
     try:
         for span in spans:
             known = tuple(servers[0].member.addresses[:1]) if servers else ()
-            servers.append(_LOOP.run(_start(path, ServeOptions(blocks=span, **options), known)))
+            servers.append(_LOOP.run(start_server(path, ServeOptions(blocks=span, **options), known)))
         yield servers[0].member.addresses[0]
     finally:
         for server in servers:

@@ -68,7 +68,7 @@ def test_copies_and_waits_of_a_training_call(
     desk = steps_of("llama", pretended).desk
     adapter = put_lora(desk.store, desk.span, [f"{i}.self_attn.q_proj" for i in range(BLOCKS)], 4, 1)
     call = TrainingCall(Inputs(states(2, 7, 0)), Mode(desk.span.blocks, training=True), adapter, {})
-    trainer, made = Trainer(desk.span, desk.store, 10**9), list[int]()
+    trainer, made = Trainer(desk.span, desk.store, 10**9, 10**10), list[int]()
     least = trainer.footprint.of_checkpoints(call)  # measures, the first time
     trainer.kept.max_bytes = 10**9 if keeps else least
     forward = count(pretended, lambda: made.append(trainer.forward(call, "me", keep=True)[1]))

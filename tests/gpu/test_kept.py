@@ -26,7 +26,7 @@ def test_what_is_counted_is_held(
 ) -> None:
     span = load_span(open_checkpoint(str(models("llama"))), 1, 4, device=str(device), quantization=quantization)
     store = AdapterStore(span, 10**8, 64, 10**8)
-    trainer = Trainer(span, store, 10**9)
+    trainer = Trainer(span, store, 10**9, 10**10)
     adapter = put_lora(store, span, TARGETS, 4, 1) if is_adapted else None
     hidden = torch.randn(ROWS, TOKENS, span.hidden_size, device=device)
     call = TrainingCall(Inputs(hidden), Mode(span.blocks, training=True, dropout_seed=7), adapter, {})

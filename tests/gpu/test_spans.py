@@ -54,7 +54,7 @@ def test_a_call_that_does_not_fit_leaves_nothing(
     models: Callable[[str], Path], device: torch.device, pretended: Any
 ) -> None:
     span = load_span(open_checkpoint(str(models("llama"))), START, END, device=str(device))
-    trainer = Trainer(span, Desk(span).store, 10**9)
+    trainer = Trainer(span, Desk(span).store, 10**9, 10**10)
     call = TrainingCall(Inputs(states(2, 200, 0)), Mode(span.blocks, training=True), None, {})
     trainer.forward(call, "me", keep=False)
     gc.disable()  # nothing may depend on it

@@ -43,7 +43,7 @@ def run_all(span: Span) -> tuple[Numbers, Way]:
 
 
 def _train(span: Span, desk: Desk) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    trainer = Trainer(span, desk.store, _AMPLE)
+    trainer = Trainer(span, desk.store, _AMPLE, _AMPLE)
     runner = TrainingRunner(trainer, Together(span, 64))
     calls = [_call(span, 2, 9, padding=2), _call(span, 1, 5), _call(span, 1, 7, padding=1)]
     results = [trainer.forward(call, "me", keep=True) for call in calls]

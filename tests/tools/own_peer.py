@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +10,10 @@ from typing import Any
 
 from bootstrap.member import Member, MemberOptions
 from peer.server import Server
+from peer.sharer import Sharer
 from peer.start.options import ServeOptions
 from protocol.model.checkpoint import open_checkpoint
+from protocol.tensors import Limits
 
 LOOP_THREAD = "the peer's event loop"
 """The name of the thread that it runs on."""
@@ -29,6 +31,18 @@ class OwnPeer:
         return self.server.member.addresses[0]
 
 
+async def start_server(model: Path, options: ServeOptions, initial_peers: Sequence[str] = ()) -> Server:
+    """A peer on the running event loop, on 127.0.0.1."""
+    return await Server.start(options, open_checkpoint(str(model)), asyncio.create_task(_share(options, initial_peers)))
+
+
+async def _share(options: ServeOptions, initial_peers: Sequence[str]) -> Sharer:
+    member = await Member.join(MemberOptions(tuple(initial_peers), "127.0.0.1"))
+    sharer = Sharer(member, options.name, options.weights, Limits())
+    await sharer.start()
+    return sharer
+
+
 @contextmanager
 def own_peer(model: Path, **options: Any) -> Iterator[OwnPeer]:
     """A peer that has founded a swarm; `options`: fields of `ServeOptions`."""
@@ -36,11 +50,8 @@ def own_peer(model: Path, **options: Any) -> Iterator[OwnPeer]:
     thread = threading.Thread(target=loop.run_forever, name=LOOP_THREAD, daemon=True)
     thread.start()
 
-    async def start() -> Server:
-        joining = asyncio.create_task(Member.join(MemberOptions((), "127.0.0.1")))
-        return await Server.start(ServeOptions(drain_timeout=0.0, **options), open_checkpoint(str(model)), joining)
-
-    server = asyncio.run_coroutine_threadsafe(start(), loop).result(60)
+    starting = start_server(model, ServeOptions(drain_timeout=0.0, **options))
+    server = asyncio.run_coroutine_threadsafe(starting, loop).result(60)
     try:
         yield OwnPeer(server, loop)
     finally:
