@@ -50,8 +50,9 @@ UPKEEP_PERIOD = 10.0
 SEEN_PERIOD = 20.0
 """Seconds between two times that a member says in a private swarm that it is up, and looks who else is."""
 _LEAVE_TIMEOUT = 0.5
-_FIND_TIMEOUT = 3.0
-"""Seconds that members on the same network get to be found, where none answers that was known."""
+_FIND_TIMEOUT, _FIND_AT_START = 3.0, 1.0
+"""Seconds that members on the same network get to be found, where none answers that was known: by a client, which can do
+nothing alone, and by a member that goes on looking."""
 _HEAD_START = 0.3
 """Seconds for the known addresses before a client looks for others too."""
 _MAX_KNOWN = 20
@@ -186,7 +187,8 @@ class Member:
         if membership is not None and discovers:
             finding = asyncio.create_task(member._discover(membership, listens=not options.client_mode))
             resources.callback(finding.cancel)
-        await neighbours.join(_FIND_TIMEOUT if discovers else 0.0)
+        patience = _FIND_TIMEOUT if options.client_mode else _FIND_AT_START
+        await neighbours.join(patience if discovers else 0.0)
         if not options.client_mode:
             await member._refresh_addresses()
         tasks = [member._watch(), member._keep_up(listens=not options.client_mode)]
