@@ -51,8 +51,8 @@ SEEN_PERIOD = 20.0
 """Seconds between two times that a member says in a private swarm that it is up, and looks who else is."""
 _LEAVE_TIMEOUT = 0.5
 _FIND_TIMEOUT, _FIND_AT_START = 3.0, 1.0
-"""Seconds that members on the same network get to be found, where none answers that was known: by a client, which can do
-nothing alone, and by a member that goes on looking."""
+"""Seconds that members on the same network get to be found, where none answers that was known: by a client, which can
+do nothing alone, and by a member that goes on looking."""
 _HEAD_START = 0.3
 """Seconds for the known addresses before a client looks for others too."""
 _MAX_KNOWN = 20
