@@ -72,6 +72,8 @@ class SwarmFolder:
             self.root = bytes.fromhex(described["root"])
             self.secret_bytes = bytes.fromhex(described["secret"])
             self.secret = SwarmSecret(self.secret_bytes)
+            self.discovery = bool(described.get("discovery", True))
+            """Whether members on the same network are to be found, and told of this machine."""
             self.key = SigningKey(bytes.fromhex(self._read("member.key").decode()))
         except (ValueError, TypeError, LookupError) as error:
             raise BadUsage(
@@ -197,6 +199,24 @@ class SwarmFolder:
     def save_port(self, port: int) -> None:
         """Listen there the next time too."""
         self._save("port", str(port).encode())
+
+    def recover(self, root_key: Path, member_name: str) -> "SwarmFolder":
+        """This machine as a new member that the root key names an admin. Raises `BadUsage` for another swarm's key."""
+        try:
+            root = SigningKey(bytes.fromhex(root_key.read_text(encoding="ascii")))
+        except OSError as error:
+            raise BadUsage(f"{root_key} cannot be read: {error.strerror or error}.") from error
+        except ValueError as error:
+            raise BadUsage(
+                f"{root_key} is no root key; expected the root.key that `peer swarm create` made."
+            ) from error
+        if root.public != self.root:
+            raise BadUsage(f"{root_key} is the root key of another swarm than {self.name}.")
+        key, now, roster = SigningKey.generate(), int(time.time()), self.read_roster()
+        certificate = Signer(root, None).certify(key.public, Role.ADMIN, member_name, now, ADMIN_LIFETIME)
+        kept = {name: self._read(name) for name in ("root.key", "known.json") if (self.path / name).exists()}
+        self.forget()
+        return self._write(self.name, self.root, self.secret_bytes, key, certificate, {"roster": roster, **kept})
 
     def forget(self) -> None:
         """Delete all of it, this member's key included: there is no way back but another invitation."""
