@@ -1,6 +1,7 @@
 """ReadManifest, ReadHoldings, ReadPiece: models' files. These need no greeting, and are answered behind all else."""
 
 import asyncio
+import logging
 from contextlib import nullcontext
 from typing import TypeVar
 
@@ -14,6 +15,8 @@ from protocol import swarm_pb2 as pb
 from protocol.channel import VERSION, Channel, Message
 from protocol.errors import BadRequest, OverQuota, PeerFailed
 from protocol.weights.manifest import MAX_MANIFEST
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Request = pb.ReadManifest | pb.ReadHoldings | pb.ReadPiece
@@ -49,7 +52,7 @@ class Weights:
         body = request.body
         try:
             if isinstance(body, pb.ReadPiece):
-                return await self._give(channel, body)
+                return await self._give_unless_changed(channel, body)
             if isinstance(body, pb.ReadManifest):
                 answer = await self._read_manifest(body)
             elif isinstance(body, pb.ReadHoldings):
@@ -66,6 +69,14 @@ class Weights:
             raise BadRequest(f"The caller speaks protocol version {body.version}, this member {VERSION}; update one.")
         manifest = self._sharing.find(body.manifest).manifest
         return _bytes("manifest", await self._uploads.aside(lambda: manifest.data))
+
+    async def _give_unless_changed(self, channel: Channel, body: pb.ReadPiece) -> None:
+        try:
+            await self._give(channel, body)
+        except PeerFailed as error:  # its files are not what they were
+            logger.warning("a model is not given to others any more: %s", error)
+            self._sharing.remove(body.manifest)
+            raise
 
     async def _give(self, channel: Channel, body: pb.ReadPiece) -> None:
         held = self._sharing.find(body.manifest)

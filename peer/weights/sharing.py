@@ -49,6 +49,11 @@ class Sharing:
         self._models[shared.held.manifest.hash] = shared
         self._changed()
 
+    def remove(self, manifest: bytes) -> None:
+        """Give a model no more."""
+        if self._models.pop(manifest.hex(), None) is not None:
+            self._changed()
+
     def find(self, manifest: bytes) -> Held:
         """What is here of a model. Raises `BadRequest` for one that is not given."""
         shared = self._models.get(manifest.hex())

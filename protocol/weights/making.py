@@ -8,7 +8,9 @@ from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 
-from protocol.errors import BadRequest, UnsupportedModel, first_line
+from pydantic import ValidationError
+
+from protocol.errors import BadRequest, UnsupportedModel, first_line, first_problem
 from protocol.model.checkpoint import Checkpoint, read_layout
 from protocol.weights.files import write_whole
 from protocol.weights.manifest import MAX_PIECE, SUFFIXES, FileEntry, Manifest
@@ -28,15 +30,17 @@ def hold(checkpoint: Checkpoint, kept: Path) -> Held | None:
     Reads all of it, unless its manifest lies in the folder `kept` and no file has changed. Takes a second for each
     gigabyte or so: for a thread of its own. Raises `UnsupportedModel` for files that cannot be read.
     """
-    paths = _files(checkpoint)
-    if paths is None:
-        return None
     try:
+        paths = _files(checkpoint)
+        if paths is None:
+            return None
         state = {name: [path.stat().st_size, path.stat().st_mtime_ns] for name, path in sorted(paths.items())}
         manifest = _read(_place(checkpoint, kept), state) or _make(checkpoint, paths)
         now = {name: [path.stat().st_size, path.stat().st_mtime_ns] for name, path in sorted(paths.items())}
     except OSError as error:
         raise UnsupportedModel(f"The files of {checkpoint.name} cannot be read ({first_line(error)}).") from error
+    except ValidationError as error:
+        raise UnsupportedModel(f"{checkpoint.name} cannot be given to others: {first_problem(error)[1]}.") from error
     if now != state:
         raise UnsupportedModel(f"The files of {checkpoint.name} were changed while they were read.")
     _keep(_place(checkpoint, kept), state, manifest)

@@ -275,10 +275,10 @@ def test_a_damaged_model_folder(command: Command, copy: Path, damage: Callable[[
 
 
 @pytest.mark.parametrize("name", ["/nonexistent/model", "./nonexistent", "nonexistent/model", "no such model", "a/b/c"])
-def test_a_model_that_is_not_there(command: Command, name: str) -> None:
+def test_a_model_that_is_not_there(command: Command, name: str, served: Swarm) -> None:
     assert "has no config.json; expected a Hugging Face model folder" in command("serve", name).refusal()
     with pytest.raises(UnsupportedModel, match=r"has no config\.json"):
-        AutoDistributedModelForCausalLM.from_pretrained(name, initial_peers=["x"])
+        served.connect(name)
 
 
 def test_a_client_of_a_damaged_model_folder(copy: Path, served: Swarm) -> None:

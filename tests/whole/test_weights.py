@@ -191,7 +191,7 @@ def test_a_private_swarm(machines: Machines, folder: Path, tmp_path: Path) -> No
     machines.swarm.home = tmp_path / "home-of-founder"
     first = machines.start("founder", "share", str(folder))
     machines.swarm.home = tmp_path / "home-of-server"
-    machines.start("server", "serve", "our-model", "--swarm", "lab")
+    machines.start("server", "serve", "--swarm", "lab")
     machines.swarm.home = tmp_path / "home-of-user"
     refused = machines.launch("user", "share", str(folder), "--swarm", "lab")
     wait_until(lambda: not refused.is_alive())

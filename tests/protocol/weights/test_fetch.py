@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -230,4 +231,27 @@ def test_a_slow_member_gives_signs_of_life(held: Held, tmp_path: Path, monkeypat
             await fetch.run(numbers)
             assert asyncio.get_running_loop().time() - begin > 0.9 * (len(numbers) - 1)
 
+    play(script())
+
+
+def test_a_member_whose_files_were_changed(folder: Path, tmp_path: Path) -> None:
+    """It notices before it gives a wrong piece, and gives nothing of that model any more."""
+    ours = Path(shutil.copytree(folder, tmp_path / "ours"))
+    held = hold_folder(ours, tmp_path / "kept")
+    (number,) = held.manifest.numbers["config.json"]
+
+    async def script() -> None:
+        giver = Giver(held)
+        async with fetching(held, tmp_path / "cache", {"changed": giver, "honest": Giver(held_elsewhere)}) as (
+            parts,
+            run,
+        ):
+            (ours / "config.json").write_text("{}" * held.manifest.pieces[number].size)
+            await run.run([number])
+            assert parts.has(number)
+            await run.run(range(len(held.manifest.pieces)))
+            assert not giver.given
+
+    held_elsewhere = hold_folder(folder, tmp_path / "kept")
+    assert held_elsewhere.manifest == held.manifest
     play(script())
