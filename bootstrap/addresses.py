@@ -4,6 +4,7 @@ import ipaddress
 from collections.abc import Iterable
 
 import base58
+import psutil
 from hivemind.p2p import PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
@@ -47,20 +48,37 @@ def _check_port(parts: dict[str, str]) -> None:
         raise ValueError
 
 
-def listening_address(host: str, port: int) -> str:
-    """The multiaddr of an IP address and a TCP port. Raises `BadUsage`."""
+def listening_addresses(host: str | None, port: int) -> list[str]:
+    """The multiaddrs of an IP address (None: all of this machine's, IPv4 and IPv6) and a port. Raises `BadUsage`."""
+    if host is None:
+        return [address for every in ("0.0.0.0", "::") for address in listening_addresses(every, port)]
     try:
         version = ipaddress.ip_address(host).version
     except ValueError as error:
-        raise BadUsage(f"{host!r} is not an IP address to listen on; 0.0.0.0 stands for all of them.") from error
+        raise BadUsage(f"{host!r} is not an IP address to listen on; 0.0.0.0 stands for all IPv4 ones.") from error
     if not 0 <= port < 2**16:
         raise BadUsage(f"{port} is not a port number (0 to 65535; 0: any free one).")
-    return f"/ip{version}/{host}/tcp/{port}"
+    return [f"/ip{version}/{host}/tcp/{port}"]
 
 
 def is_loopback(host: str) -> bool:
     """Whether the IP address `host` is reachable from this machine alone."""
     return ipaddress.ip_address(host).is_loopback
+
+
+def is_unspecified(host: str) -> bool:
+    """Whether `host` stands for all of this machine's addresses."""
+    return ipaddress.ip_address(host).is_unspecified
+
+
+def own_ports(visible: Iterable[Multiaddr]) -> dict[int, int]:
+    """IP version -> the TCP port in those of `visible` that are this machine's own; a router's may be another."""
+    own = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
+    return {
+        ip.version: int(parts["tcp"])
+        for address in visible
+        if (ip := ip_of(address)) is not None and str(ip) in own and "tcp" in (parts := parts_of(address))
+    }
 
 
 def for_others(visible: Iterable[Multiaddr], peer_id: str) -> list[str]:

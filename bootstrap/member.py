@@ -1,9 +1,10 @@
 """A member of a swarm: p2pd, DHT node, directory and transport under one life."""
 
 import asyncio
+import functools
 import logging
 import time
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +18,16 @@ from bootstrap.addresses import (
     check_announced,
     for_others,
     is_loopback,
-    listening_address,
+    is_unspecified,
+    listening_addresses,
+    own_ports,
     parts_of,
     split_peer_address,
 )
 from bootstrap.daemon import Connection, Daemon, DaemonFailed
 from bootstrap.directory import Directory
+from bootstrap.discovery.discovery import Discovery
+from bootstrap.discovery.networks import Interface
 from bootstrap.door import OwnDoor
 from bootstrap.identity import Identity, signer_of
 from bootstrap.membership.desk import Desk
@@ -60,8 +65,8 @@ class MemberOptions:
 
     initial_peers: tuple[str, ...] = ()
     """Full multiaddrs (with /p2p/ID) of members; none: found a swarm."""
-    host: str = "0.0.0.0"
-    """The IP address to listen on."""
+    host: str | None = None
+    """The IP address to listen on; None: all of this machine's, IPv4 and IPv6."""
     port: int = 0
     """The TCP port to listen on; 0: any free one."""
     announce_addresses: tuple[str, ...] = ()
@@ -105,6 +110,8 @@ class Member:
         self.door: Door | None = None
         """Where others can connect directly; kept up to date."""
         self._own_door = own_door
+        self._ports: dict[int, int] = {}
+        """IP version -> the TCP port that p2pd listens on."""
         self.transport = Carriers(
             LibP2PTransport(p2p), DirectCaller(_credentials(identity)), own_door.listener if own_door else None
         )
@@ -150,8 +157,10 @@ class Member:
         membership = OwnMembership(options.swarm, identity.peer_id) if options.swarm is not None else None
         if membership is not None:
             membership.check_own(options.role)
-            options = _with_what_is_known(options, membership)
-        daemon = await start_daemon(options, identity)
+            options = _with_last_port(options, membership)
+        known = _last_addresses(options, membership)
+        # Any member may be a relay.
+        daemon = await start_daemon(replace(options, initial_peers=(*options.initial_peers, *known)), identity)
         resources.push_async_callback(daemon.stop)
         own_door = None
         if options.direct_port is not None:
@@ -167,12 +176,16 @@ class Member:
         resources.push_async_callback(p2p.shutdown)
         gate = Gate(p2p, membership)
         node = await create_node(gate, SignedRecords(identity, membership), options.client_mode)
-        may_be_alone = membership is not None and not options.client_mode
-        neighbours = Neighbours(p2p, node, options.initial_peers, may_be_alone)
+        may_be_alone, searching = membership is not None and not options.client_mode, _may_search(options)
+        neighbours = Neighbours(p2p, node, options.initial_peers, known, may_be_alone, searching)
         member = cls(identity, membership, daemon, p2p, node, neighbours, own_door)
-        await neighbours.join()
         if not options.client_mode:
             await member._refresh_addresses()
+        if options.swarm is not None and searching:
+            own = functools.partial(member._reached_at, options.host)
+            discovery = Discovery(options.swarm.secret, own, neighbours.discovered)
+            resources.push_async_callback(_cancel, asyncio.create_task(discovery.run()))
+        await neighbours.join()
         tasks = [member._watch(), member._keep_up(listens=not options.client_mode)]
         if membership is not None:
             tasks += await member._take_part(membership, gate, listens=not options.client_mode)
@@ -221,6 +234,7 @@ class Member:
         self.rounds = Rounds(membership, gate, self._neighbours.known)
         membership.changed.append(self.handshake.enforce)
         desk = Desk(membership, self.rounds, lambda: self.addresses)
+        self._remember_met(membership.folder)
         if listens:
             await desk.open(self._p2p, gate)
             self._remember(membership, {})
@@ -267,12 +281,33 @@ class Member:
             )
         membership.folder.remember(known)
 
+    def _remember_met(self, folder: SwarmFolder) -> None:
+        """Write down by which members this one came in, if that is new: a short command learns no more of them."""
+        known, now = folder.known, time.time()
+        news = {}
+        for peer_id, addresses in self._neighbours.met().items():
+            before = known.get(peer_id, Known(member="", seen=now, version=""))
+            if not set(addresses) <= set(before.addresses):
+                news[peer_id] = before.model_copy(update={"seen": now, "addresses": addresses})
+        if news:
+            folder.remember(news)
+
     async def _refresh_addresses(self) -> None:
-        self.addresses = for_others(await self._p2p.visible_addresses(), self.peer_id)
+        visible = await self._p2p.visible_addresses()
+        self.addresses = for_others(visible, self.peer_id)
+        self._ports |= own_ports(visible)
         if self.membership is not None and self.addresses:
             self._save_port(self.membership.folder)
         if self._own_door is not None:
             self.door = self._own_door.describe(self.addresses)
+
+    def _reached_at(self, host: str | None, interfaces: Iterable[Interface]) -> list[str]:
+        """Where others in this machine's networks reach this member: full multiaddrs, IPv4 first."""
+        return [
+            f"/ip{one.version}/{one.ip}/tcp/{self._ports[one.version]}/p2p/{self.peer_id}"
+            for one in sorted(interfaces, key=lambda one: (one.version, one.ip))
+            if one.version in self._ports and (host is None or is_unspecified(host) or str(one.ip) == host)
+        ]
 
 
 def quiet_hivemind() -> None:
@@ -292,21 +327,39 @@ def _load_identity(options: MemberOptions) -> Identity:
     return Identity.load_or_create(options.identity_path)
 
 
-def _with_what_is_known(options: MemberOptions, membership: OwnMembership) -> MemberOptions:
-    """With the other members' last addresses, and the port where this machine listened last. Raises `NoSwarm`."""
-    known = membership.folder.addresses(without=[membership.peer_id])
-    peers = tuple(dict.fromkeys([*options.initial_peers, *known]))[:_MAX_KNOWN]
-    if options.client_mode:
-        if not peers:
-            raise NoSwarm(
-                f"No other member of the swarm {membership.folder.name} has been seen yet; start one (`peer serve` or "
-                "`peer bootstrap`), or give the address of one with --initial-peers."
-            )
-        return replace(options, initial_peers=peers)
-    return replace(options, initial_peers=peers, port=options.port or _free_port(options.host, membership.folder.port))
+def _last_addresses(options: MemberOptions, membership: OwnMembership | None) -> tuple[str, ...]:
+    """Where the other members were last. Raises `NoSwarm` where there is no way to any of them."""
+    if membership is None:
+        return ()
+    known = membership.folder.addresses(without=[membership.peer_id])[:_MAX_KNOWN]
+    if options.client_mode and not (known or options.initial_peers or _may_search(options)):
+        raise NoSwarm(
+            f"No other member of the swarm {membership.folder.name} has been seen yet; start one (`peer serve` or "
+            "`peer bootstrap`), or give the address of one with --initial-peers."
+        )
+    return known
 
 
-def _free_port(host: str, port: int) -> int:
+def _may_search(options: MemberOptions) -> bool:
+    """Whether to look for members on this machine's networks."""
+    listens_to_itself = not options.client_mode and options.host is not None and is_loopback(options.host)
+    return options.swarm is not None and options.swarm.discovery and not listens_to_itself
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    """End a task, and wait until it has."""
+    task.cancel()
+    await asyncio.wait({task})
+
+
+def _with_last_port(options: MemberOptions, membership: OwnMembership) -> MemberOptions:
+    """With the port where this machine listened last, if none is wanted."""
+    if options.client_mode or options.port:
+        return options
+    return replace(options, port=_free_port(options.host, membership.folder.port))
+
+
+def _free_port(host: str | None, port: int) -> int:
     """`port`, or 0 when another process listens there."""
     try:
         bind(host, port, v6_only=True).close()
@@ -335,7 +388,8 @@ async def start_daemon(options: MemberOptions, identity: Identity) -> Daemon:
         return await Daemon.start(arguments, JOIN_TIMEOUT)
     except DaemonFailed as error:
         if "listen" in str(error) and not options.client_mode:
-            raise BadUsage(f"Cannot listen on {options.host}, port {options.port}: {error}.") from error
+            host = options.host or "any address"
+            raise BadUsage(f"Cannot listen on {host}, port {options.port}: {error}.") from error
         raise PeerFailed(f"p2pd did not start: {error}.") from error
 
 
@@ -347,8 +401,8 @@ def _listening_arguments(options: MemberOptions, peer_id: str) -> list[str]:
     arguments = [
         "-dhtServer=1",
         "-autonat=1",
-        f"-hostAddrs={listening_address(options.host, options.port)}",
-        f"-natPortMap={int(not is_loopback(options.host))}",
+        f"-hostAddrs={','.join(listening_addresses(options.host, options.port))}",
+        f"-natPortMap={int(options.host is None or not is_loopback(options.host))}",
     ]
     if len(options.announce_addresses) > MAX_ADDRESSES:
         raise BadUsage(

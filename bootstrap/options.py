@@ -42,7 +42,13 @@ SwarmName = Annotated[
         help="A private swarm that this machine has joined; default: the only one. `open`: none of them.",
     ),
 ]
-Host = Annotated[str, typer.Option(help="Address to listen on.")]
+UseDiscovery = Annotated[
+    bool,
+    typer.Option(
+        " /--no-discovery", help="Do not look for the swarm's members on this machine's networks (multicast DNS)."
+    ),
+]
+Host = Annotated[str | None, typer.Option(help="Address to listen on; default: all of this machine's.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")]
 Identity = Annotated[
     Path | None, typer.Option(parser=as_path, metavar="FILE", help="Key file of this member; made if missing.")
@@ -53,15 +59,17 @@ Announce = Annotated[
 ]
 
 
-def find_swarm(name: str | None, addresses: Sequence[str] | None) -> "tuple[tuple[str, ...], SwarmFolder | None]":
+def find_swarm(
+    name: str | None, addresses: Sequence[str] | None, discovery: bool = True
+) -> "tuple[tuple[str, ...], SwarmFolder | None]":
     """The members that were named, and the private swarm that is meant, for a command that needs one or the other.
 
-    Raises `BadUsage`.
+    `discovery`: see `SwarmFolder`. Raises `BadUsage`.
     """
     from bootstrap.membership.folder import choose_swarm
 
     given = tuple(addresses or ())
-    folder = choose_swarm(name, bool(given))
+    folder = choose_swarm(name, bool(given), discovery)
     if not given and folder is None:
         raise BadUsage(
             "Give the address of a member with --initial-peers (in Python: initial_peers=), which `peer serve` and "

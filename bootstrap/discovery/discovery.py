@@ -57,7 +57,7 @@ class Discovery:
         """What has still to be said, as it is said several times."""
         self._content: tuple[int, tuple[str, ...]] = (0, ())
         """The day and the addresses that are announced."""
-        self._browser: AsyncServiceBrowser | None = None
+        self._browsers: list[AsyncServiceBrowser] = []
         self._quiet_from = 0.0
 
     async def run(self) -> None:
@@ -89,17 +89,21 @@ class Discovery:
             self._content, self._announced = (0, ()), None
             with suppress(TimeoutError, OSError, Error):
                 await asyncio.wait_for(multicast.async_close(), _CLOSE_TIMEOUT)
-            self._browser = None
+            self._browsers.clear()
 
     def _look(self, zeroconf: Zeroconf) -> None:
-        # QM: of several processes of one machine, an answer that is sent to the machine alone would reach one.
-        if self._browser is None:
-            self._browser = AsyncServiceBrowser(zeroconf, SERVICE, [self._hear], question_type=DNSQuestionType.QM)
+        """Ask who is there, now and ever more rarely, and listen.
+
+        In both ways: what all hear (QM) is said once a second at most, and an answer to this machine alone (QU) reaches
+        only one of its processes.
+        """
+        if not self._browsers:
+            for kind in (DNSQuestionType.QU, DNSQuestionType.QM):
+                self._browsers.append(AsyncServiceBrowser(zeroconf, SERVICE, [self._hear], question_type=kind))
 
     async def _look_no_more(self) -> None:
-        if self._browser is not None:
-            browser, self._browser = self._browser, None
-            await browser.async_cancel()
+        while self._browsers:
+            await self._browsers.pop().async_cancel()
 
     async def _announce(self, multicast: AsyncZeroconf) -> None:
         """Say where this member is now, under a new name if it is another day."""

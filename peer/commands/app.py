@@ -18,6 +18,7 @@ from bootstrap.options import (
     InitialPeers,
     Port,
     SwarmName,
+    UseDiscovery,
     as_model,
     as_path,
     find_swarm,
@@ -72,12 +73,13 @@ for command in (serve, share, invite, join, members, revoke):
 
 @app.command()
 def bootstrap(
-    host: Host = "0.0.0.0",
+    host: Host = None,
     port: Port = 0,
     initial_peers: InitialPeers = None,
     announce: Announce = None,
     identity: Identity = None,
     swarm: SwarmName = None,
+    discovery: UseDiscovery = True,
     config: Config = None,
 ) -> None:
     """Run a node that only carries the directory of peers: a stable first address for a swarm."""
@@ -85,7 +87,7 @@ def bootstrap(
     from bootstrap.membership.folder import choose_swarm
     from protocol.errors import PeerFailed
 
-    folder = choose_swarm(swarm, bool(initial_peers))
+    folder = choose_swarm(swarm, bool(initial_peers), discovery)
     options = MemberOptions(tuple(initial_peers or ()), host, port, tuple(announce or ()), identity, swarm=folder)
 
     async def work() -> None:
@@ -116,6 +118,7 @@ def status(
     ] = None,
     initial_peers: InitialPeers = None,
     swarm: SwarmName = None,
+    discovery: UseDiscovery = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     watch: Annotated[bool, typer.Option(help="Show it again every 5 s.")] = False,
     config: Config = None,
@@ -124,7 +127,7 @@ def status(
     from bootstrap.member import Member, MemberOptions
     from peer.commands import status as view
 
-    addresses, folder = find_swarm(swarm, initial_peers)
+    addresses, folder = find_swarm(swarm, initial_peers, discovery)
 
     async def work() -> None:
         stop = stop_on_signals()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bootstrap.options import Announce, Host, Identity, InitialPeers, Port, SwarmName, as_model
+from bootstrap.options import Announce, Host, Identity, InitialPeers, Port, SwarmName, UseDiscovery, as_model
 from peer.commands.invite import offer_invitation
 from peer.commands.options import Config, with_fields
 from peer.commands.process import leave_at_once, run, say_ready, stop_on_signals, unless_stopped
@@ -47,7 +47,7 @@ def serve(
     ] = None,
     initial_peers: InitialPeers = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
-    host: Host = "0.0.0.0",
+    host: Host = None,
     port: Port = 0,
     direct_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen on for direct connections; 0: any free one.")
@@ -59,6 +59,7 @@ def serve(
     ] = None,
     identity: Identity = None,
     swarm: SwarmName = None,
+    discovery: UseDiscovery = True,
     restart: Annotated[
         bool, typer.Option(help="Start a peer again that fails: its device is lost, p2pd has died, it was killed.")
     ] = False,
@@ -96,6 +97,9 @@ def serve(
 
         from bootstrap.member import MemberOptions
         from protocol.membership.certificate import Role
+    folder = choose_swarm(swarm, bool(initial_peers), discovery)
+    if model is None and not initial_peers and folder is None:
+        raise BadUsage("Name a MODEL to found a swarm, or join one with --swarm or --initial-peers.")
     options.check_machine()
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -29,6 +29,7 @@ from peer.commands.app import app, main
 from protocol.errors import BadUsage
 from protocol.name import CACHE_VARIABLE, HOME_VARIABLE
 from tests.tools.liars import begin_to_lie
+from tests.tools.namespaces import enter
 
 _PR_SET_PDEATHSIG = 1
 
@@ -44,6 +45,8 @@ def _become(request: dict) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the tests themselves may ignore, under nohup
     sys.argv = [request["script"] or "peer", *request["argv"]]
+    if request["network"]:
+        enter(request["network"])
     if request["home"]:
         os.environ[HOME_VARIABLE] = request["home"]
     if request["cwd"]:

@@ -53,6 +53,13 @@ def open_networks() -> "Iterator[Networks]":
         yield Networks(resources)
 
 
+def enter(network: Path | str) -> None:
+    """Have this thread, and what it starts, be in a network namespace, as `Space.path` names it."""
+    with open(network) as file:
+        result = ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _CLONE_NEWNET)
+    assert result == 0, os.strerror(ctypes.get_errno())
+
+
 class Space:
     """A network namespace."""
 
@@ -80,14 +87,8 @@ class Space:
     def inside(self, work: Callable[[], T]) -> T:
         """What `work` returns, run in a thread in here: its sockets and child processes are in here too."""
 
-        def enter() -> T:
-            with self.path.open() as file:
-                result = ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _CLONE_NEWNET)
-            assert result == 0, os.strerror(ctypes.get_errno())
-            return work()
-
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(enter).result()
+        with ThreadPoolExecutor(1, initializer=enter, initargs=(self.path,)) as thread:
+            return thread.submit(work).result()
 
 
 @dataclass
