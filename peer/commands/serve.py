@@ -80,7 +80,7 @@ def serve(
     each = options.for_each_device()
     for one in each:
         one.check()
-    folder = choose_swarm(swarm, bool(initial_peers))
+    folder = choose_swarm(swarm, bool(initial_peers), discovery)
     if model is None and not initial_peers and folder is None:
         raise BadUsage("Name a MODEL to found a swarm, or join one with --swarm or --initial-peers.")
     if restart or len(each) > 1:
@@ -97,9 +97,6 @@ def serve(
 
         from bootstrap.member import MemberOptions
         from protocol.membership.certificate import Role
-    folder = choose_swarm(swarm, bool(initial_peers), discovery)
-    if model is None and not initial_peers and folder is None:
-        raise BadUsage("Name a MODEL to found a swarm, or join one with --swarm or --initial-peers.")
     options.check_machine()
     if options.threads:
         torch.set_num_threads(options.threads)
