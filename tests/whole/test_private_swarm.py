@@ -462,6 +462,37 @@ def test_who_is_no_member_gets_nothing_from_a_peer(
     run(main())
 
 
+class Waits(Exception):
+    """The peer waits for what another is to push."""
+
+
+@pytest.mark.parametrize("who", ["user", "server"])
+def test_only_who_serves_pushes_results(served: Swarm, llama: Path, machines: Machines, who: str) -> None:
+    checkpoint, token = open_checkpoint(str(llama)), who.encode().ljust(16)
+    hello = pb.Hello(version=VERSION, config_hash=checkpoint.model_id.config_hash, weights=checkpoint.digests)
+
+    async def give_up(working: pb.Working) -> None:
+        if working.waiting:
+            raise Waits
+
+    async def main() -> None:
+        async with member(getattr(machines, who), *served.initial_peers, client_mode=True) as caller:
+            channel = Channel(await caller.transport.connect(served.peers[0].peer_id), Limits(), 5)
+            await caller.handshake.initiate(channel)
+            await channel.call(Message(hello))
+            await channel.send(Message(pb.Push(token=token), {"hidden_states": torch.zeros(1, 2, 32)}))
+            body = pb.Forward(context=pb.Context(end=5), hand_over=pb.HandOver(awaits=token))
+            if who == "user":
+                with pytest.raises(Waits):
+                    await channel.call(Message(body), give_up)
+            else:
+                answer = await channel.call(Message(body), give_up)
+                assert answer.tensor("hidden_states").shape == (1, 2, 32)
+            channel.close()
+
+    run(main())
+
+
 def test_clocks_that_differ_are_not_taken_for_a_stranger(
     served: Swarm, machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
