@@ -17,7 +17,7 @@ from bootstrap.addresses import (
     check_announced,
     for_others,
     is_loopback,
-    listening_address,
+    listening_addresses,
     parts_of,
     split_peer_address,
 )
@@ -31,7 +31,7 @@ from bootstrap.membership.gate import Gate
 from bootstrap.membership.own import OwnMembership
 from bootstrap.membership.rounds import Rounds
 from bootstrap.neighbours import Neighbours, create_node
-from bootstrap.ports import bind
+from bootstrap.ports import ANY, bind
 from bootstrap.validator import SignedRecords
 from protocol.errors import BadUsage, NoSwarm, PeerFailed, SwarmError
 from protocol.membership.certificate import Role
@@ -50,6 +50,10 @@ UPKEEP_PERIOD = 10.0
 SEEN_PERIOD = 20.0
 """Seconds between two times that a member says in a private swarm that it is up, and looks who else is."""
 _LEAVE_TIMEOUT = 0.5
+_FIND_TIMEOUT = 3.0
+"""Seconds that members on the same network get to be found, where none answers that was known."""
+_HEAD_START = 0.3
+"""Seconds for the known addresses before a client looks for others too."""
 _MAX_KNOWN = 20
 _log = logging.getLogger(__name__)
 
@@ -60,8 +64,8 @@ class MemberOptions:
 
     initial_peers: tuple[str, ...] = ()
     """Full multiaddrs (with /p2p/ID) of members; none: found a swarm."""
-    host: str = "0.0.0.0"
-    """The IP address to listen on."""
+    host: str = ANY
+    """The IP address to listen on, or `ANY`: all of this machine's, IPv4 and IPv6."""
     port: int = 0
     """The TCP port to listen on; 0: any free one."""
     announce_addresses: tuple[str, ...] = ()
@@ -79,6 +83,8 @@ class MemberOptions:
     addresses is used beside `initial_peers`, and its identity and port where none are given."""
     role: Role = Role.USE
     """The least role in a private swarm that this process needs."""
+    discovery: bool = True
+    """In a private swarm, find members on the same network, and be found: unless its folder says no."""
 
 
 class Member:
@@ -170,7 +176,12 @@ class Member:
         may_be_alone = membership is not None and not options.client_mode
         neighbours = Neighbours(p2p, node, options.initial_peers, may_be_alone)
         member = cls(identity, membership, daemon, p2p, node, neighbours, own_door)
-        await neighbours.join()
+        discovers = membership is not None and options.discovery and membership.folder.discovery
+        discovers = discovers and (options.client_mode or not is_loopback(options.host))
+        if membership is not None and discovers:
+            finding = asyncio.create_task(member._discover(membership, listens=not options.client_mode))
+            resources.callback(finding.cancel)
+        await neighbours.join(_FIND_TIMEOUT if discovers else 0.0)
         if not options.client_mode:
             await member._refresh_addresses()
         tasks = [member._watch(), member._keep_up(listens=not options.client_mode)]
@@ -226,6 +237,21 @@ class Member:
             self._remember(membership, {})
         return [self.rounds.run(), self._be_seen(membership)]
 
+    async def _discover(self, membership: OwnMembership, listens: bool) -> None:
+        """Be found, and find others: all the time, or as a client only while nobody is known."""
+        from bootstrap.membership.discovery import Discovery  # most processes never need it
+
+        finder = Discovery(membership.secret, self.peer_id, self._neighbours.found)
+        await asyncio.sleep(0 if listens else _HEAD_START)
+        while True:
+            if listens or not self._neighbours.known():
+                try:
+                    await finder.run(lambda: self.addresses, lambda: not listens and bool(self._neighbours.known()))
+                except OSError as error:
+                    _log.warning("Members on this network cannot be found by themselves (%s); addresses work.", error)
+                    await asyncio.sleep(60)
+            await asyncio.sleep(UPKEEP_PERIOD)
+
     async def _be_seen(self, membership: OwnMembership) -> None:
         """Announce this process to the other members, and write down where they are."""
         while True:
@@ -240,7 +266,9 @@ class Member:
                 await self.look_around()
             except (SwarmError, OSError) as error:
                 _log.debug("the members could not be looked up: %s", error)
-            await asyncio.sleep(SEEN_PERIOD)
+            self._neighbours.news.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._neighbours.news.wait(), SEEN_PERIOD)
 
     async def look_around(self) -> None:
         """Write down which members of a private swarm are up, and where. Raises `PeerUnreachable`."""
@@ -293,15 +321,10 @@ def _load_identity(options: MemberOptions) -> Identity:
 
 
 def _with_what_is_known(options: MemberOptions, membership: OwnMembership) -> MemberOptions:
-    """With the other members' last addresses, and the port where this machine listened last. Raises `NoSwarm`."""
+    """With the other members' last addresses, and the port where this machine listened last."""
     known = membership.folder.addresses(without=[membership.peer_id])
     peers = tuple(dict.fromkeys([*options.initial_peers, *known]))[:_MAX_KNOWN]
     if options.client_mode:
-        if not peers:
-            raise NoSwarm(
-                f"No other member of the swarm {membership.folder.name} has been seen yet; start one (`peer serve` or "
-                "`peer bootstrap`), or give the address of one with --initial-peers."
-            )
         return replace(options, initial_peers=peers)
     return replace(options, initial_peers=peers, port=options.port or _free_port(options.host, membership.folder.port))
 
@@ -344,10 +367,14 @@ def _client_arguments() -> list[str]:
 
 
 def _listening_arguments(options: MemberOptions, peer_id: str) -> list[str]:
+    port = options.port
+    if options.host == ANY and not port:  # the same for IPv4 and IPv6, so that one can be told from the other
+        with bind(ANY, 0) as free:
+            port = free.getsockname()[1]
     arguments = [
         "-dhtServer=1",
         "-autonat=1",
-        f"-hostAddrs={listening_address(options.host, options.port)}",
+        f"-hostAddrs={','.join(listening_addresses(options.host, port))}",
         f"-natPortMap={int(not is_loopback(options.host))}",
     ]
     if len(options.announce_addresses) > MAX_ADDRESSES:

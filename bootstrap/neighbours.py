@@ -5,6 +5,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import Any
 
 from hivemind.dht import DHTNode
 from hivemind.dht.protocol import ValidationError
@@ -58,6 +59,10 @@ class Neighbours:
         self._p2p = p2p
         self._node = node
         self._may_be_alone = may_be_alone
+        self.news = asyncio.Event()
+        """Set when a member was met; for others to clear."""
+        self._met = asyncio.Event()
+        self._meetings = set[asyncio.Task[None]]()
         self._initial: dict[PeerID, list[Multiaddr]] = defaultdict(list)
         self.add(initial_peers)
 
@@ -71,6 +76,20 @@ class Neighbours:
                     continue
                 if where not in self._initial[peer_id]:
                     self._initial[peer_id] = [where, *self._initial[peer_id]][:_MAX_ADDRESSES]
+
+    def found(self, addresses: list[str]) -> None:
+        """A member was heard of: meet it if it is not known."""
+        self.add(addresses)
+        for peer_id in {split_peer_address(address)[0] for address in addresses} & self._initial.keys() - self.known():
+            task = asyncio.create_task(self._meet_quietly(peer_id))
+            self._meetings.add(task)
+            task.add_done_callback(self._meetings.discard)
+
+    async def _meet_quietly(self, peer_id: PeerID) -> None:
+        try:
+            await self._meet(peer_id)
+        except SwarmError as error:
+            _log.debug("a member that was heard of cannot be met: %s", error)
 
     @property
     def cut_off(self) -> bool:
@@ -86,33 +105,55 @@ class Neighbours:
             _raise_not_a_member(failures)
             raise PeerUnreachable(f"No member of the swarm answers any more, {self._names()} included.")
 
-    async def join(self) -> None:
+    async def join(self, patience: float = 0.0) -> None:
         """Meet the initial peers, then the members nearest to us.
 
-        Raises `NoSwarm` when none answers, unless this member may be alone, `NotAMember`.
+        `patience`: seconds for others to be `found` where no initial peer answers. Raises `NoSwarm` when nobody
+        answers, unless this member may be alone, `NotAMember`.
         """
-        if not self._initial:
+        if not self._initial and not patience:
             return
         tasks = {asyncio.create_task(self._meet(peer_id)): peer_id for peer_id in self._initial}
         try:
             async with asyncio.timeout(_ALONE_TIMEOUT if self._may_be_alone else None):
-                met = await _first_success(tasks)
+                met = await self._first_met(tasks, patience)
         except TimeoutError:
             met = False
         finally:
             for task in tasks:
                 task.cancel()
-        failures = {tasks[task]: error for task in tasks if task.done() and (error := task.exception())}
+        failures = {
+            tasks[task]: error for task in tasks if task.done() and not task.cancelled() and (error := task.exception())
+        }
         if not met:
             _raise_not_a_member(failures.values())
             if self._may_be_alone:
-                _log.info("None of the members that are known answers yet: %s.", self._explain(failures))
+                _log.info("None of the members that are known answers yet: %s", self._explain(failures) or "none is.")
                 return
+            if not tasks:
+                raise NoSwarm(
+                    "No member of the swarm was found on this network, and none is known from before: start one "
+                    "(`peer serve` or `peer bootstrap`), or name one with --initial-peers."
+                )
             raise NoSwarm(f"None of the initial peers answers: {self._explain(failures)}.")
         for peer_id, error in failures.items():
             _log.warning("Initial peer %s does not answer: %s", peer_id, error)
         with suppress(TimeoutError):
             await asyncio.wait_for(self._node.find_nearest_nodes([self._node.node_id]), _SEARCH_TIMEOUT)
+
+    async def _first_met(self, tasks: Iterable[asyncio.Task[None]], patience: float) -> bool:
+        """Wait until somebody is met and the others have had `GRACE` seconds; False when all failed."""
+        pending: set[asyncio.Task[Any]] = {*tasks, (met := asyncio.create_task(self._met.wait()))}
+        try:
+            while pending - {met} and not met.done():
+                _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            if not met.done() and patience:
+                await asyncio.wait({met}, timeout=patience)
+            if others := pending - {met}:
+                await asyncio.wait(others, timeout=GRACE)
+        finally:
+            met.cancel()
+        return self._met.is_set()
 
     async def rejoin(self) -> list[BaseException]:
         """Try those initial peers again that are not known any more: they may have been restarted.
@@ -141,6 +182,8 @@ class Neighbours:
         # The ping updates the routing table later, but `cut_off` must see this member now.
         await self._node.protocol.update_routing_table(dht_id, peer_id)
         self._node.blacklist.register_success(peer_id)
+        self._met.set()
+        self.news.set()
 
     async def _find_reason(self, peer_id: PeerID) -> SwarmError:
         """The error that says why a peer did not answer a ping: hivemind gives no reason."""
@@ -167,18 +210,6 @@ class Neighbours:
             for address in self._initial[peer_id]
         ]
         return "; ".join(reasons)
-
-
-async def _first_success(tasks: Iterable[asyncio.Task[None]]) -> bool:
-    """Wait until one of `tasks` has succeeded and the others have had `GRACE` seconds, or all have failed (False)."""
-    pending = set(tasks)
-    while pending:
-        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-        if any(task.exception() is None for task in done):
-            if pending:
-                await asyncio.wait(pending, timeout=GRACE)
-            return True
-    return False
 
 
 def _raise_not_a_member(failures: Iterable[BaseException]) -> None:

@@ -72,6 +72,8 @@ class SwarmFolder:
             self.root = bytes.fromhex(described["root"])
             self.secret_bytes = bytes.fromhex(described["secret"])
             self.secret = SwarmSecret(self.secret_bytes)
+            self.discovery = bool(described.get("discovery", True))
+            """Whether members on the same network are to be found, and told of this machine."""
             self.key = SigningKey(bytes.fromhex(self._read("member.key").decode()))
         except (ValueError, TypeError, LookupError) as error:
             raise BadUsage(

@@ -13,6 +13,7 @@ from rich.live import Live
 
 from bootstrap.options import (
     Announce,
+    Discovery,
     Host,
     Identity,
     InitialPeers,
@@ -22,6 +23,7 @@ from bootstrap.options import (
     as_path,
     find_swarm,
 )
+from bootstrap.ports import ANY
 from peer.commands.invite import invite, offer_invitation
 from peer.commands.members import join, members, revoke
 from peer.commands.options import Config, LazyGroup
@@ -66,12 +68,13 @@ for command in (serve, invite, join, members, revoke):
 
 @app.command()
 def bootstrap(
-    host: Host = "0.0.0.0",
+    host: Host = ANY,
     port: Port = 0,
     initial_peers: InitialPeers = None,
     announce: Announce = None,
     identity: Identity = None,
     swarm: SwarmName = None,
+    discovery: Discovery = True,
     config: Config = None,
 ) -> None:
     """Run a node that only carries the directory of peers: a stable first address for a swarm."""
@@ -80,7 +83,9 @@ def bootstrap(
     from protocol.errors import PeerFailed
 
     folder = choose_swarm(swarm, bool(initial_peers))
-    options = MemberOptions(tuple(initial_peers or ()), host, port, tuple(announce or ()), identity, swarm=folder)
+    options = MemberOptions(
+        tuple(initial_peers or ()), host, port, tuple(announce or ()), identity, swarm=folder, discovery=discovery
+    )
 
     async def work() -> None:
         stop = stop_on_signals()
@@ -110,6 +115,7 @@ def status(
     ] = None,
     initial_peers: InitialPeers = None,
     swarm: SwarmName = None,
+    discovery: Discovery = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     watch: Annotated[bool, typer.Option(help="Show it again every 5 s.")] = False,
     config: Config = None,
@@ -122,7 +128,7 @@ def status(
 
     async def work() -> None:
         stop = stop_on_signals()
-        member = await Member.join(MemberOptions(addresses, client_mode=True, swarm=folder))
+        member = await Member.join(MemberOptions(addresses, client_mode=True, swarm=folder, discovery=discovery))
 
         async def look() -> tuple[view.Models, view.Complaints]:
             models = _only(await member.directory.models(), model)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bootstrap.options import Announce, Host, Identity, InitialPeers, Port, SwarmName, as_model
+from bootstrap.options import Announce, Discovery, Host, Identity, InitialPeers, Port, SwarmName, as_model
+from bootstrap.ports import ANY
 from peer.commands.fields import with_fields
 from peer.commands.invite import offer_invitation
 from peer.commands.options import Config
@@ -39,7 +40,7 @@ def serve(
     model: Annotated[str | None, typer.Argument(parser=as_model, help="A Hugging Face folder or hub name.")] = None,
     initial_peers: InitialPeers = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
-    host: Host = "0.0.0.0",
+    host: Host = ANY,
     port: Port = 0,
     direct_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen on for direct connections; 0: any free one.")
@@ -54,6 +55,7 @@ def serve(
     restart: Annotated[
         bool, typer.Option(help="Start a peer again that fails: its device is lost, p2pd has died, it was killed.")
     ] = False,
+    discovery: Discovery = True,
     *,
     options: ServeOptions,
     config: Config = None,
@@ -101,6 +103,7 @@ def serve(
         tuple(announce_direct or ()),
         swarm=folder,
         role=Role.SERVE,
+        discovery=discovery,
     )
     run(_serve(options, membership, model, revision))
 

@@ -17,7 +17,7 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.proto import crypto_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
-from bootstrap.addresses import check_announced, for_others, listening_address, split_peer_address
+from bootstrap.addresses import check_announced, for_others, listening_addresses, split_peer_address
 from bootstrap.identity import Identity, peer_id_of, verify
 from bootstrap.storage import MAX_KEY_BYTES, MAX_LIFETIME, RecordStorage
 from bootstrap.validator import MODELS_KEY, SignedRecords, model_key
@@ -239,7 +239,7 @@ def test_addresses():
     assert str(split_peer_address(f"/dns4/example.org/tcp/1/p2p/{PEER}")[1]) == "/dns4/example.org/tcp/1"
     assert check_announced("/ip4/1.2.3.4/tcp/5", PEER) == "/ip4/1.2.3.4/tcp/5"
     assert check_announced(f"/ip4/1.2.3.4/tcp/5/p2p/{PEER}", PEER) == "/ip4/1.2.3.4/tcp/5"
-    assert listening_address("::", 0) == "/ip6/::/tcp/0"
+    assert listening_addresses("::", 0) == ["/ip6/::/tcp/0"]
     assert check_announced("/dns4/example.org/udp/5/quic", PEER) == "/dns4/example.org/udp/5/quic"
     assert check_announced("/dnsaddr/example.org", PEER) == "/dnsaddr/example.org"
     for wrong in ("/ip4/1.2.3.4/tcp/0", "/ip4/1.2.3.4", "/dns4/example.org", "/ip4/0.0.0.0/tcp/5", "1.2.3.4",
@@ -248,7 +248,7 @@ def test_addresses():
             check_announced(wrong, PEER)
     for host, port in (("localhost", 1), ("", 1), ("1.2.3.4", 65536), ("1.2.3.4", -1)):
         with pytest.raises(BadUsage):
-            listening_address(host, port)
+            listening_addresses(host, port)
 
 
 def test_addresses_for_others():

@@ -31,6 +31,7 @@ from protocol.name import HOME_VARIABLE
 from tests.tools.liars import begin_to_lie
 
 _PR_SET_PDEATHSIG = 1
+_CLONE_NEWNET = 0x40000000
 
 
 def _become(request: dict) -> None:
@@ -44,6 +45,9 @@ def _become(request: dict) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the tests themselves may ignore, under nohup
     sys.argv = [request["script"] or "peer", *request["argv"]]
+    if request["network"]:
+        with open(f"/run/netns/{request['network']}") as namespace:
+            assert ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _CLONE_NEWNET) == 0
     if request["home"]:
         os.environ[HOME_VARIABLE] = request["home"]
     if request["cwd"]:

@@ -45,15 +45,18 @@ class ForkServer:
         script: Path | None = None,
         cwd: Path | None = None,
         home: Path | None = None,
+        network: str | None = None,
     ) -> int:
         """Start `peer ARGV`, or `python SCRIPT ARGV`, whose output goes into files. Returns its process ID.
 
-        `home`: of the machine that it is on, as far as private swarms go; None: of one that knows none.
+        `home`: of the machine that it is on, as far as private swarms go; None: of one that knows none. `network`: the
+        network namespace that it is in.
         """
         assert self._process.stdin
         assert self._process.stdout
         paths = {"stdout": stdout, "stderr": stderr, "script": script, "cwd": cwd, "home": home}
-        request = {"argv": list(argv), "lie": lie} | {name: path and str(path) for name, path in paths.items()}
+        request: dict[str, Any] = {name: path and str(path) for name, path in paths.items()}
+        request |= {"argv": list(argv), "lie": lie, "network": network}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
