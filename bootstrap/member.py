@@ -143,6 +143,11 @@ class Member:
                 member._resources = resources.pop_all()
                 return member
         except TimeoutError as error:
+            if options.swarm is not None and options.client_mode:
+                raise NoSwarm(
+                    f"No member of the swarm {options.swarm.name} answers within {JOIN_TIMEOUT:g} s, at the addresses "
+                    "where they were seen last or on this network."
+                ) from error
             if not options.initial_peers:
                 raise PeerFailed(f"p2pd did not start within {JOIN_TIMEOUT:g} s.") from error
             peers = ", ".join(options.initial_peers)

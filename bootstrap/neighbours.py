@@ -147,7 +147,8 @@ class Neighbours:
         try:
             while pending - {met} and not met.done():
                 _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            if not met.done() and patience:
+            is_refused = any(isinstance(task.exception(), NotAMember) for task in tasks if task.done())
+            if not met.done() and patience and not is_refused:
                 await asyncio.wait({met}, timeout=patience)
             if others := pending - {met}:
                 await asyncio.wait(others, timeout=GRACE)

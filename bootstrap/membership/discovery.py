@@ -30,7 +30,7 @@ _RESOLVE_TIMEOUT = 3000
 """Milliseconds."""
 _DAY = 86_400
 _MULTIHASH = b"\x12\x20"
-_log = logging.getLogger(__name__)
+logging.getLogger("zeroconf").setLevel(logging.CRITICAL)  # it tells of every interface that carries no multicast
 
 
 class Discovery:

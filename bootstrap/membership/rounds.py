@@ -52,7 +52,7 @@ class Rounds:
                     compared = time.monotonic()
                     await self._compare_with_one()
                     await self._renew_in_time()
-            except BadUsage as error:
+            except (BadUsage, OSError) as error:  # the folder was forgotten, or the disk is full
                 _log.error("%s This process goes on with what it knows.", error)
                 await asyncio.sleep(_AGAIN)
             await asyncio.sleep(LOOK)
