@@ -8,6 +8,7 @@ import psutil
 from hivemind.p2p import PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
+from bootstrap.ports import ANY, has_ipv6
 from protocol.errors import BadUsage
 
 _EXAMPLE = "/ip4/192.0.2.1/tcp/31337/p2p/Qm…"
@@ -48,27 +49,22 @@ def _check_port(parts: dict[str, str]) -> None:
         raise ValueError
 
 
-def listening_addresses(host: str | None, port: int) -> list[str]:
-    """The multiaddrs of an IP address (None: all of this machine's, IPv4 and IPv6) and a port. Raises `BadUsage`."""
-    if host is None:
-        return [address for every in ("0.0.0.0", "::") for address in listening_addresses(every, port)]
+def listening_addresses(host: str, port: int) -> list[str]:
+    """The multiaddrs of an IP address, or of `ANY` of this machine's, and a TCP port. Raises `BadUsage`."""
+    if not 0 <= port < 2**16:
+        raise BadUsage(f"{port} is not a port number (0 to 65535; 0: any free one).")
+    if host == ANY:
+        return [f"/ip4/0.0.0.0/tcp/{port}", *([f"/ip6/::/tcp/{port}"] if has_ipv6() else [])]
     try:
         version = ipaddress.ip_address(host).version
     except ValueError as error:
-        raise BadUsage(f"{host!r} is not an IP address to listen on; 0.0.0.0 stands for all IPv4 ones.") from error
-    if not 0 <= port < 2**16:
-        raise BadUsage(f"{port} is not a port number (0 to 65535; 0: any free one).")
+        raise BadUsage(f"{host!r} is not an IP address to listen on; {ANY} stands for all of them.") from error
     return [f"/ip{version}/{host}/tcp/{port}"]
 
 
 def is_loopback(host: str) -> bool:
     """Whether the IP address `host` is reachable from this machine alone."""
-    return ipaddress.ip_address(host).is_loopback
-
-
-def is_unspecified(host: str) -> bool:
-    """Whether `host` stands for all of this machine's addresses."""
-    return ipaddress.ip_address(host).is_unspecified
+    return host != ANY and ipaddress.ip_address(host).is_loopback
 
 
 def own_ports(visible: Iterable[Multiaddr]) -> dict[int, int]:
@@ -84,7 +80,7 @@ def own_ports(visible: Iterable[Multiaddr]) -> dict[int, int]:
 def for_others(visible: Iterable[Multiaddr], peer_id: str) -> list[str]:
     """The full addresses among `visible` that others can join with.
 
-    Loopback addresses only if there is nothing else; no unspecified and no link-local ones.
+    Loopback addresses only if there is nothing else; no unspecified and no link-local ones. IPv4 ones come first.
     """
     by_scope: dict[bool, list[str]] = {True: [], False: []}
     for address in visible:
@@ -93,7 +89,7 @@ def for_others(visible: Iterable[Multiaddr], peer_id: str) -> list[str]:
             continue
         text = str(address).partition(f"/p2p/{peer_id}")[0] + f"/p2p/{peer_id}"
         by_scope[ip is not None and ip.is_loopback].append(text)
-    return by_scope[False] or by_scope[True]
+    return sorted(by_scope[False] or by_scope[True], key=lambda address: address.startswith("/ip6/"))
 
 
 def ip_of(address: Multiaddr) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -1,12 +1,13 @@
 """A member's own port for direct connections (its door): opened, and described for its record."""
 
+import ipaddress
 from collections.abc import Iterable
 
 import psutil
 from hivemind.utils.multiaddr import Multiaddr
 
-from bootstrap.addresses import ip_of, is_unspecified, parts_of
-from bootstrap.ports import bind
+from bootstrap.addresses import ip_of, parts_of
+from bootstrap.ports import ANY, bind
 from protocol.errors import BadUsage
 from protocol.records import MAX_DOOR_ADDRESSES, Door
 from protocol.transport.direct import DirectListener
@@ -16,8 +17,8 @@ from protocol.transport.introduction import Credentials
 class OwnDoor:
     """Where this member answers direct connections."""
 
-    def __init__(self, me: Credentials, host: str | None, port: int, announced: Iterable[str]):
-        """Bind a TCP port (0: any free one) of the IP address `host` (None: all).
+    def __init__(self, me: Credentials, host: str, port: int, announced: Iterable[str]):
+        """Bind a TCP port (0: any free one) of the IP address `host`, or of `ANY`.
 
         `announced`: what `parse_announced` takes. Raises `BadUsage` when the port cannot be had or an address makes no
         sense.
@@ -42,7 +43,7 @@ class OwnDoor:
         """The hosts in `addresses` that are this machine's own. A router's address leads to the libp2p port only."""
         own = {interface.address for interfaces in psutil.net_if_addrs().values() for interface in interfaces}
         hosts = dict.fromkeys(str(ip) for address in addresses if (ip := ip_of(Multiaddr(address))) is not None)
-        listens_everywhere = self._host is None or is_unspecified(self._host)
+        listens_everywhere = self._host == ANY or ipaddress.ip_address(self._host).is_unspecified
         return [host for host in hosts if host in own and (listens_everywhere or host == self._host)]
 
 

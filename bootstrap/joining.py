@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 from hivemind.p2p import P2PDaemonError, PeerID
@@ -26,12 +27,11 @@ _ANSWER_TIMEOUT = 8.0
 """Seconds for one answer: an admin may have to hear of others first."""
 
 
-async def join(ticket: Ticket, member_name: str, swarm_name: str | None) -> SwarmFolder:
-    """Redeem a ticket; the folder of the swarm that this machine is a member of from now on.
+async def redeem(ticket: Ticket, member_name: str) -> "Redeemed":
+    """What an admin of the ticket's swarm grants for it.
 
-    `swarm_name`: what this machine is to call the swarm; None: what the admin calls it. Raises `NotAMember` when the
-    ticket is refused, or who answers is no member of the swarm that it names, `NoSwarm` when nobody answers,
-    `BadUsage`, `PeerFailed`.
+    Raises `NotAMember` when the ticket is refused, or who answers is no member of the swarm that it names, `NoSwarm`
+    when nobody answers, `PeerFailed`.
     """
     quiet_hivemind()
     key = SigningKey.generate()
@@ -50,7 +50,38 @@ async def join(ticket: Ticket, member_name: str, swarm_name: str | None) -> Swar
                 grant = await _Joiner(ticket, p2p, key, member_name).ask()
         except TimeoutError as error:
             raise NoSwarm(_nobody(ticket, "no answer in time")) from error
-    return _keep(ticket, grant, key, swarm_name)
+    return Redeemed(ticket, key, grant, _certificate(ticket.root, grant, key))
+
+
+@dataclass(frozen=True)
+class Redeemed:
+    """A membership that this machine has been granted, and has not written down yet."""
+
+    ticket: Ticket
+    key: SigningKey
+    grant: pb.Grant
+    certificate: Certificate
+
+    def keep(self, name: str | None) -> SwarmFolder:
+        """Write it down, in place of an earlier membership in the same swarm. Raises `BadUsage`.
+
+        `name`: what this machine is to call the swarm; None: what it called it before, or what the admin calls it.
+        """
+        for known in map(open_swarm, swarm_names()):
+            if known.root == self.ticket.root:
+                name = name or known.name
+                known.forget()
+        root, secret, roster = self.ticket.root, self.grant.secret, self.grant.roster.SerializeToString()
+        name = name or _free_name(self.grant.swarm)
+        folder = SwarmFolder.join(name, root, secret, self.key, self.certificate.signed, roster)
+        seen = {
+            peer_id.to_base58(): Known(
+                member="", seen=time.time(), version="", addresses=tuple(f"{place}/p2p/{peer_id}" for place in places)
+            )
+            for peer_id, places in _by_peer([*self.grant.addresses, *self.ticket.addresses]).items()
+        }
+        folder.remember(seen)
+        return folder
 
 
 class _Joiner:
@@ -108,24 +139,6 @@ class _Joiner:
             return pb.Joined.FromString(data)
         except DecodeError as error:
             raise PeerUnreachable(f"{peer_id} answers, but not as a member of a private swarm does") from error
-
-
-def _keep(ticket: Ticket, grant: pb.Grant, key: SigningKey, swarm_name: str | None) -> SwarmFolder:
-    certificate = _certificate(ticket.root, grant, key)
-    for name in swarm_names():
-        known = open_swarm(name)
-        if known.root == ticket.root:  # this machine comes back
-            swarm_name = swarm_name or name
-            known.forget()
-    name = swarm_name or _free_name(grant.swarm)
-    roster = grant.roster.SerializeToString()
-    folder = SwarmFolder.join(name, ticket.root, grant.secret, key, certificate.signed, roster)
-    seen: dict[str, Known] = {}
-    for peer_id, places in _by_peer([*grant.addresses, *ticket.addresses]).items():
-        addresses = tuple(f"{place}/p2p/{peer_id}" for place in places)
-        seen[peer_id.to_base58()] = Known(member="", seen=time.time(), version="", addresses=addresses)
-    folder.remember(seen)
-    return folder
 
 
 def _certificate(root: bytes, grant: pb.Grant, key: SigningKey) -> Certificate:

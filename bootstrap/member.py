@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import ipaddress
 import logging
 import time
 from collections.abc import Coroutine, Iterable, Iterator, Mapping
@@ -18,7 +19,6 @@ from bootstrap.addresses import (
     check_announced,
     for_others,
     is_loopback,
-    is_unspecified,
     listening_addresses,
     own_ports,
     parts_of,
@@ -36,7 +36,7 @@ from bootstrap.membership.gate import Gate
 from bootstrap.membership.own import OwnMembership
 from bootstrap.membership.rounds import Rounds
 from bootstrap.neighbours import Neighbours, create_node
-from bootstrap.ports import bind
+from bootstrap.ports import ANY, bind
 from bootstrap.validator import SignedRecords
 from protocol.errors import BadUsage, NoSwarm, PeerFailed, SwarmError
 from protocol.membership.certificate import Role
@@ -65,8 +65,8 @@ class MemberOptions:
 
     initial_peers: tuple[str, ...] = ()
     """Full multiaddrs (with /p2p/ID) of members; none: found a swarm."""
-    host: str | None = None
-    """The IP address to listen on; None: all of this machine's, IPv4 and IPv6."""
+    host: str = ANY
+    """The IP address to listen on, or `ANY`: all of this machine's, IPv4 and IPv6."""
     port: int = 0
     """The TCP port to listen on; 0: any free one."""
     announce_addresses: tuple[str, ...] = ()
@@ -144,6 +144,11 @@ class Member:
                 member._resources = resources.pop_all()
                 return member
         except TimeoutError as error:
+            if options.swarm is not None and options.client_mode:
+                raise NoSwarm(
+                    f"No member of the swarm {options.swarm.name} answers within {JOIN_TIMEOUT:g} s, at the addresses "
+                    "where they were seen last or on this network."
+                ) from error
             if not options.initial_peers:
                 raise PeerFailed(f"p2pd did not start within {JOIN_TIMEOUT:g} s.") from error
             peers = ", ".join(options.initial_peers)
@@ -181,9 +186,9 @@ class Member:
         member = cls(identity, membership, daemon, p2p, node, neighbours, own_door)
         if not options.client_mode:
             await member._refresh_addresses()
-        if options.swarm is not None and searching:
+        if membership is not None and searching:
             own = functools.partial(member._reached_at, options.host)
-            discovery = Discovery(options.swarm.secret, own, neighbours.discovered)
+            discovery = Discovery(membership.secret, own, neighbours.discovered)
             resources.push_async_callback(_cancel, asyncio.create_task(discovery.run()))
         await neighbours.join()
         tasks = [member._watch(), member._keep_up(listens=not options.client_mode)]
@@ -254,7 +259,9 @@ class Member:
                 await self.look_around()
             except (SwarmError, OSError) as error:
                 _log.debug("the members could not be looked up: %s", error)
-            await asyncio.sleep(SEEN_PERIOD)
+            self._neighbours.news.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._neighbours.news.wait(), SEEN_PERIOD)
 
     async def look_around(self) -> None:
         """Write down which members of a private swarm are up, and where. Raises `PeerUnreachable`."""
@@ -292,6 +299,15 @@ class Member:
         if news:
             folder.remember(news)
 
+    def _reached_at(self, host: str, interfaces: Iterable[Interface]) -> list[str]:
+        """Where others in this machine's networks reach this member: full multiaddrs, IPv4 first."""
+        everywhere = host == ANY or ipaddress.ip_address(host).is_unspecified
+        return [
+            f"/ip{one.version}/{one.ip}/tcp/{self._ports[one.version]}/p2p/{self.peer_id}"
+            for one in sorted(interfaces, key=lambda one: (one.version, one.ip))
+            if one.version in self._ports and (everywhere or str(one.ip) == host)
+        ]
+
     async def _refresh_addresses(self) -> None:
         visible = await self._p2p.visible_addresses()
         self.addresses = for_others(visible, self.peer_id)
@@ -300,14 +316,6 @@ class Member:
             self._save_port(self.membership.folder)
         if self._own_door is not None:
             self.door = self._own_door.describe(self.addresses)
-
-    def _reached_at(self, host: str | None, interfaces: Iterable[Interface]) -> list[str]:
-        """Where others in this machine's networks reach this member: full multiaddrs, IPv4 first."""
-        return [
-            f"/ip{one.version}/{one.ip}/tcp/{self._ports[one.version]}/p2p/{self.peer_id}"
-            for one in sorted(interfaces, key=lambda one: (one.version, one.ip))
-            if one.version in self._ports and (host is None or is_unspecified(host) or str(one.ip) == host)
-        ]
 
 
 def quiet_hivemind() -> None:
@@ -342,14 +350,8 @@ def _last_addresses(options: MemberOptions, membership: OwnMembership | None) ->
 
 def _may_search(options: MemberOptions) -> bool:
     """Whether to look for members on this machine's networks."""
-    listens_to_itself = not options.client_mode and options.host is not None and is_loopback(options.host)
-    return options.swarm is not None and options.swarm.discovery and not listens_to_itself
-
-
-async def _cancel(task: asyncio.Task[None]) -> None:
-    """End a task, and wait until it has."""
-    task.cancel()
-    await asyncio.wait({task})
+    is_near_others = options.client_mode or not is_loopback(options.host)
+    return options.swarm is not None and options.swarm.discovery and is_near_others
 
 
 def _with_last_port(options: MemberOptions, membership: OwnMembership) -> MemberOptions:
@@ -359,7 +361,13 @@ def _with_last_port(options: MemberOptions, membership: OwnMembership) -> Member
     return replace(options, port=_free_port(options.host, membership.folder.port))
 
 
-def _free_port(host: str | None, port: int) -> int:
+async def _cancel(task: asyncio.Task[None]) -> None:
+    """End a task, and wait until it has."""
+    task.cancel()
+    await asyncio.wait({task})
+
+
+def _free_port(host: str, port: int) -> int:
     """`port`, or 0 when another process listens there."""
     try:
         bind(host, port, v6_only=True).close()
@@ -388,8 +396,7 @@ async def start_daemon(options: MemberOptions, identity: Identity) -> Daemon:
         return await Daemon.start(arguments, JOIN_TIMEOUT)
     except DaemonFailed as error:
         if "listen" in str(error) and not options.client_mode:
-            host = options.host or "any address"
-            raise BadUsage(f"Cannot listen on {host}, port {options.port}: {error}.") from error
+            raise BadUsage(f"Cannot listen on {options.host}, port {options.port}: {error}.") from error
         raise PeerFailed(f"p2pd did not start: {error}.") from error
 
 
@@ -398,11 +405,15 @@ def _client_arguments() -> list[str]:
 
 
 def _listening_arguments(options: MemberOptions, peer_id: str) -> list[str]:
+    port = options.port
+    if options.host == ANY and not port:  # the same for IPv4 and IPv6, so that one can be told from the other
+        with bind(ANY, 0) as free:
+            port = free.getsockname()[1]
     arguments = [
         "-dhtServer=1",
         "-autonat=1",
-        f"-hostAddrs={','.join(listening_addresses(options.host, options.port))}",
-        f"-natPortMap={int(options.host is None or not is_loopback(options.host))}",
+        f"-hostAddrs={','.join(listening_addresses(options.host, port))}",
+        f"-natPortMap={int(not is_loopback(options.host))}",
     ]
     if len(options.announce_addresses) > MAX_ADDRESSES:
         raise BadUsage(

@@ -72,13 +72,14 @@ class Neighbours:
         self._p2p = p2p
         self._node = node
         self._may_be_alone, self._searching = may_be_alone, searching
+        self.news = asyncio.Event()
+        """Set when a member was met; for others to clear."""
+        self._met = asyncio.Event()
+        self._meetings: dict[PeerID, asyncio.Task[None]] = {}
         self._initial: dict[PeerID, list[Multiaddr]] = defaultdict(list)
         self.add(initial_peers)
         self._named = frozenset(self._initial)
         self.add(known)
-        self._meeting: dict[PeerID, asyncio.Task[None]] = {}
-        self._found = asyncio.Event()
-        """Set when a member that was discovered has been met."""
 
     def add(self, addresses: Iterable[str]) -> None:
         """Take note of more members' full multiaddrs, to be tried when they are not known otherwise."""
@@ -90,13 +91,6 @@ class Neighbours:
                 if where not in self._initial[peer_id]:
                     self._initial[peer_id] = [where, *self._initial[peer_id]][:_MAX_ADDRESSES]
 
-    def discovered(self, addresses: Iterable[str]) -> None:
-        """Take note of members that are on this machine's networks now, and meet those that are not known yet."""
-        self.add(addresses)
-        for peer_id in {split_peer_address(address)[0] for address in addresses} & self._initial.keys():
-            if peer_id not in self._meeting and peer_id not in self.known():
-                self._meeting[peer_id] = asyncio.create_task(self._meet_discovered(peer_id))
-
     def _has_room(self, peer_id: PeerID) -> bool:
         """Whether `peer_id` may be kept; one that does not answer gives way."""
         if peer_id in self._initial or len(self._initial) < _MAX_INITIAL:
@@ -105,6 +99,21 @@ class Neighbours:
         if lost is not None:
             del self._initial[lost]
         return lost is not None
+
+    def discovered(self, addresses: list[str]) -> None:
+        """Take note of members that are on this machine's networks now, and meet those that are not known yet."""
+        self.add(addresses)
+        for peer_id in {split_peer_address(address)[0] for address in addresses} & self._initial.keys() - self.known():
+            if peer_id not in self._meetings:
+                self._meetings[peer_id] = asyncio.create_task(self._meet_quietly(peer_id))
+
+    async def _meet_quietly(self, peer_id: PeerID) -> None:
+        try:
+            await self._meet(peer_id)
+        except SwarmError as error:
+            _log.debug("%s was discovered, but does not answer: %s", peer_id, error)
+        finally:
+            del self._meetings[peer_id]
 
     @property
     def cut_off(self) -> bool:
@@ -123,24 +132,22 @@ class Neighbours:
     async def join(self) -> None:
         """Meet the initial peers, or others, then the members nearest to us.
 
-        Raises `NoSwarm` when none answers, unless this member may be alone, `NotAMember`.
+        Raises `NoSwarm` when nobody answers, unless this member may be alone, `NotAMember`.
         """
         if not self._initial and not self._searching:
             return
         tasks = {asyncio.create_task(self._meet(peer_id)): peer_id for peer_id in self._initial}
-        found = asyncio.create_task(self._found.wait())
         try:
             async with asyncio.timeout(_ALONE_TIMEOUT if self._may_be_alone else None):
-                met = await _first_success(tasks, found)
-                if not met and self._searching and not _refusals(tasks):
-                    await asyncio.wait({found}, timeout=_ALONE_SEARCH if self._may_be_alone else _SEARCH)
-                    met = found.done()
+                met = await self._first_met(tasks)
         except TimeoutError:
             met = False
         finally:
-            for task in (found, *tasks):
+            for task in tasks:
                 task.cancel()
-        failures = {tasks[task]: error for task in tasks if task.done() and (error := task.exception())}
+        failures = {
+            tasks[task]: error for task in tasks if task.done() and not task.cancelled() and (error := task.exception())
+        }
         if not met:
             _raise_not_a_member(failures.values())
             if self._may_be_alone:
@@ -152,6 +159,21 @@ class Neighbours:
             _log.log(level, "Initial peer %s does not answer: %s", peer_id, error)
         with suppress(TimeoutError):
             await asyncio.wait_for(self._node.find_nearest_nodes([self._node.node_id]), _SEARCH_TIMEOUT)
+
+    async def _first_met(self, tasks: Iterable[asyncio.Task[None]]) -> bool:
+        """Wait until somebody is met and the others have had `GRACE` seconds; False when all failed."""
+        pending: set[asyncio.Task[Any]] = {*tasks, (met := asyncio.create_task(self._met.wait()))}
+        try:
+            while pending - {met} and not met.done():
+                _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            is_refused = any(isinstance(task.exception(), NotAMember) for task in tasks if task.done())
+            if not met.done() and self._searching and not is_refused:
+                await asyncio.wait({met}, timeout=_ALONE_SEARCH if self._may_be_alone else _SEARCH)
+            if others := pending - {met}:
+                await asyncio.wait(others, timeout=GRACE)
+        finally:
+            met.cancel()
+        return self._met.is_set()
 
     async def rejoin(self) -> list[BaseException]:
         """Try those initial peers again that are not known any more: they may have been restarted.
@@ -165,15 +187,6 @@ class Neighbours:
     def describe(self) -> str:
         """How many members are known, and whether the swarm is lost: a line for people."""
         return f"{len(self.known())} other members known" + (", none of which answers" if self.cut_off else "")
-
-    async def _meet_discovered(self, peer_id: PeerID) -> None:
-        try:
-            await self._meet(peer_id)
-            self._found.set()
-        except SwarmError as error:
-            _log.debug("%s was discovered, but does not answer: %s", peer_id, error)
-        finally:
-            del self._meeting[peer_id]
 
     async def _meet(self, peer_id: PeerID) -> None:
         """Connect to an initial peer and exchange DHT IDs with it. Raises `PeerUnreachable`, `NotAMember`."""
@@ -189,6 +202,8 @@ class Neighbours:
         # The ping updates the routing table later, but `cut_off` must see this member now.
         await self._node.protocol.update_routing_table(dht_id, peer_id)
         self._node.blacklist.register_success(peer_id)
+        self._met.set()
+        self.news.set()
 
     async def _find_reason(self, peer_id: PeerID) -> SwarmError:
         """The error that says why a peer did not answer a ping: hivemind gives no reason."""
@@ -234,25 +249,6 @@ class Neighbours:
             for address in self._initial[peer_id]
         ]
         return f": {'; '.join(reasons)}." if reasons else "."
-
-
-async def _first_success(tasks: Iterable[asyncio.Task[None]], found: asyncio.Task[Any]) -> bool:
-    """Wait until `found` or one of `tasks` has succeeded and the others have had `GRACE` seconds, or all `tasks` have
-    failed (False)."""
-    pending: set[asyncio.Task[Any]] = set(tasks)
-    while pending:
-        done, _ = await asyncio.wait({found, *pending}, return_when=asyncio.FIRST_COMPLETED)
-        pending -= done
-        if any(task.exception() is None for task in done):
-            if pending:
-                await asyncio.wait(pending, timeout=GRACE)
-            return True
-    return found.done()
-
-
-def _refusals(tasks: Iterable[asyncio.Task[None]]) -> bool:
-    """Whether one of `tasks`, all of which are done, has met somebody who does not let us in."""
-    return any(isinstance(task.exception(), NotAMember) for task in tasks)
 
 
 def _raise_not_a_member(failures: Iterable[BaseException]) -> None:

@@ -42,13 +42,14 @@ SwarmName = Annotated[
         help="A private swarm that this machine has joined; default: the only one. `open`: none of them.",
     ),
 ]
-UseDiscovery = Annotated[
+Discovery = Annotated[
     bool,
     typer.Option(
-        " /--no-discovery", help="Do not look for the swarm's members on this machine's networks (multicast DNS)."
+        "--discovery/--no-discovery",
+        help="In a private swarm, find members on this network and be found, by DNS-SD (mDNS).",
     ),
 ]
-Host = Annotated[str | None, typer.Option(help="Address to listen on; default: all of this machine's.")]
+Host = Annotated[str, typer.Option(help="Address to listen on; any: all of this machine's, IPv4 and IPv6.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")]
 Identity = Annotated[
     Path | None, typer.Option(parser=as_path, metavar="FILE", help="Key file of this member; made if missing.")

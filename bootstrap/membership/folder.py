@@ -203,6 +203,24 @@ class SwarmFolder:
         """Listen there the next time too."""
         self._save("port", str(port).encode())
 
+    def recover(self, root_key: Path, member_name: str) -> "SwarmFolder":
+        """This machine as a new member that the root key names an admin. Raises `BadUsage` for another swarm's key."""
+        try:
+            root = SigningKey(bytes.fromhex(root_key.read_text(encoding="ascii")))
+        except OSError as error:
+            raise BadUsage(f"{root_key} cannot be read: {error.strerror or error}.") from error
+        except ValueError as error:
+            raise BadUsage(
+                f"{root_key} is no root key; expected the root.key that `peer swarm create` made."
+            ) from error
+        if root.public != self.root:
+            raise BadUsage(f"{root_key} is the root key of another swarm than {self.name}.")
+        key, now, roster = SigningKey.generate(), int(time.time()), self.read_roster()
+        certificate = Signer(root, None).certify(key.public, Role.ADMIN, member_name, now, ADMIN_LIFETIME)
+        kept = {name: self._read(name) for name in ("root.key", "known.json") if (self.path / name).exists()}
+        self.forget()
+        return self._write(self.name, self.root, self.secret_bytes, key, certificate, {"roster": roster, **kept})
+
     def forget(self) -> None:
         """Delete all of it, this member's key included: there is no way back but another invitation."""
         gone = self.path.with_name(f".gone-{self.name}-{os.getpid()}")

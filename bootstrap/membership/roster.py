@@ -27,6 +27,8 @@ from protocol.membership.refusals import Refusal, Refused
 MAX_STATEMENTS = 4096
 MAX_BYTES = 3 * 2**20
 """Serialized: p2pd carries 4 MiB in one message."""
+_MAX_BAD = 64
+"""Statements of one sender that may be no good, as those of a later version might be."""
 K = TypeVar("K")
 T = TypeVar("T")
 _FORGOTTEN, _UNUSED = 30 * DAY, 7 * DAY
@@ -59,12 +61,14 @@ class Roster:
 
     def add(self, statements: Iterable[bytes]) -> bool:
         """Learn statements (serialized `Signed`); those that may not be made are left out. Whether any was new."""
-        said: list[Statement] = []
+        said, bad = list[Statement](), 0
         for data in statements:
             try:
                 said.append(read_statement(self._root, data))
             except BadStatement:
-                continue
+                bad += 1
+                if bad > _MAX_BAD:  # checking takes time, and no honest member sends these
+                    break
         # In the order in which they were made: an admin who is revoked may have revoked others before.
         news = [self._take(statement) for statement in sorted(said, key=_time)]
         if any(news):
@@ -135,7 +139,9 @@ class Roster:
 
     def _drop(self, now: float) -> None:
         for key, member in list(self.members.items()):
-            if member.expires < now - _FORGOTTEN:
+            invitation = self.invitations.get(member.invitation)
+            is_open = invitation is not None and invitation.expires > now  # and this member has had one of its uses
+            if member.expires < now - _FORGOTTEN and not is_open:
                 del self.members[key]
         for name, invitation in list(self.invitations.items()):
             if invitation.expires < now - _UNUSED and not self.used(invitation):

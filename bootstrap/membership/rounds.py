@@ -12,7 +12,7 @@ from hivemind.p2p import PeerID
 
 from bootstrap.membership.gate import Gate
 from bootstrap.membership.own import OwnMembership
-from protocol.errors import BadUsage
+from protocol.errors import BadUsage, NotAMember
 from protocol.membership import membership_pb2 as pb
 from protocol.name import NAME
 
@@ -38,6 +38,8 @@ class Rounds:
         """`neighbours`: the members that are known now."""
         self._ours, self._gate, self._neighbours = membership, gate, neighbours
         self._renewal = 0.0
+        self._refusal = ""
+        """What others said last who refuse this machine."""
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -50,7 +52,7 @@ class Rounds:
                     compared = time.monotonic()
                     await self._compare_with_one()
                     await self._renew_in_time()
-            except BadUsage as error:
+            except (BadUsage, OSError) as error:  # the folder was forgotten, or the disk is full
                 _log.error("%s This process goes on with what it knows.", error)
                 await asyncio.sleep(_AGAIN)
             await asyncio.sleep(LOOK)
@@ -103,7 +105,13 @@ class Rounds:
         try:
             async with asyncio.timeout(_TIMEOUT):
                 result: Any = await self._gate.call_protobuf_handler(peer_id, method, message, answer)
+                self._refusal = ""
                 return result  # type: ignore[no-any-return]
+        except NotAMember as error:
+            if str(error) != self._refusal:
+                _log.error("Others in the swarm %s refuse this machine: %s", self._ours.folder.name, error)
+            self._refusal = str(error)
+            return None
         except Exception as error:  # hivemind raises errors of many kinds
             _log.debug("%s was not answered by %s: %r", method, peer_id, error)
             return None

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bootstrap.options import InitialPeers, SwarmName, UseDiscovery, as_model, find_swarm
+from bootstrap.options import Discovery, InitialPeers, SwarmName, as_model, find_swarm
 from client.commands.device import Device, enough_memory
 from protocol.errors import BadUsage, first_line
 
@@ -18,7 +18,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
     initial_peers: InitialPeers = None,
     swarm: SwarmName = None,
-    discovery: UseDiscovery = True,
+    discovery: Discovery = True,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,

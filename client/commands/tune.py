@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bootstrap.options import SwarmName, UseDiscovery, as_path, find_swarm
+from bootstrap.options import Discovery, SwarmName, as_path, find_swarm
 from client.commands.device import enough_memory
 from protocol.errors import BadUsage
 from protocol.machine.signals import like_interrupt
@@ -26,7 +26,7 @@ def tune(
     config: Annotated[str | None, typer.Argument(help="A YAML file that describes the run; see --init.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: trainer.steps=100 ...")] = None,
     swarm: SwarmName = None,
-    discovery: UseDiscovery = True,
+    discovery: Discovery = True,
     device: Annotated[
         str | None, typer.Option(help="For what this machine holds: auto, cpu, cuda:0, ...; default: as CONFIG says.")
     ] = None,

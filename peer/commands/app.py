@@ -13,16 +13,17 @@ from rich.live import Live
 
 from bootstrap.options import (
     Announce,
+    Discovery,
     Host,
     Identity,
     InitialPeers,
     Port,
     SwarmName,
-    UseDiscovery,
     as_model,
     as_path,
     find_swarm,
 )
+from bootstrap.ports import ANY
 from peer.commands.invite import invite, offer_invitation
 from peer.commands.members import join, members, revoke
 from peer.commands.options import Config, LazyGroup
@@ -73,13 +74,13 @@ for command in (serve, share, invite, join, members, revoke):
 
 @app.command()
 def bootstrap(
-    host: Host = None,
+    host: Host = ANY,
     port: Port = 0,
     initial_peers: InitialPeers = None,
     announce: Announce = None,
     identity: Identity = None,
     swarm: SwarmName = None,
-    discovery: UseDiscovery = True,
+    discovery: Discovery = True,
     config: Config = None,
 ) -> None:
     """Run a node that only carries the directory of peers: a stable first address for a swarm."""
@@ -118,7 +119,7 @@ def status(
     ] = None,
     initial_peers: InitialPeers = None,
     swarm: SwarmName = None,
-    discovery: UseDiscovery = True,
+    discovery: Discovery = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     watch: Annotated[bool, typer.Option(help="Show it again every 5 s.")] = False,
     config: Config = None,

@@ -30,7 +30,7 @@ def join(
     ] = None,
 ) -> None:
     """Join a private swarm by a ticket."""
-    from bootstrap.joining import join as redeem
+    from bootstrap.joining import redeem
     from bootstrap.membership.folder import check_name
     from bootstrap.membership.ticket import Ticket
 
@@ -39,7 +39,7 @@ def join(
     read, member_name = Ticket.from_text(ticket.removeprefix("ticket=")), own_name(name)
 
     async def work() -> None:
-        folder = await redeem(read, member_name, swarm)
+        folder = (await redeem(read, member_name)).keep(swarm)
         print(f"joined swarm={folder.name} role={folder.certificate().role.name.lower()}")
 
     run(work())

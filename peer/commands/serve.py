@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bootstrap.options import Announce, Host, Identity, InitialPeers, Port, SwarmName, UseDiscovery, as_model
+from bootstrap.options import Announce, Discovery, Host, Identity, InitialPeers, Port, SwarmName, as_model
+from bootstrap.ports import ANY
 from peer.commands.invite import offer_invitation
 from peer.commands.options import Config, with_fields
 from peer.commands.process import leave_at_once, run, say_ready, stop_on_signals, unless_stopped
@@ -47,7 +48,7 @@ def serve(
     ] = None,
     initial_peers: InitialPeers = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
-    host: Host = None,
+    host: Host = ANY,
     port: Port = 0,
     direct_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen on for direct connections; 0: any free one.")
@@ -59,10 +60,10 @@ def serve(
     ] = None,
     identity: Identity = None,
     swarm: SwarmName = None,
-    discovery: UseDiscovery = True,
     restart: Annotated[
         bool, typer.Option(help="Start a peer again that fails: its device is lost, p2pd has died, it was killed.")
     ] = False,
+    discovery: Discovery = True,
     *,
     options: ServeOptions,
     config: Config = None,

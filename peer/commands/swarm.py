@@ -3,10 +3,12 @@
 import json
 import platform
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bootstrap.options import as_path
 from protocol.errors import BadUsage
 
 if TYPE_CHECKING:
@@ -69,6 +71,19 @@ def show(name: Annotated[str | None, typer.Argument(metavar="NAME")] = None, as_
         return
     for key, value in shown.items():
         print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
+
+
+@app.command()
+def recover(
+    name: Name,
+    root_key: Annotated[Path, typer.Argument(parser=as_path, metavar="FILE", help="The swarm's root.key.")],
+    member_name: MemberName = None,
+) -> None:
+    """Make this machine an admin of a swarm that it knows, by the swarm's root key: for when no admin is left."""
+    from bootstrap.membership.folder import open_swarm
+
+    folder = open_swarm(name).recover(root_key, own_name(member_name))
+    print(f"recovered swarm={folder.name} role=admin")
 
 
 @app.command()

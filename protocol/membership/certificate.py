@@ -203,19 +203,19 @@ def _read(root: bytes, data: bytes) -> Statement:
     try:
         signed = pb.Signed.FromString(data)
         signed.DiscardUnknownFields()  # nobody has signed them
-        return _checked(root, signed, 1)
+        return _checked(root, signed)
     except DecodeError as error:
         raise BadStatement("not a statement") from error
 
 
-def _checked(root: bytes, signed: pb.Signed, depth: int) -> Statement:
-    if depth > MAX_CHAIN:
-        raise BadStatement("too long a chain")
+def _checked(root: bytes, signed: pb.Signed) -> Statement:
     issuer: Certificate | None = None
     if signed.HasField("issuer"):
-        above = _checked(root, signed.issuer, depth + 1)
+        above = _read(root, signed.issuer.SerializeToString())  # most have been read before
         if not isinstance(above, Certificate):
             raise BadStatement("signed by one who is no member")
+        if len(above.issuers) > MAX_CHAIN - 2:
+            raise BadStatement("too long a chain")
         issuer = above
     key = root if issuer is None else issuer.key
     if not has_signed(key, _CONTEXT + signed.statement, signed.signature):

@@ -273,6 +273,32 @@ def test_a_member_may_what_its_role_says(tmp_path: Path) -> None:
         OwnMembership(let_in(folder, lifetime=5, ago=9), PEER).check_own(Role.USE)
 
 
+def test_the_root_key_makes_an_admin(tmp_path: Path) -> None:
+    founder = found(tmp_path / "a")
+    member = let_in(founder, tmp_path / "b")
+    other = found(tmp_path / "c")
+    junk = tmp_path / "junk"
+    junk.write_text("junk")
+    with home(tmp_path / "b"):
+        for file, said in (
+            (other.path, "another swarm than lab"),
+            (junk, "is no root key"),
+            (tmp_path, "cannot be read"),
+        ):
+            with pytest.raises(BadUsage, match=said):
+                member.recover(file / "root.key" if file == other.path else file, "new")
+        revoke(founder, member)
+        again = member.recover(founder.path / "root.key", "new")
+    assert (again.name, again.certificate().role, again.certificate().issuers) == ("lab", Role.ADMIN, ())
+    ours = OwnMembership(founder, "x")
+    ours.standing("y", OwnMembership(again, "y").certificate())
+    new = OwnMembership(again, "y")
+    assert new.learn([new.signer().revoke(founder.key.public, int(time.time()))])
+    assert ours.merge(new.roster.to_bytes())
+    with pytest.raises(NotAMember, match="has been revoked"):
+        ours.signer()
+
+
 # Tickets
 
 

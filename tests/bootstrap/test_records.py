@@ -251,7 +251,6 @@ def test_addresses():
     assert check_announced("/ip4/1.2.3.4/tcp/5", PEER) == "/ip4/1.2.3.4/tcp/5"
     assert check_announced(f"/ip4/1.2.3.4/tcp/5/p2p/{PEER}", PEER) == "/ip4/1.2.3.4/tcp/5"
     assert listening_addresses("::", 0) == ["/ip6/::/tcp/0"]
-    assert listening_addresses(None, 5) == ["/ip4/0.0.0.0/tcp/5", "/ip6/::/tcp/5"]
     assert check_announced("/dns4/example.org/udp/5/quic", PEER) == "/dns4/example.org/udp/5/quic"
     assert check_announced("/dnsaddr/example.org", PEER) == "/dnsaddr/example.org"
     for wrong in ("/ip4/1.2.3.4/tcp/0", "/ip4/1.2.3.4", "/dns4/example.org", "/ip4/0.0.0.0/tcp/5", "1.2.3.4",

@@ -205,6 +205,15 @@ class Recorder:
         self._thread.join()
         self._socket.close()
 
+    def outside(self, lan: Lan) -> set[str]:
+        """The addresses that are neither in `lan` nor for whoever listens on it."""
+        everywhere = {address: ipaddress.ip_address(address) for address, _, _ in list(self.destinations)}
+        return {
+            address
+            for address, ip in everywhere.items()
+            if not (ip.is_multicast or ip.is_link_local or any(ip in prefix for prefix in lan.prefixes))
+        }
+
     def _read(self) -> None:
         while not self._stopping.is_set():
             try:

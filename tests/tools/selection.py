@@ -29,6 +29,7 @@ LONGEST = (
     "client/test_factors.py",
     "client/test_dynamic_rope.py",
     "whole/test_private_swarm.py",
+    "whole/test_joining.py",
     "whole/test_tutorial.py",
     "whole/test_fuzz.py",
     "client/merge/test_memory.py",

@@ -4,15 +4,19 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
+from bootstrap.addresses import split_peer_address
+from bootstrap.member import Member
 from bootstrap.membership.folder import SwarmFolder
 from bootstrap.membership.own import OwnMembership
 from protocol.membership.certificate import LIFETIME, Role, Signer, SigningKey
+from protocol.membership.refusals import Refusal
 from protocol.name import HOME_VARIABLE
+from tests.tools.members import member
 
 _NUMBERS = itertools.count()
 
@@ -56,3 +60,56 @@ def revoke(admin: SwarmFolder, member: SwarmFolder) -> None:
     """Put a member out, as far as the admin's machine knows."""
     ours = OwnMembership(admin, "")
     ours.learn([ours.signer().revoke(member.key.public, int(time.time()))])
+
+
+class Machines:
+    """What the machines of two private swarms, and one that is in none, know."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.founder, self.other = found(root / "founder"), found(root / "other")
+        self.none: SwarmFolder | None = None
+        self.server, self.user = (
+            let_in(self.founder, root / r.name, r, r.name.lower()) for r in (Role.SERVE, Role.USE)
+        )
+
+
+WRONG: dict[str, Refusal] = {
+    "expired": Refusal.EXPIRED,
+    "revoked": Refusal.REVOKED,
+    "of another process": Refusal.OTHER_PROCESS,
+    "of another root": Refusal.OTHER_SWARM,
+    "of a revoked admin": Refusal.ISSUER_REVOKED,
+}
+
+
+def wrong(machines: Machines, what: str) -> SwarmFolder:
+    """A folder with the swarm's secret, and a certificate that is not to let in."""
+    if what == "expired":
+        return let_in(machines.founder, lifetime=60, ago=120)
+    if what == "of a revoked admin":
+        admin = let_in(machines.founder, role=Role.ADMIN)
+        folder = let_in(admin)
+        revoke(machines.founder, admin)
+        return folder
+    folder = let_in(machines.founder)
+    if what == "revoked":
+        revoke(machines.founder, folder)
+    return folder
+
+
+@asynccontextmanager
+async def intruder(machines: Machines, what: str, *initial_peers: str) -> AsyncIterator[Member]:
+    """A member that does not know, or care, that it is to be refused."""
+    with patch.object(OwnMembership, "check_own", lambda self, role: None):
+        async with member(swarm=wrong(machines, what), direct_port=0) as made:
+            ours = made.membership
+            assert ours is not None
+            if what == "of another process":
+                ours._process = OwnMembership(machines.user, "other").certificate()
+            if what == "of another root":
+                ours._process = OwnMembership(machines.other, made.peer_id).certificate()
+            for address in initial_peers:
+                peer_id, place = split_peer_address(address)
+                await made._p2p.dial(peer_id, [place])
+            yield made

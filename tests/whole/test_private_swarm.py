@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from bootstrap.addresses import split_peer_address
 from bootstrap.member import Member, MemberOptions
 from bootstrap.membership.folder import SwarmFolder
 from bootstrap.membership.gate import Bytes
-from bootstrap.membership.own import OwnMembership
 from bootstrap.membership.rounds import RENEW, SYNC
 from bootstrap.membership.seal import refusal_in
 from bootstrap.validator import model_key
@@ -37,21 +36,9 @@ from tests.tools.command import Command
 from tests.tools.members import HASH, record, send_store, stored_value
 from tests.tools.members import member as any_member
 from tests.tools.swarm import ForkServer, Swarm, new_swarm
-from tests.tools.swarms import found, home, let_in, revoke
+from tests.tools.swarms import WRONG, Machines, home, intruder, let_in, revoke
 
 CARRIERS = pytest.mark.parametrize("carrier", ["libp2p", "direct"])
-
-
-class Machines:
-    """What the machines of two private swarms, and one that is in none, know."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        self.founder, self.other = found(root / "founder"), found(root / "other")
-        self.none: SwarmFolder | None = None
-        self.server, self.user = (
-            let_in(self.founder, root / r.name, r, r.name.lower()) for r in (Role.SERVE, Role.USE)
-        )
 
 
 @pytest.fixture(scope="module")
@@ -218,48 +205,6 @@ def test_a_member_cannot_forge_anothers_record(machines: Machines) -> None:
 
 
 # Who is known, and may not
-
-
-WRONG: dict[str, Refusal] = {
-    "expired": Refusal.EXPIRED,
-    "revoked": Refusal.REVOKED,
-    "of another process": Refusal.OTHER_PROCESS,
-    "of another root": Refusal.OTHER_SWARM,
-    "of a revoked admin": Refusal.ISSUER_REVOKED,
-}
-
-
-def wrong(machines: Machines, what: str) -> SwarmFolder:
-    """A folder with the swarm's secret, and a certificate that is not to let in."""
-    if what == "expired":
-        return let_in(machines.founder, lifetime=60, ago=120)
-    if what == "of a revoked admin":
-        admin = let_in(machines.founder, role=Role.ADMIN)
-        folder = let_in(admin)
-        revoke(machines.founder, admin)
-        return folder
-    folder = let_in(machines.founder)
-    if what == "revoked":
-        revoke(machines.founder, folder)
-    return folder
-
-
-@asynccontextmanager
-async def intruder(machines: Machines, what: str, *initial_peers: str) -> AsyncIterator[Member]:
-    """A member that does not know, or care, that it is to be refused."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OwnMembership, "check_own", lambda self, role: None)
-        async with member(wrong(machines, what), direct_port=0) as made:
-            ours = made.membership
-            assert ours is not None
-            if what == "of another process":
-                ours._process = OwnMembership(machines.user, "other").certificate()
-            if what == "of another root":
-                ours._process = OwnMembership(machines.other, made.peer_id).certificate()
-            for address in initial_peers:
-                peer_id, place = split_peer_address(address)
-                await made._p2p.dial(peer_id, [place])
-            yield made
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -458,6 +403,37 @@ def test_who_is_no_member_gets_nothing_from_a_peer(
             await ask(stranger, channel, body, prove)
         with pytest.raises(PeerUnreachable):  # nothing comes after a refusal
             await channel.call(Message(body))
+
+    run(main())
+
+
+class Waits(Exception):
+    """The peer waits for what another is to push."""
+
+
+@pytest.mark.parametrize("who", ["user", "server"])
+def test_only_who_serves_pushes_results(served: Swarm, llama: Path, machines: Machines, who: str) -> None:
+    checkpoint, token = open_checkpoint(str(llama)), who.encode().ljust(16)
+    hello = pb.Hello(version=VERSION, config_hash=checkpoint.model_id.config_hash, weights=checkpoint.digests)
+
+    async def give_up(working: pb.Working) -> None:
+        if working.waiting:
+            raise Waits
+
+    async def main() -> None:
+        async with member(getattr(machines, who), *served.initial_peers, client_mode=True) as caller:
+            channel = Channel(await caller.transport.connect(served.peers[0].peer_id), Limits(), 5)
+            await caller.handshake.initiate(channel)
+            await channel.call(Message(hello))
+            await channel.send(Message(pb.Push(token=token), {"hidden_states": torch.zeros(1, 2, 32)}))
+            body = pb.Forward(context=pb.Context(end=5), hand_over=pb.HandOver(awaits=token))
+            if who == "user":
+                with pytest.raises(Waits):
+                    await channel.call(Message(body), give_up)
+            else:
+                answer = await channel.call(Message(body), give_up)
+                assert answer.tensor("hidden_states").shape == (1, 2, 32)
+            channel.close()
 
     run(main())
 
