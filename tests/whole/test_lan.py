@@ -52,9 +52,7 @@ def forget_addresses(*where: Machine) -> None:
         (machine.home / "swarms/lab/known.json").unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize(
-    "prefixes", [("10.77.0.0/24",), ("fd77::/64",), ("10.77.0.0/24", "fd77::/64")], ids=["IPv4", "IPv6", "both"]
-)
+@pytest.mark.parametrize("prefixes", [("fd77::/64",), ("10.77.0.0/24", "fd77::/64")], ids=["IPv6", "both"])
 def test_after_a_reboot_in_any_order_and_without_the_founder(networks: Networks, lab: Lab, prefixes: tuple[str, ...]):
     lan = networks.lan(*prefixes)
     with lab(*(networks.host(name, lan) for name in ("founder", "two", "three", "laptop"))) as every:
@@ -87,7 +85,7 @@ def test_two_swarms_on_one_lan_do_not_see_each_other(networks: Networks, lab: La
 
 
 def test_a_dead_interface_and_a_decoy_cost_no_time(networks: Networks, lab: Lab):
-    lan = networks.lan()
+    lan = networks.lan("10.77.0.0/24")
     one, two = networks.host("one"), networks.host("two")
     for number, host in enumerate((one, two)):
         host.connect(None, f"10.{number + 1}.0.1/24")
@@ -157,14 +155,13 @@ def test_nobody_outside_of_the_lan_is_contacted(networks: Networks, lab: Lab, ll
     for host in hosts:
         host.route("0.0.0.0/0", router.addresses[0])
         host.space.run("ip", "route", "add", "::/0", "via", router.addresses[1])
-    with lab(*hosts, server=online_server) as (one, two):
-        with Recorder(hosts[0]) as first, Recorder(hosts[1]) as second:
-            one.start("serve", str(llama), "--threads", "1").wait_ready()
-            assert two.run("generate", str(llama), "w1 w2", "--max-new-tokens", "4")
-            two.start("serve", "--threads", "1", str(llama), "--num-blocks", "2").wait_ready()
-            for sent in (first, second):
-                assert any(name == "tcp" for _, name, _ in sent.destinations)
-                assert sent.outside(lan) == set()
-            named = f"/ip4/203.0.113.9/tcp/1/p2p/{PEER}"
-            two.start("bootstrap", "--swarm", "lab", "--initial-peers", named).wait_ready()
-            assert second.outside(lan) == {"203.0.113.9"}
+    with lab(*hosts, server=online_server) as (one, two), Recorder(hosts[0]) as first, Recorder(hosts[1]) as second:
+        one.start("serve", str(llama), "--threads", "1").wait_ready()
+        assert two.run("generate", str(llama), "w1 w2", "--max-new-tokens", "4")
+        two.start("serve", "--threads", "1", str(llama), "--num-blocks", "2").wait_ready()
+        for sent in (first, second):
+            assert any(name == "tcp" for _, name, _ in sent.destinations)
+            assert sent.outside(lan) == set()
+        named = f"/ip4/203.0.113.9/tcp/1/p2p/{PEER}"
+        two.start("bootstrap", "--swarm", "lab", "--initial-peers", named).wait_ready()
+        assert second.outside(lan) == {"203.0.113.9"}
