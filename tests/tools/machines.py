@@ -25,7 +25,7 @@ class Machine:
     """A host on which commands run as real processes."""
 
     def __init__(self, server: ForkServer, host: Host, folder: Path):
-        self.host, self.home = host, folder / "home"
+        self.host, self.home, self.cache = host, folder / "home", folder / "cache"
         self.folder = folder
         """Where commands run."""
         folder.mkdir()
@@ -33,17 +33,20 @@ class Machine:
         self._numbers = itertools.count()
         self._running: list[Peer] = []
 
-    def start(self, *argv: str) -> Peer:
-        """Begin `peer ARGV`, which goes on until it is stopped."""
+    def start(self, *argv: str, script: Path | None = None) -> Peer:
+        """Begin `peer ARGV`, or `python SCRIPT ARGV`, which goes on until it is stopped."""
         stem = self.folder / f"command{next(self._numbers)}"
         out, err = stem.with_suffix(".out"), stem.with_suffix(".err")
-        pid = self._server.start(argv, out, err, cwd=self.folder, home=self.home, network=self.host.space.path)
+        pid = self._server.start(
+            argv, out, err, script=script, cwd=self.folder, home=self.home, cache=self.cache,
+            network=self.host.space.path,
+        )  # fmt: skip
         self._running.append(Peer(pid, out, err))
         return self._running[-1]
 
-    def try_run(self, *argv: str, timeout: float = 60) -> Ended:
-        """`peer ARGV`, to its end."""
-        process, deadline = self.start(*argv), time.monotonic() + timeout
+    def try_run(self, *argv: str, script: Path | None = None, timeout: float = 60) -> Ended:
+        """`peer ARGV`, or `python SCRIPT ARGV`, to its end."""
+        process, deadline = self.start(*argv, script=script), time.monotonic() + timeout
         while process.is_alive():
             assert time.monotonic() < deadline, f"peer {' '.join(argv)} hangs: {process.stderr.read_text()}"
             time.sleep(0.01)
@@ -51,9 +54,9 @@ class Machine:
         code = int(process.stdout.with_suffix(".code").read_text())
         return Ended(code, process.stdout.read_text(), process.stderr.read_text())
 
-    def run(self, *argv: str) -> str:
-        """What `peer ARGV` prints. It must succeed."""
-        ended = self.try_run(*argv)
+    def run(self, *argv: str, script: Path | None = None) -> str:
+        """What `peer ARGV`, or `python SCRIPT ARGV`, prints. It must succeed."""
+        ended = self.try_run(*argv, script=script)
         assert ended.code == 0, f"peer {' '.join(argv)}: {ended.stdout}{ended.stderr}"
         return ended.stdout
 
