@@ -4,6 +4,7 @@ import ipaddress
 from collections.abc import Iterable
 
 import base58
+import psutil
 from hivemind.p2p import PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
@@ -64,6 +65,16 @@ def listening_addresses(host: str, port: int) -> list[str]:
 def is_loopback(host: str) -> bool:
     """Whether the IP address `host` is reachable from this machine alone."""
     return host != ANY and ipaddress.ip_address(host).is_loopback
+
+
+def own_ports(visible: Iterable[Multiaddr]) -> dict[int, int]:
+    """IP version -> the TCP port in those of `visible` that are this machine's own; a router's may be another."""
+    own = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
+    return {
+        ip.version: int(parts["tcp"])
+        for address in visible
+        if (ip := ip_of(address)) is not None and str(ip) in own and "tcp" in (parts := parts_of(address))
+    }
 
 
 def for_others(visible: Iterable[Multiaddr], peer_id: str) -> list[str]:

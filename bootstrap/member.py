@@ -1,9 +1,11 @@
 """A member of a swarm: p2pd, DHT node, directory and transport under one life."""
 
 import asyncio
+import functools
+import ipaddress
 import logging
 import time
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +20,14 @@ from bootstrap.addresses import (
     for_others,
     is_loopback,
     listening_addresses,
+    own_ports,
     parts_of,
     split_peer_address,
 )
 from bootstrap.daemon import Connection, Daemon, DaemonFailed
 from bootstrap.directory import Directory
+from bootstrap.discovery.discovery import Discovery
+from bootstrap.discovery.networks import Interface
 from bootstrap.door import OwnDoor
 from bootstrap.identity import Identity, signer_of
 from bootstrap.membership.desk import Desk
@@ -50,11 +55,6 @@ UPKEEP_PERIOD = 10.0
 SEEN_PERIOD = 20.0
 """Seconds between two times that a member says in a private swarm that it is up, and looks who else is."""
 _LEAVE_TIMEOUT = 0.5
-_FIND_TIMEOUT, _FIND_AT_START = 3.0, 1.0
-"""Seconds that members on the same network get to be found, where none answers that was known: by a client, which can
-do nothing alone, and by a member that goes on looking."""
-_HEAD_START = 0.3
-"""Seconds for the known addresses before a client looks for others too."""
 _MAX_KNOWN = 20
 _log = logging.getLogger(__name__)
 
@@ -84,8 +84,6 @@ class MemberOptions:
     addresses is used beside `initial_peers`, and its identity and port where none are given."""
     role: Role = Role.USE
     """The least role in a private swarm that this process needs."""
-    discovery: bool = True
-    """In a private swarm, find members on the same network, and be found: unless its folder says no."""
 
 
 class Member:
@@ -112,6 +110,8 @@ class Member:
         self.door: Door | None = None
         """Where others can connect directly; kept up to date."""
         self._own_door = own_door
+        self._ports: dict[int, int] = {}
+        """IP version -> the TCP port that p2pd listens on."""
         self.transport = Carriers(
             LibP2PTransport(p2p), DirectCaller(_credentials(identity)), own_door.listener if own_door else None
         )
@@ -162,8 +162,10 @@ class Member:
         membership = OwnMembership(options.swarm, identity.peer_id) if options.swarm is not None else None
         if membership is not None:
             membership.check_own(options.role)
-            options = _with_what_is_known(options, membership)
-        daemon = await start_daemon(options, identity)
+            options = _with_last_port(options, membership)
+        known = _last_addresses(options, membership)
+        # Any member may be a relay.
+        daemon = await start_daemon(replace(options, initial_peers=(*options.initial_peers, *known)), identity)
         resources.push_async_callback(daemon.stop)
         own_door = None
         if options.direct_port is not None:
@@ -179,18 +181,16 @@ class Member:
         resources.push_async_callback(p2p.shutdown)
         gate = Gate(p2p, membership)
         node = await create_node(gate, SignedRecords(identity, membership), options.client_mode)
-        may_be_alone = membership is not None and not options.client_mode
-        neighbours = Neighbours(p2p, node, options.initial_peers, may_be_alone)
+        may_be_alone, searching = membership is not None and not options.client_mode, _may_search(options)
+        neighbours = Neighbours(p2p, node, options.initial_peers, known, may_be_alone, searching)
         member = cls(identity, membership, daemon, p2p, node, neighbours, own_door)
-        discovers = membership is not None and options.discovery and membership.folder.discovery
-        discovers = discovers and (options.client_mode or not is_loopback(options.host))
-        if membership is not None and discovers:
-            finding = asyncio.create_task(member._discover(membership, listens=not options.client_mode))
-            resources.callback(finding.cancel)
-        patience = _FIND_TIMEOUT if options.client_mode else _FIND_AT_START
-        await neighbours.join(patience if discovers else 0.0)
         if not options.client_mode:
             await member._refresh_addresses()
+        if membership is not None and searching:
+            own = functools.partial(member._reached_at, options.host)
+            discovery = Discovery(membership.secret, own, neighbours.discovered)
+            resources.push_async_callback(_cancel, asyncio.create_task(discovery.run()))
+        await neighbours.join()
         tasks = [member._watch(), member._keep_up(listens=not options.client_mode)]
         if membership is not None:
             tasks += await member._take_part(membership, gate, listens=not options.client_mode)
@@ -239,25 +239,11 @@ class Member:
         self.rounds = Rounds(membership, gate, self._neighbours.known)
         membership.changed.append(self.handshake.enforce)
         desk = Desk(membership, self.rounds, lambda: self.addresses)
+        self._remember_met(membership.folder)
         if listens:
             await desk.open(self._p2p, gate)
             self._remember(membership, {})
         return [self.rounds.run(), self._be_seen(membership)]
-
-    async def _discover(self, membership: OwnMembership, listens: bool) -> None:
-        """Be found, and find others: all the time, or as a client only while nobody is known."""
-        from bootstrap.membership.discovery import Discovery  # most processes never need it
-
-        finder = Discovery(membership.secret, self.peer_id, self._neighbours.found)
-        await asyncio.sleep(0 if listens else _HEAD_START)
-        while True:
-            if listens or not self._neighbours.known():
-                try:
-                    await finder.run(lambda: self.addresses, lambda: not listens and bool(self._neighbours.known()))
-                except OSError as error:
-                    _log.warning("Members on this network cannot be found by themselves (%s); addresses work.", error)
-                    await asyncio.sleep(60)
-            await asyncio.sleep(UPKEEP_PERIOD)
 
     async def _be_seen(self, membership: OwnMembership) -> None:
         """Announce this process to the other members, and write down where they are."""
@@ -302,8 +288,30 @@ class Member:
             )
         membership.folder.remember(known)
 
+    def _remember_met(self, folder: SwarmFolder) -> None:
+        """Write down by which members this one came in, if that is new: a short command learns no more of them."""
+        known, now = folder.known, time.time()
+        news = {}
+        for peer_id, addresses in self._neighbours.met().items():
+            before = known.get(peer_id, Known(member="", seen=now, version=""))
+            if not set(addresses) <= set(before.addresses):
+                news[peer_id] = before.model_copy(update={"seen": now, "addresses": addresses})
+        if news:
+            folder.remember(news)
+
+    def _reached_at(self, host: str, interfaces: Iterable[Interface]) -> list[str]:
+        """Where others in this machine's networks reach this member: full multiaddrs, IPv4 first."""
+        everywhere = host == ANY or ipaddress.ip_address(host).is_unspecified
+        return [
+            f"/ip{one.version}/{one.ip}/tcp/{self._ports[one.version]}/p2p/{self.peer_id}"
+            for one in sorted(interfaces, key=lambda one: (one.version, one.ip))
+            if one.version in self._ports and (everywhere or str(one.ip) == host)
+        ]
+
     async def _refresh_addresses(self) -> None:
-        self.addresses = for_others(await self._p2p.visible_addresses(), self.peer_id)
+        visible = await self._p2p.visible_addresses()
+        self.addresses = for_others(visible, self.peer_id)
+        self._ports |= own_ports(visible)
         if self.membership is not None and self.addresses:
             self._save_port(self.membership.folder)
         if self._own_door is not None:
@@ -327,13 +335,36 @@ def _load_identity(options: MemberOptions) -> Identity:
     return Identity.load_or_create(options.identity_path)
 
 
-def _with_what_is_known(options: MemberOptions, membership: OwnMembership) -> MemberOptions:
-    """With the other members' last addresses, and the port where this machine listened last."""
-    known = membership.folder.addresses(without=[membership.peer_id])
-    peers = tuple(dict.fromkeys([*options.initial_peers, *known]))[:_MAX_KNOWN]
-    if options.client_mode:
-        return replace(options, initial_peers=peers)
-    return replace(options, initial_peers=peers, port=options.port or _free_port(options.host, membership.folder.port))
+def _last_addresses(options: MemberOptions, membership: OwnMembership | None) -> tuple[str, ...]:
+    """Where the other members were last. Raises `NoSwarm` where there is no way to any of them."""
+    if membership is None:
+        return ()
+    known = membership.folder.addresses(without=[membership.peer_id])[:_MAX_KNOWN]
+    if options.client_mode and not (known or options.initial_peers or _may_search(options)):
+        raise NoSwarm(
+            f"No other member of the swarm {membership.folder.name} has been seen yet; start one (`peer serve` or "
+            "`peer bootstrap`), or give the address of one with --initial-peers."
+        )
+    return known
+
+
+def _may_search(options: MemberOptions) -> bool:
+    """Whether to look for members on this machine's networks."""
+    is_near_others = options.client_mode or not is_loopback(options.host)
+    return options.swarm is not None and options.swarm.discovery and is_near_others
+
+
+def _with_last_port(options: MemberOptions, membership: OwnMembership) -> MemberOptions:
+    """With the port where this machine listened last, if none is wanted."""
+    if options.client_mode or options.port:
+        return options
+    return replace(options, port=_free_port(options.host, membership.folder.port))
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    """End a task, and wait until it has."""
+    task.cancel()
+    await asyncio.wait({task})
 
 
 def _free_port(host: str, port: int) -> int:

@@ -27,7 +27,10 @@ GRACE = 0.5
 _MAX_ADDRESSES, _MAX_INITIAL = 8, 64
 """Addresses of one member, and members, that are kept to be tried again."""
 _ALONE_TIMEOUT = 3.0
-"""Seconds that a member which may be alone looks for others before it begins; it goes on looking."""
+"""Seconds that a member which may be alone waits for those that it knows before it begins; it goes on trying."""
+_SEARCH, _ALONE_SEARCH = 4.0, 1.5
+"""Seconds for others to be discovered where none is known that answers, and if this member may be alone. Multicast DNS
+asks at once, after one second and after three."""
 _SEARCH_TIMEOUT = 3.0
 _REASON_TIMEOUT = 1.0
 _log = logging.getLogger(__name__)
@@ -54,42 +57,63 @@ async def create_node(gate: Gate, validator: RecordValidatorBase, client_mode: b
 class Neighbours:
     """The members that this one knows, first of all the `initial_peers` (full multiaddrs)."""
 
-    def __init__(self, p2p: Connection, node: DHTNode, initial_peers: Iterable[str], may_be_alone: bool = False):
-        """`may_be_alone`: it is no failure that nobody else is there yet."""
+    def __init__(
+        self,
+        p2p: Connection,
+        node: DHTNode,
+        initial_peers: Iterable[str],
+        known: Iterable[str] = (),
+        may_be_alone: bool = False,
+        searching: bool = False,
+    ):
+        """`known`: where others were last, as full multiaddrs. `may_be_alone`: it is no failure that nobody else is
+        there yet. `searching`: `discovered` will be called with what is found.
+        """
         self._p2p = p2p
         self._node = node
-        self._may_be_alone = may_be_alone
+        self._may_be_alone, self._searching = may_be_alone, searching
         self.news = asyncio.Event()
         """Set when a member was met; for others to clear."""
         self._met = asyncio.Event()
-        self._meetings = set[asyncio.Task[None]]()
+        self._meetings: dict[PeerID, asyncio.Task[None]] = {}
         self._initial: dict[PeerID, list[Multiaddr]] = defaultdict(list)
         self.add(initial_peers)
+        self._named = frozenset(self._initial)
+        self.add(known)
 
     def add(self, addresses: Iterable[str]) -> None:
         """Take note of more members' full multiaddrs, to be tried when they are not known otherwise."""
         for address in addresses:
             with suppress(BadUsage):  # it is another member's word
                 peer_id, where = split_peer_address(address)
-                is_new = peer_id not in self._initial
-                if peer_id == self._p2p.peer_id or (is_new and len(self._initial) == _MAX_INITIAL):
+                if peer_id == self._p2p.peer_id or not self._has_room(peer_id):
                     continue
                 if where not in self._initial[peer_id]:
                     self._initial[peer_id] = [where, *self._initial[peer_id]][:_MAX_ADDRESSES]
 
-    def found(self, addresses: list[str]) -> None:
-        """A member was heard of: meet it if it is not known."""
+    def _has_room(self, peer_id: PeerID) -> bool:
+        """Whether `peer_id` may be kept; one that does not answer gives way."""
+        if peer_id in self._initial or len(self._initial) < _MAX_INITIAL:
+            return True
+        lost = next((other for other in self._initial if other not in self._named and other not in self.known()), None)
+        if lost is not None:
+            del self._initial[lost]
+        return lost is not None
+
+    def discovered(self, addresses: list[str]) -> None:
+        """Take note of members that are on this machine's networks now, and meet those that are not known yet."""
         self.add(addresses)
         for peer_id in {split_peer_address(address)[0] for address in addresses} & self._initial.keys() - self.known():
-            task = asyncio.create_task(self._meet_quietly(peer_id))
-            self._meetings.add(task)
-            task.add_done_callback(self._meetings.discard)
+            if peer_id not in self._meetings:
+                self._meetings[peer_id] = asyncio.create_task(self._meet_quietly(peer_id))
 
     async def _meet_quietly(self, peer_id: PeerID) -> None:
         try:
             await self._meet(peer_id)
         except SwarmError as error:
-            _log.debug("a member that was heard of cannot be met: %s", error)
+            _log.debug("%s was discovered, but does not answer: %s", peer_id, error)
+        finally:
+            del self._meetings[peer_id]
 
     @property
     def cut_off(self) -> bool:
@@ -105,18 +129,17 @@ class Neighbours:
             _raise_not_a_member(failures)
             raise PeerUnreachable(f"No member of the swarm answers any more, {self._names()} included.")
 
-    async def join(self, patience: float = 0.0) -> None:
-        """Meet the initial peers, then the members nearest to us.
+    async def join(self) -> None:
+        """Meet the initial peers, or others, then the members nearest to us.
 
-        `patience`: seconds for others to be `found` where no initial peer answers. Raises `NoSwarm` when nobody
-        answers, unless this member may be alone, `NotAMember`.
+        Raises `NoSwarm` when nobody answers, unless this member may be alone, `NotAMember`.
         """
-        if not self._initial and not patience:
+        if not self._initial and not self._searching:
             return
         tasks = {asyncio.create_task(self._meet(peer_id)): peer_id for peer_id in self._initial}
         try:
             async with asyncio.timeout(_ALONE_TIMEOUT if self._may_be_alone else None):
-                met = await self._first_met(tasks, patience)
+                met = await self._first_met(tasks)
         except TimeoutError:
             met = False
         finally:
@@ -128,28 +151,24 @@ class Neighbours:
         if not met:
             _raise_not_a_member(failures.values())
             if self._may_be_alone:
-                _log.info("None of the members that are known answers yet: %s", self._explain(failures) or "none is.")
+                _log.info("No other member answers yet%s", self._explain(failures))
                 return
-            if not tasks:
-                raise NoSwarm(
-                    "No member of the swarm was found on this network, and none is known from before: start one "
-                    "(`peer serve` or `peer bootstrap`), or name one with --initial-peers."
-                )
-            raise NoSwarm(f"None of the initial peers answers: {self._explain(failures)}.")
+            raise NoSwarm(self._nobody(failures))
         for peer_id, error in failures.items():
-            _log.warning("Initial peer %s does not answer: %s", peer_id, error)
+            level = logging.WARNING if peer_id in self._named else logging.DEBUG
+            _log.log(level, "Initial peer %s does not answer: %s", peer_id, error)
         with suppress(TimeoutError):
             await asyncio.wait_for(self._node.find_nearest_nodes([self._node.node_id]), _SEARCH_TIMEOUT)
 
-    async def _first_met(self, tasks: Iterable[asyncio.Task[None]], patience: float) -> bool:
+    async def _first_met(self, tasks: Iterable[asyncio.Task[None]]) -> bool:
         """Wait until somebody is met and the others have had `GRACE` seconds; False when all failed."""
         pending: set[asyncio.Task[Any]] = {*tasks, (met := asyncio.create_task(self._met.wait()))}
         try:
             while pending - {met} and not met.done():
                 _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
             is_refused = any(isinstance(task.exception(), NotAMember) for task in tasks if task.done())
-            if not met.done() and patience and not is_refused:
-                await asyncio.wait({met}, timeout=patience)
+            if not met.done() and self._searching and not is_refused:
+                await asyncio.wait({met}, timeout=_ALONE_SEARCH if self._may_be_alone else _SEARCH)
             if others := pending - {met}:
                 await asyncio.wait(others, timeout=GRACE)
         finally:
@@ -201,16 +220,35 @@ class Neighbours:
         """The members that answered of late."""
         return set(self._node.protocol.routing_table.peer_id_to_uid)
 
+    def met(self) -> dict[str, tuple[str, ...]]:
+        """Peer ID -> full multiaddrs, of the members that answered of late at an address that was named or found."""
+        known = self.known()
+        return {
+            str(peer_id): tuple(f"{place}/p2p/{peer_id}" for place in places)
+            for peer_id, places in self._initial.items()
+            if peer_id in known
+        }
+
     def _names(self) -> str:
         return ", ".join(f"{address}/p2p/{peer_id}" for peer_id in self._initial for address in self._initial[peer_id])
 
+    def _nobody(self, failures: dict[PeerID, BaseException]) -> str:
+        if not self._searching:
+            return f"None of the initial peers answers{self._explain(failures)}"
+        return (
+            "No other member of the swarm was found on this machine's networks, and none is known that answers"
+            f"{self._explain(failures)} Start one (`peer serve`, `peer bootstrap`); where multicast does not reach, as "
+            "behind a router, name the address of one with --initial-peers."
+        )
+
     def _explain(self, failures: dict[PeerID, BaseException]) -> str:
+        """The end of a sentence: which addresses were tried, and why none of them is of use."""
         reasons = [
             f"{address}/p2p/{peer_id} ({failures.get(peer_id, 'no answer in time')})"
             for peer_id in self._initial
             for address in self._initial[peer_id]
         ]
-        return "; ".join(reasons)
+        return f": {'; '.join(reasons)}." if reasons else "."
 
 
 def _raise_not_a_member(failures: Iterable[BaseException]) -> None:

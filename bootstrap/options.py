@@ -60,15 +60,17 @@ Announce = Annotated[
 ]
 
 
-def find_swarm(name: str | None, addresses: Sequence[str] | None) -> "tuple[tuple[str, ...], SwarmFolder | None]":
+def find_swarm(
+    name: str | None, addresses: Sequence[str] | None, discovery: bool = True
+) -> "tuple[tuple[str, ...], SwarmFolder | None]":
     """The members that were named, and the private swarm that is meant, for a command that needs one or the other.
 
-    Raises `BadUsage`.
+    `discovery`: see `SwarmFolder`. Raises `BadUsage`.
     """
     from bootstrap.membership.folder import choose_swarm
 
     given = tuple(addresses or ())
-    folder = choose_swarm(name, bool(given))
+    folder = choose_swarm(name, bool(given), discovery)
     if not given and folder is None:
         raise BadUsage(
             "Give the address of a member with --initial-peers (in Python: initial_peers=), which `peer serve` and "

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 from bootstrap.directory import Announcer
@@ -85,6 +86,14 @@ class Sharer:
         obtained = await self.library.obtain(offer, self.give)
         logger.info("using %s of the swarm", obtained.label)
         return await asyncio.to_thread(obtained.open)
+
+    async def reopen(self, folder: Path) -> Checkpoint | None:
+        """The model of which a folder of the cache has what was fetched, given from here as well; `None`: it is none's.
+
+        Raises `BadUsage`, `NoWeights`, `UnsupportedModel`.
+        """
+        obtained = await self.library.reopen(folder, self.give)
+        return None if obtained is None else await asyncio.to_thread(obtained.open)
 
     def give(self, obtained: Obtained) -> None:
         """Give to others what there is of a model that is being fetched."""

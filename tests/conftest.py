@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peer.span.span import Span
     from tests.tools.arena import Arena
     from tests.tools.command import Command
+    from tests.tools.namespaces import Networks
     from tests.tools.swarm import Both, ForkServer, Swarm
     from tests.tools.wire import Wire
 
@@ -163,3 +164,14 @@ def wire(opened_wire: "Wire", request: pytest.FixtureRequest) -> "Iterator[Wire]
     opened_wire.carrier = request.param
     with opened_wire.still_serves():
         yield opened_wire
+
+
+@pytest.fixture
+def networks() -> "Iterator[Networks]":
+    """Hosts and networks for one test."""
+    from tests.tools.namespaces import open_networks, why_not
+
+    if reason := why_not():
+        pytest.skip(reason)
+    with open_networks() as made:
+        yield made

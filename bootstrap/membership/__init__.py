@@ -4,7 +4,7 @@ folder         what a machine knows of a swarm: its folder on the disk; start he
 roster         the members, revocations and invitations of a swarm, as all members know them
 own            this process's membership: its certificate, and how others stand
 gate, seal     the directory's requests and answers, only between members
-ticket         an invitation as one line of text
+ticket         an invitation as one line of text; packed: the addresses in it
 desk           what members ask each other about membership: letting in, renewing, comparing rosters
 discovery      finding members on the same network, and being found
 rounds         keeping up: spreading news, renewing our own certificate in time

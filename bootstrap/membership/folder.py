@@ -1,6 +1,6 @@
 """What this machine knows of a private swarm: a folder whose files only their owner can read.
 
-swarm.json      the root's public key, the swarm's secret
+swarm.json      the root's public key, the swarm's secret, and a line to change: "discovery": false looks for nobody
 member.key      this member's private key; root.key: the swarm's own, where it was created
 certificate     this member's
 roster          the members, revocations and invitations that are known
@@ -73,7 +73,7 @@ class SwarmFolder:
             self.secret_bytes = bytes.fromhex(described["secret"])
             self.secret = SwarmSecret(self.secret_bytes)
             self.discovery = bool(described.get("discovery", True))
-            """Whether members on the same network are to be found, and told of this machine."""
+            """Whether to look for members on this machine's networks, and let oneself be found there."""
             self.key = SigningKey(bytes.fromhex(self._read("member.key").decode()))
         except (ValueError, TypeError, LookupError) as error:
             raise BadUsage(
@@ -100,14 +100,17 @@ class SwarmFolder:
         """All of it or nothing: written under another name and moved."""
         check_name(name)
         home = swarms_folder()
-        described = json.dumps({"root": root.hex(), "secret": secret.hex()}, indent=2).encode() + b"\n"
+        described = {"root": root.hex(), "secret": secret.hex(), "discovery": True}
         try:
             home.mkdir(mode=0o700, parents=True, exist_ok=True)
             part = Path(tempfile.mkdtemp(dir=home, prefix=".new-"))
             try:
                 for file, content in {
-                    "swarm.json": described, "member.key": _key_file(key), "certificate": certificate, **files
-                }.items():  # fmt: skip
+                    "swarm.json": json.dumps(described, indent=2).encode() + b"\n",
+                    "member.key": _key_file(key),
+                    "certificate": certificate,
+                    **files,
+                }.items():
                     create_private(part / file, content)
                 os.rename(part, home / name)
             finally:
@@ -278,20 +281,20 @@ def open_swarm(name: str) -> SwarmFolder:
     return SwarmFolder(swarms_folder() / name)
 
 
-def choose_swarm(name: str | None, has_addresses: bool) -> SwarmFolder | None:
+def choose_swarm(name: str | None, has_addresses: bool, discovery: bool = True) -> SwarmFolder | None:
     """The swarm that is meant: the one named, or the only one; None: an open one.
 
-    `has_addresses`: members' addresses were given, which lead to an open swarm if none is named. Raises `BadUsage`,
-    also when several are known and none is named.
+    `has_addresses`: members' addresses were given, which lead to an open swarm if none is named. `discovery`: see
+    `SwarmFolder`. Raises `BadUsage`, also when several are known and none is named.
     """
-    if name is not None:
-        return None if name == OPEN else open_swarm(name)
     names = swarm_names()
-    if has_addresses or not names:
+    if name == OPEN or (name is None and (has_addresses or not names)):
         return None
-    if len(names) > 1:
+    if name is None and len(names) > 1:
         raise BadUsage(f"This machine knows the swarms {', '.join(names)}; choose one with --swarm.")
-    return open_swarm(names[0])
+    folder = open_swarm(names[0] if name is None else name)
+    folder.discovery &= discovery
+    return folder
 
 
 def _key_file(key: SigningKey) -> bytes:

@@ -8,15 +8,12 @@ joins can tell a member from somebody who only answers at the address.
 
 import base64
 import hashlib
-import ipaddress
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
-import base58
-from hivemind.utils.multiaddr import Multiaddr
-
+from bootstrap.membership.packed import read_peers, write_peers
 from protocol.errors import BadUsage
 from protocol.membership.certificate import ID_BYTES, KEY_BYTES
 from protocol.name import NAME
@@ -27,10 +24,6 @@ MAX_CHARACTERS = 299
 _PREFIX = f"{NAME}1-"
 _CHECK_BYTES = 4
 _HEAD = struct.Struct(f"<B{KEY_BYTES}s{SECRET_BYTES}sI")
-_HASH_BYTES = 32
-_MULTIHASH = b"\x12\x20"
-"""What stands before the SHA-256 of a key in a peer ID."""
-_IP_BYTES = {4: 4, 6: 16}
 
 
 @dataclass(frozen=True)
@@ -73,13 +66,13 @@ class Ticket:
             version, root, secret, minutes = _HEAD.unpack_from(body)
             if version != VERSION:
                 raise ValueError
-            return cls(root, secret, minutes * 60, tuple(_read_peers(body[_HEAD.size :])))
+            return cls(root, secret, minutes * 60, tuple(read_peers(body[_HEAD.size :])))
         except (ValueError, struct.error, LookupError) as error:
             raise BadUsage("The ticket is damaged; copy the whole line that `peer invite` printed.") from error
 
     def _encode(self, addresses: Iterable[str]) -> str:
         head = _HEAD.pack(VERSION, self.root, self.secret, self.expires // 60)
-        return _PREFIX + _encode(head + _write_peers(addresses))
+        return _PREFIX + _encode(head + write_peers(addresses))
 
 
 def hash_secret(secret: bytes) -> bytes:
@@ -97,44 +90,3 @@ def _decode(text: str) -> bytes:
     if _encode(body) != text:
         raise ValueError("damaged")
     return body
-
-
-def fits(address: str) -> bool:
-    """Whether a multiaddr can stand in a ticket."""
-    try:
-        _split(address)
-    except (ValueError, LookupError):
-        return False
-    return True
-
-
-def _write_peers(addresses: Iterable[str]) -> bytes:
-    peers: dict[bytes, list[bytes]] = {}
-    for address in addresses:
-        peer, ip, port = _split(address)
-        peers.setdefault(peer, []).append(bytes([ip.version]) + ip.packed + port.to_bytes(2, "little"))
-    return b"".join(peer + bytes([len(places)]) + b"".join(places) for peer, places in peers.items())
-
-
-def _read_peers(data: bytes) -> Iterable[str]:
-    while data:
-        peer, count, data = data[:_HASH_BYTES], data[_HASH_BYTES], data[_HASH_BYTES + 1 :]
-        for _ in range(count):
-            size = _IP_BYTES[data[0]]
-            ip = ipaddress.ip_address(data[1 : 1 + size])
-            port = int.from_bytes(data[1 + size : 3 + size], "little")
-            if len(data) < 3 + size or not port:
-                raise ValueError("cut short")
-            data = data[3 + size :]
-            yield f"/ip{ip.version}/{ip}/tcp/{port}/p2p/{base58.b58encode(_MULTIHASH + peer).decode()}"
-
-
-def _split(address: str) -> tuple[bytes, ipaddress.IPv4Address | ipaddress.IPv6Address, int]:
-    """Hash of the peer's key, IP address and port. Raises `ValueError`, `LookupError` for another kind of address."""
-    location, _, peer_id = address.rpartition("/p2p/")
-    parts = [(protocol.name, value) for protocol, value in Multiaddr(location).items()]
-    (kind, host), (tcp, port) = parts
-    multihash = base58.b58decode(peer_id)
-    if kind not in ("ip4", "ip6") or tcp != "tcp" or multihash[:2] != _MULTIHASH or len(multihash) != 34:
-        raise ValueError("not an address of the common kind")
-    return multihash[2:], ipaddress.ip_address(host), int(port)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bootstrap.options import InitialPeers, SwarmName, as_model, find_swarm
+from bootstrap.options import Discovery, InitialPeers, SwarmName, as_model, find_swarm
 from client.commands.device import Device, enough_memory
 from protocol.errors import BadUsage, first_line
 
@@ -18,6 +18,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
     initial_peers: InitialPeers = None,
     swarm: SwarmName = None,
+    discovery: Discovery = True,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
@@ -33,7 +34,7 @@ def generate(
     ] = None,
 ) -> None:
     """Generate text through a swarm, streamed as it comes."""
-    find_swarm(swarm, initial_peers)  # what is wrong with them need not wait
+    find_swarm(swarm, initial_peers, discovery)  # what is wrong with them need not wait
     import torch
 
     from client.model.load import local_name
@@ -48,7 +49,7 @@ def generate(
         tokenizer = load_adapted_tokenizer(adapter, model, revision)
     inputs = encode_prompt(tokenizer, prompt, chat, vocabulary_size(open_checkpoint(model, revision).config))
     swarm_model = _load_model(
-        model, initial_peers, swarm, dtype=dtype, device=device, revision=revision, adapter=adapter
+        model, initial_peers, swarm, discovery, dtype=dtype, device=device, revision=revision, adapter=adapter
     )
     if seed is not None:
         torch.manual_seed(seed)
@@ -105,14 +106,20 @@ def _revision(model: str, revision: str | None, adapter: str) -> str | None:
 
 
 def _load_model(
-    model: str, initial_peers: Sequence[str] | None, swarm: str | None, *, dtype: str | None, device: str,
-    revision: str | None, adapter: str | None,
+    model: str, initial_peers: Sequence[str] | None, swarm: str | None, discovery: bool, *, dtype: str | None,
+    device: str, revision: str | None, adapter: str | None,
 ) -> Any:  # fmt: skip
     """The swarm's model, with an adapter on it when one is named. Raises `BadUsage` for an unusable adapter."""
     from client import AutoDistributedModelForCausalLM
 
     swarm_model = AutoDistributedModelForCausalLM.from_pretrained(
-        model, initial_peers=initial_peers, swarm=swarm, dtype=dtype, device=device, revision=revision
+        model,
+        initial_peers=initial_peers,
+        swarm=swarm,
+        discovery=discovery,
+        dtype=dtype,
+        device=device,
+        revision=revision,
     )
     if adapter is None:
         return swarm_model

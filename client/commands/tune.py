@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bootstrap.options import SwarmName, as_path, find_swarm
+from bootstrap.options import Discovery, SwarmName, as_path, find_swarm
 from client.commands.device import enough_memory
 from protocol.errors import BadUsage
 from protocol.machine.signals import like_interrupt
@@ -26,6 +26,7 @@ def tune(
     config: Annotated[str | None, typer.Argument(help="A YAML file that describes the run; see --init.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: trainer.steps=100 ...")] = None,
     swarm: SwarmName = None,
+    discovery: Discovery = True,
     device: Annotated[
         str | None, typer.Option(help="For what this machine holds: auto, cpu, cuda:0, ...; default: as CONFIG says.")
     ] = None,
@@ -41,6 +42,8 @@ def tune(
     path = None if config is None else as_path(config)
     if swarm is not None:
         changes.append(f"swarm={json.dumps(swarm)}")  # YAML takes JSON
+    if not discovery:
+        changes.append("discovery=false")
     if device is not None:
         changes.append(f"device={json.dumps(device)}")
     if init:
@@ -76,7 +79,7 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
         )
     console = new_console()
     config = load_config(path, overrides)
-    find_swarm(config.swarm, config.initial_peers)  # what is wrong with them need not wait
+    find_swarm(config.swarm, config.initial_peers, config.discovery)  # what is wrong with them need not wait
     check_output(config, resume)
     if config.device != "auto":
         choose_device(config.device)  # before the data is read, which may take long
@@ -89,6 +92,7 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
         revision=config.revision,
         initial_peers=config.initial_peers,
         swarm=config.swarm,
+        discovery=config.discovery,
         **config.network.model_dump(exclude_unset=True),
         dtype=config.dtype,
         device=config.device,

@@ -75,6 +75,8 @@ class SwarmConfig(NetworkOptions):
     swarm: str | None = None
     """A private swarm that this machine has joined (`peer join`). None: an open one, if there are `initial_peers`, or
     else the only one that this machine has joined. "open": none of them."""
+    discovery: bool = True
+    """Whether to look for a private swarm's members on this machine's networks, by multicast DNS."""
     look_up_period: float = Field(default=10.0, gt=0)
     """Seconds for which the directory of peers is taken to be unchanged."""
     max_attempts: int = Field(default=20, gt=0)

@@ -111,7 +111,7 @@ def joining(config: SwarmConfig) -> Iterator[Future[Membership]]:
     Raises `BadUsage` when it is not clear which swarm is meant; the result raises as `Member.join`. What is imported
     and read within the block takes this process's time, and a join p2pd's.
     """
-    initial_peers, swarm = find_swarm(config.swarm, config.initial_peers)
+    initial_peers, swarm = find_swarm(config.swarm, config.initial_peers, config.discovery)
     future = LOOP.start(MEMBERSHIPS.acquire(initial_peers, swarm))
     try:
         yield future

@@ -88,10 +88,8 @@ def bootstrap(
     from bootstrap.membership.folder import choose_swarm
     from protocol.errors import PeerFailed
 
-    folder = choose_swarm(swarm, bool(initial_peers))
-    options = MemberOptions(
-        tuple(initial_peers or ()), host, port, tuple(announce or ()), identity, swarm=folder, discovery=discovery
-    )
+    folder = choose_swarm(swarm, bool(initial_peers), discovery)
+    options = MemberOptions(tuple(initial_peers or ()), host, port, tuple(announce or ()), identity, swarm=folder)
 
     async def work() -> None:
         stop = stop_on_signals()
@@ -130,11 +128,11 @@ def status(
     from bootstrap.member import Member, MemberOptions
     from peer.commands import status as view
 
-    addresses, folder = find_swarm(swarm, initial_peers)
+    addresses, folder = find_swarm(swarm, initial_peers, discovery)
 
     async def work() -> None:
         stop = stop_on_signals()
-        member = await Member.join(MemberOptions(addresses, client_mode=True, swarm=folder, discovery=discovery))
+        member = await Member.join(MemberOptions(addresses, client_mode=True, swarm=folder))
 
         async def look() -> tuple[view.Models, view.Complaints, view.Weights]:
             found, weights = await member.directory.models(), await member.directory.weights()

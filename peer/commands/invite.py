@@ -133,7 +133,7 @@ def _open(ours: "OwnMembership") -> "list[Invitation]":
 
 def _addresses(ours: "OwnMembership") -> list[str]:
     """Where to join: by this machine's processes, by other admins', by others that know where admins are."""
-    from bootstrap.membership.ticket import fits
+    from bootstrap.membership.packed import fits
     from protocol.membership.certificate import Role
 
     admins = {one.id for one in ours.roster.members.values() if one.role >= Role.ADMIN}

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -19,13 +19,15 @@ from peer.commands.invite import offer_invitation
 from peer.commands.options import Config, with_fields
 from peer.commands.process import leave_at_once, run, say_ready, stop_on_signals, unless_stopped
 from peer.commands.supervisor import Supervisor
+from peer.start.last_served import LastServed
 from peer.start.options import ServeOptions
-from protocol.errors import BadUsage
+from protocol.errors import BadUsage, UnsupportedModel
 from protocol.machine.imports import without_collection
 from protocol.machine.inspection import describe_on_signal
 
 if TYPE_CHECKING:
     from bootstrap.member import Member, MemberOptions
+    from bootstrap.membership.folder import SwarmFolder
     from peer.server import Server
     from peer.sharer import Sharer
     from protocol.model.checkpoint import Checkpoint
@@ -81,7 +83,7 @@ def serve(
     each = options.for_each_device()
     for one in each:
         one.check()
-    folder = choose_swarm(swarm, bool(initial_peers))
+    folder = choose_swarm(swarm, bool(initial_peers), discovery)
     if model is None and not initial_peers and folder is None:
         raise BadUsage("Name a MODEL to found a swarm, or join one with --swarm or --initial-peers.")
     if restart or len(each) > 1:
@@ -111,7 +113,6 @@ def serve(
         tuple(announce_direct or ()),
         swarm=folder,
         role=Role.SERVE,
-        discovery=discovery,
     )
     run(_serve(options, membership, model, revision))
 
@@ -174,11 +175,23 @@ async def _start(
 
     joining = asyncio.create_task(_share(options, asyncio.create_task(Member.join(membership))))
     try:
-        checkpoint = await _open_model(model, revision, joining)
+        if model is None and revision is None and membership.swarm is not None:
+            options, checkpoint = await _go_on(options, membership.swarm, joining)
+        else:
+            checkpoint = await _open_model(model, revision, joining)
         await asyncio.to_thread(_import_server)
         from peer.server import Server
 
-        return await Server.start(options, options.weights.named(checkpoint), joining)
+        server = await Server.start(options, options.weights.named(checkpoint), joining)
+        if membership.swarm is not None:
+            LastServed(
+                place=str(Path(checkpoint.name).absolute()) if Path(checkpoint.name).is_dir() else checkpoint.name,
+                revision=checkpoint.revision,
+                called=options.weights.named(checkpoint).called,
+                config_hash=server.model_id.config_hash,
+                blocks=f"{server.span.start}:{server.span.end}",
+            ).write(membership.swarm)
+        return server
     except BaseException:
         joining.cancel()
         with suppress(Exception, asyncio.CancelledError):
@@ -202,6 +215,31 @@ async def _share(options: ServeOptions, joining: "asyncio.Task[Member]") -> "Sha
     sharer = Sharer(member, options.name, options.weights, limits)
     await sharer.start()
     return sharer
+
+
+async def _go_on(
+    options: ServeOptions, swarm: "SwarmFolder", joining: "asyncio.Task[Sharer]"
+) -> "tuple[ServeOptions, Checkpoint]":
+    """What to serve where no model is named: what this machine served last, unless the swarm has other models only.
+
+    Where nobody serves it now, these are the same blocks as then: more may not be at hand. Raises `BadUsage` as
+    `_find_the_only_model`.
+    """
+    from protocol.model.checkpoint import open_checkpoint
+
+    sharer = await joining
+    last, found = LastServed.read(swarm), await _find_models(sharer)
+    if last is None or (found and last.config_hash not in found):
+        return options, await _open_model(None, None, joining)
+    try:
+        checkpoint = await sharer.reopen(Path(last.place))
+        if checkpoint is None:
+            checkpoint = await asyncio.to_thread(open_checkpoint, last.place, last.revision)
+    except UnsupportedModel:  # it has gone from here
+        return options, await _open_model(None, None, joining)
+    if not found and not options.num_blocks:
+        options = replace(options, blocks=options.blocks or last.blocks)
+    return options, replace(checkpoint, called=last.called)
 
 
 async def _open_model(model: str | None, revision: str | None, joining: "asyncio.Task[Sharer]") -> "Checkpoint":
@@ -241,11 +279,16 @@ def _import_server() -> None:
     gc.freeze()  # nothing of this will ever be garbage, and to look through it takes 0.2 s each time
 
 
-async def _find_the_only_model(sharer: "Sharer") -> "ModelId":
-    """The swarm's model, when it has exactly one. Raises `BadUsage`."""
+async def _find_models(sharer: "Sharer") -> "dict[str, ModelId]":
+    """Hash of the configuration -> each model that the swarm serves, or gives the files of."""
     served = list(await sharer.member.directory.models())
     given = [offer.model for offer in await sharer.library.offers()]
-    found = {model.config_hash: model for model in (*given, *served)}
+    return {model.config_hash: model for model in (*given, *served)}
+
+
+async def _find_the_only_model(sharer: "Sharer") -> "ModelId":
+    """The swarm's model, when it has exactly one. Raises `BadUsage`."""
+    found = await _find_models(sharer)
     names = ", ".join(model.name for model in found.values())
     if len(found) != 1:
         raise BadUsage(f"The swarm serves {len(found)} models ({names or 'none'}); name the MODEL to serve.")

@@ -9,7 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from bootstrap.options import Announce, Host, Identity, InitialPeers, Port, SwarmName, as_model
+from bootstrap.options import Announce, Discovery, Host, Identity, InitialPeers, Port, SwarmName, as_model
+from bootstrap.ports import ANY
 from peer.commands.options import Config, with_fields
 from peer.commands.process import leave_at_once, run, say_ready, stop_on_signals, unless_stopped
 from peer.weights.options import WeightsOptions
@@ -27,7 +28,7 @@ def share(
     ],
     initial_peers: InitialPeers = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
-    host: Host = "0.0.0.0",
+    host: Host = ANY,
     port: Port = 0,
     direct_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen on for direct connections; 0: any free one.")
@@ -35,6 +36,7 @@ def share(
     announce: Announce = None,
     identity: Identity = None,
     swarm: SwarmName = None,
+    discovery: Discovery = True,
     name: Annotated[str, typer.Option(help="A name for people.")] = "",
     *,
     options: WeightsOptions,
@@ -50,7 +52,7 @@ def share(
 
     membership = MemberOptions(
         tuple(initial_peers or ()), host, port, tuple(announce or ()), identity, direct_port,
-        swarm=choose_swarm(swarm, bool(initial_peers)), role=Role.SERVE,
+        swarm=choose_swarm(swarm, bool(initial_peers), discovery), role=Role.SERVE,
     )  # fmt: skip
 
     async def start() -> Sharer:

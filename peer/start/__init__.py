@@ -1,6 +1,7 @@
 """Once, before anyone is served: why a peer takes so long to start.
 
     options         what `peer serve` is told, each option declared once
+    last_served     what a member of a private swarm served last, for a start with nothing typed
     placement       which blocks to serve, if the user has not said
     assembly        loads the span and puts together what serves it
     memory          what is free, and what it is used for

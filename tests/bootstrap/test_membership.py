@@ -10,8 +10,9 @@ import pytest
 
 from bootstrap.membership.folder import Known, SwarmFolder, choose_swarm, open_swarm, swarm_names
 from bootstrap.membership.own import OwnMembership
+from bootstrap.membership.packed import fits
 from bootstrap.membership.roster import Roster
-from bootstrap.membership.ticket import MAX_CHARACTERS, Ticket, fits
+from bootstrap.membership.ticket import MAX_CHARACTERS, Ticket
 from protocol.errors import BadUsage, NotAllowed, NotAMember
 from protocol.membership import membership_pb2 as pb
 from protocol.membership.certificate import (

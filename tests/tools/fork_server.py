@@ -29,9 +29,9 @@ from peer.commands.app import app, main
 from protocol.errors import BadUsage
 from protocol.name import CACHE_VARIABLE, HOME_VARIABLE
 from tests.tools.liars import begin_to_lie
+from tests.tools.namespaces import enter
 
 _PR_SET_PDEATHSIG = 1
-_CLONE_NEWNET = 0x40000000
 
 
 def _become(request: dict) -> None:
@@ -46,8 +46,7 @@ def _become(request: dict) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the tests themselves may ignore, under nohup
     sys.argv = [request["script"] or "peer", *request["argv"]]
     if request["network"]:
-        with open(f"/run/netns/{request['network']}") as namespace:
-            assert ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _CLONE_NEWNET) == 0
+        enter(request["network"])
     if request["home"]:
         os.environ[HOME_VARIABLE] = request["home"]
     if request["cwd"]:

@@ -47,18 +47,18 @@ class ForkServer:
         cwd: Path | None = None,
         home: Path | None = None,
         cache: Path | None = None,
-        network: str | None = None,
+        network: Path | None = None,
     ) -> int:
         """Start `peer ARGV`, or `python SCRIPT ARGV`, whose output goes into files. Returns its process ID.
 
         `home`: of the machine that it is on, as far as private swarms go; None: of one that knows none. `cache`: its
-        `$HIVETUNE_CACHE`, as if it were on a machine of its own. `network`: the network namespace that it is in.
+        `$HIVETUNE_CACHE`, as if it were on a machine of its own. `network`: see `namespaces.Space`.
         """
         assert self._process.stdin
         assert self._process.stdout
-        paths = {"stdout": stdout, "stderr": stderr, "script": script, "cwd": cwd, "home": home, "cache": cache}
-        request: dict[str, Any] = {name: path and str(path) for name, path in paths.items()}
-        request |= {"argv": list(argv), "lie": lie, "network": network}
+        paths = {"stdout": stdout, "stderr": stderr, "script": script, "cwd": cwd}
+        paths |= {"home": home, "cache": cache, "network": network}
+        request = {"argv": list(argv), "lie": lie} | {name: path and str(path) for name, path in paths.items()}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())

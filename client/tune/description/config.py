@@ -125,6 +125,7 @@ class TuneConfig(Section):
     revision: str | None = None
     initial_peers: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
     swarm: str | None = Field(default=None, description="a private swarm that this machine has joined")
+    discovery: bool = Field(default=True, description="look for the swarm's members on this machine's networks")
     network: NetworkOptions = Field(default_factory=NetworkOptions)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = Field(default="auto", description="for what this machine holds: auto, cpu, cuda:0, ...")

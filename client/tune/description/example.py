@@ -10,6 +10,7 @@ model: HuggingFaceTB/SmolLM2-135M-Instruct   # folder, a name of the swarm's, or
 # revision: main                             # branch, tag or commit on the hub
 initial_peers: []                            # addresses of the swarm, as `peer serve` prints them
 # swarm: lab                                 # a private swarm that this machine has joined, instead
+discovery: true                              # look for its members on this machine's networks
 # network:                                   # through which peers, and how
 #   verify: 0.05                             # share of answers that other peers compute again
 #   codec_out: bf16                          # fewer bytes; also: codec_back, codec_gradients (see `peer certify`)
