@@ -27,8 +27,8 @@ _ON_ITS_WAY, _MOMENT = 30.0, 2.0
 _CROWD = 5.0
 """Seconds after its last question for which an asker counts as one of many."""
 WHILE_COMPUTING = 32e6
-"""Bytes per second at most while this peer computes for somebody: to read, hash and encrypt them takes a tenth of a
-core."""
+"""Bytes per second at most while this peer computes for somebody: to read, hash and encrypt them takes 6 % of a core
+(1.9 s for each gigabyte)."""
 _NICE = 10
 """How much less than others the thread that reads and hashes asks of the processors."""
 _MAX_REMEMBERED = 2**20

@@ -1,6 +1,6 @@
 """The models that were fetched from other members: each in a folder of its own, all of them within a bounded size.
 
-ROOT/HASH/            the model's files; weights only when all of them are here
+ROOT/HASH/NAME/       the model's files; weights only when all of them are here
 ROOT/HASH/.parts/     weights, sparse where pieces are missing; the list of pieces that are here; the manifest; the
                       model's name; a lock while it is in use
 ROOT/kept/            manifests of folders of the user's own
@@ -9,6 +9,7 @@ ROOT/pins.json        name -> the version of open swarms that this machine uses 
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,6 +24,8 @@ from protocol.weights.manifest import Manifest
 from protocol.weights.parts import Parts
 
 _PARTS, _MANIFEST, _ABOUT, _LOCK = ".parts", "manifest.json", "model.json", "lock"
+
+_UNSAFE = re.compile(r"[^\w.-]", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -58,41 +61,45 @@ class Cache:
 
         Raises `OSError`.
         """
-        folder = self.root / manifest.hash
-        inner = folder / _PARTS
+        place = self.root / manifest.hash
+        inner = place / _PARTS
         inner.mkdir(parents=True, exist_ok=True)
         self._lock(inner)
         write_whole(inner / _MANIFEST, manifest.data)
         write_whole(inner / _ABOUT, model.to_bytes())
+        folder = _files_in(place) or place / (_UNSAFE.sub("_", model.name.rpartition("/")[2]).lstrip(".") or "model")
+        folder.mkdir(exist_ok=True)
         return Parts(manifest, folder, inner)
 
     def find(self, folder: Path) -> tuple[Manifest, ModelId] | None:
         """What a folder of this cache is of; `None` for any other folder."""
-        inner = folder / _PARTS
-        try:
-            model = ModelId.from_bytes((inner / _ABOUT).read_bytes())
-            return Manifest.from_bytes((inner / _MANIFEST).read_bytes(), folder.resolve().name), model
-        except (OSError, BadRequest):
-            return None
+        return _read(folder.resolve().parent) if folder.is_dir() else None
+
+    def manifest(self, sha256: str) -> Manifest | None:
+        """That of a model in this cache."""
+        known = _read(self.root / sha256)
+        return known[0] if known else None
 
     def entries(self) -> Iterator[Entry]:
         """All models that are here, the one used last first."""
         found = []
-        for folder in self.root.iterdir() if self.root.is_dir() else ():
-            if known := self.find(folder):
+        for place in self.root.iterdir() if self.root.is_dir() else ():
+            known, folder = _read(place), _files_in(place)
+            if known and folder:
                 manifest, model = known
                 with suppress(OSError):
-                    held = Parts.held_in(folder / _PARTS, manifest)
-                    used = (folder / _PARTS / _ABOUT).stat().st_mtime
+                    held = Parts.held_in(place / _PARTS, manifest)
+                    used = (place / _PARTS / _ABOUT).stat().st_mtime
                     found.append(Entry(model, manifest.hash, folder, held, manifest.size, used))
         yield from sorted(found, key=lambda entry: -entry.used)
 
     def remove(self, entry: Entry) -> bool:
         """Delete a model; `False`, and nothing is done, while a process uses it. Raises `OSError`."""
-        descriptor = os.open(entry.folder / _PARTS / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        place = entry.folder.parent
+        descriptor = os.open(place / _PARTS / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(entry.folder)
+            shutil.rmtree(place)
         except BlockingIOError:
             return False
         finally:
@@ -138,3 +145,18 @@ class Cache:
         for descriptor in self._locks.values():
             os.close(descriptor)
         self._locks.clear()
+
+
+def _read(place: Path) -> tuple[Manifest, ModelId] | None:
+    """What a model's place in a cache is of; `None` for any other folder."""
+    inner = place / _PARTS
+    try:
+        model = ModelId.from_bytes((inner / _ABOUT).read_bytes())
+        return Manifest.from_bytes((inner / _MANIFEST).read_bytes(), place.name), model
+    except (OSError, BadRequest):
+        return None
+
+
+def _files_in(place: Path) -> Path | None:
+    """The folder with the model's files, under the name that the model had at first."""
+    return next((path for path in place.iterdir() if path.name != _PARTS), None) if place.is_dir() else None

@@ -198,9 +198,8 @@ class Library:
 
     async def obtain(self, offer: Offer, opened: Callable[["Obtained"], None] = lambda _: None) -> Obtained:
         """Begin to fetch; see `Obtained.begin`. `opened` is called before. Raises `NoWeights`, `BadUsage`: no room."""
-        folder = self.cache.root / offer.manifest
-        known = self.cache.find(folder)
-        manifest = known[0] if known else await fetch_manifest(self._network, offer.manifest)
+        known = self.cache.manifest(offer.manifest)
+        manifest = known if known is not None else await fetch_manifest(self._network, offer.manifest)
         return await self._begin(manifest, offer.model, opened)
 
     async def reopen(self, folder: Path, opened: Callable[["Obtained"], None] = lambda _: None) -> Obtained | None:

@@ -59,12 +59,12 @@ class Parts(Held):
     """A model in a folder of its own, whose pieces come one by one. Several processes may add to it at once.
 
     Every piece is checked before it counts: what was written by a process that was killed is checked when it is asked
-    for, and not fetched again. Weights lie in a folder within, out of reach of programs that would read zeros where a
+    for, and not fetched again. Weights lie in another folder, out of reach of programs that would read zeros where a
     piece is missing; they are seen in the model's folder when all of them are here.
     """
 
     def __init__(self, manifest: Manifest, folder: Path, inner: Path):
-        """`inner`: a folder within `folder` for weights, and for the list of pieces that are here. Raises `OSError`."""
+        """`inner`: a folder beside `folder` for weights, and for the list of pieces that are here. Raises `OSError`."""
         weights = [file.name for file in manifest.files if file.name.endswith(".safetensors")]
         places = {file.name: (inner if file.name in weights else folder) / file.name for file in manifest.files}
         super().__init__(manifest, places)
@@ -128,7 +128,7 @@ class Parts(Held):
         if self.holdings().all():
             for name in self._weights:
                 with suppress(FileExistsError):
-                    (self.folder / name).symlink_to(Path(self._inner.name, name))
+                    (self.folder / name).symlink_to(Path("..", self._inner.name, name))
 
     @staticmethod
     def held_in(inner: Path, manifest: Manifest) -> int:

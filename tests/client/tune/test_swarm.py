@@ -121,6 +121,18 @@ def assert_same(output: Path, whole: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_model_that_only_the_swarm_has(
+    place: Place, whole: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its name: tokenizer, embeddings and head come from the peers that have the folder."""
+    monkeypatch.setenv("HIVETUNE_CACHE", str(tmp_path / "cache"))
+    done = command("tune", place.describe(tmp_path, model=place.model.name))
+    assert done.code == 0, done
+    assert_same(tmp_path / "out", whole)
+    adapter = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert Path(adapter["base_model_name_or_path"]).name == place.model.name
+
+
 def test_ctrl_c_and_then_what_it_says(place: Place, whole: Path, command: Command, tmp_path: Path) -> None:
     file, output = place.describe(tmp_path), tmp_path / "out"
     thread = after_step(output, lambda: os.kill(os.getpid(), signal.SIGINT))

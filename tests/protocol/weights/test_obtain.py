@@ -93,7 +93,7 @@ def test_the_model_used_longest_ago_goes_first(tmp_path: Path) -> None:
         parts = cache.open(manifest, ModelId(name=f"model{age}", config_hash=HASH, num_blocks=5))
         parts._states[0] = 2
         when = time.time() - 1000 * (3 - age)
-        os.utime(parts.folder / ".parts" / "model.json", (when, when))
+        os.utime(parts.folder.parent / ".parts" / "model.json", (when, when))
         cache.close()
     cache = Cache(tmp_path, 250)
     assert [entry.model.name for entry in cache.entries()] == ["model2", "model1", "model0"]
