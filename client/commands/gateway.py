@@ -37,7 +37,7 @@ def gateway(
     ] = 32768,
     max_running: Annotated[int, typer.Option(min=1, max=90, help="Texts in the making at once; others wait.")] = 32,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at most.")] = 4096,
-    max_body: Annotated[int, typer.Option(min=1, help="Bytes of one request at most.")] = 4 * 2**20,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of one request at most.")] = 2 * 2**20,
     max_requests: Annotated[int, typer.Option(min=1, help="Requests at once, of all clients.")] = 256,
     max_requests_per_key: Annotated[int, typer.Option(min=1, help="Requests at once of each key.")] = 64,
     requests_per_minute: Annotated[int, typer.Option(min=0, help="Of each key; 0: any number.")] = 0,

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from transformers import LogitsProcessor
 
 from client.gateway import answers
 from client.gateway.chat import chat_prompt, check_tokens, encode, render
@@ -28,12 +29,12 @@ from client.gateway.requests import (
     CompletionRequest,
     DetokenizeRequest,
     LoadAdapterRequest,
+    ResponseFormat,
     TokenizeRequest,
     UnloadAdapterRequest,
 )
 from client.gateway.streams import EventStream, unless_gone
 from client.gateway.writing import write
-from client.tokenizer import vocabulary_size
 
 R = TypeVar("R", bound=BaseModel)
 _log = logging.getLogger(__name__)
@@ -59,7 +60,6 @@ class Gateway:
     def __init__(self, engine: Engine, doors: Doors, offer: Offer):
         self._engine, self._doors, self._offer = engine, doors, offer
         self._metrics = Metrics(engine)
-        self._vocabulary = vocabulary_size(engine.shelf.model.config)
 
     def app(self) -> Starlette:
         """As an ASGI application."""
@@ -153,9 +153,10 @@ class Gateway:
         asked = await self._read(request, TokenizeRequest)
         served = self._served(asked.model)
         if asked.messages is not None:
-            ids = render(served, asked.messages, add_generation_prompt=asked.add_generation_prompt)
+            options = {"add_generation_prompt": asked.add_generation_prompt}
+            ids = await asyncio.to_thread(render, served, asked.messages, **options)
         elif asked.prompt is not None:
-            ids = encode(served, asked.prompt, asked.add_special_tokens)
+            ids = await asyncio.to_thread(encode, served, asked.prompt, asked.add_special_tokens)
         else:
             raise Refused(400, "Give a prompt or messages to tokenize.")
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self._offer.context})
@@ -163,7 +164,7 @@ class Gateway:
     async def _detokenize(self, request: Request) -> Response:
         asked = await self._read(request, DetokenizeRequest)
         served = self._served(asked.model)
-        check_tokens(served, asked.tokens, self._vocabulary)
+        check_tokens(served, asked.tokens)
         return JSONResponse({"prompt": served.tokenizer.decode(asked.tokens)})
 
     async def _tokenizer_info(self, request: Request) -> Response:
@@ -180,12 +181,14 @@ class Gateway:
         if asked.suffix or (asked.best_of or asked.n) != asked.n:
             raise Refused(400, "suffix and a best_of other than n are not served; leave them out.")
         served = self._served(asked.model)
-        prompts = [_as_tokens(served, prompt) for prompt in _prompts(asked.prompt)]
+        _check_bias(served, asked.logit_bias)
+        prompts = await asyncio.to_thread(_as_tokens, served, asked.prompt)
+        keeps_to = await asyncio.to_thread(_form, served, asked.response_format)
         wanted = [
             [
                 Wanted(
                     served, prompt, self._room(prompt, asked.max_tokens, _COMPLETION_TOKENS), asked.sampling(choice),
-                    asked.stops, asked.logprobs, asked.echo and asked.logprobs is not None,
+                    asked.stops, asked.logprobs, asked.echo and asked.logprobs is not None, keeps_to,
                 )
                 for choice in range(asked.n)
             ]
@@ -197,11 +200,14 @@ class Gateway:
     async def _chat(self, request: Request) -> Response:
         asked = await self._read(request, ChatRequest)
         served = self._served(asked.model)
-        prompt = chat_prompt(served, asked)
+        _check_bias(served, asked.logit_bias)
+        prompt = await asyncio.to_thread(chat_prompt, served, asked)
         most = self._room(prompt, asked.max_completion_tokens or asked.max_tokens, None)
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+        keeps_to = await asyncio.to_thread(_form, served, asked.response_format)
         wanted = [
-            Wanted(served, prompt, most, asked.sampling(choice), asked.stops, logprobs) for choice in range(asked.n)
+            Wanted(served, prompt, most, asked.sampling(choice), asked.stops, logprobs, make_processors=keeps_to)
+            for choice in range(asked.n)
         ]
         return await self._respond(request, asked.stream, ChatForm(served, asked), [wanted])
 
@@ -218,7 +224,7 @@ class Gateway:
 
     def _room(self, prompt: Sequence[int], asked: int | None, otherwise: int | None) -> int:
         """How many tokens an answer may have."""
-        check_tokens(self._engine.shelf.base, prompt, self._vocabulary)
+        check_tokens(self._engine.shelf.base, prompt)
         if not prompt:
             raise Refused(400, "The prompt is empty; give at least one token to go on from.", param="prompt")
         most, context = self._offer.max_tokens, self._offer.context
@@ -256,17 +262,32 @@ def _json(answer: BaseModel) -> Response:
     return Response(answer.model_dump_json(), media_type="application/json")
 
 
-def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+def _as_tokens(served: Served, prompt: str | list[str] | list[int] | list[list[int]]) -> list[list[int]]:
     """One prompt or more, as a list of them."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if isinstance(prompt[0], int):
-        return [prompt]  # type: ignore[list-item]
-    return list(prompt)  # type: ignore[arg-type]
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        prompt = [prompt]  # type: ignore[assignment, list-item]
+    return [encode(served, each) if isinstance(each, str) else each for each in prompt]  # type: ignore[misc]
 
 
-def _as_tokens(served: Served, prompt: str | list[int]) -> list[int]:
-    return encode(served, prompt) if isinstance(prompt, str) else list(prompt)
+def _check_bias(served: Served, biases: Mapping[int, float] | None) -> None:
+    if (largest := max(biases or (0,))) >= served.vocabulary:
+        raise Refused(
+            400,
+            f"logit_bias: the model has tokens up to {served.vocabulary - 1}, and not {largest}.",
+            param="logit_bias",
+        )
+
+
+def _form(served: Served, asked: ResponseFormat | None) -> Callable[[], Sequence[LogitsProcessor]]:
+    """What keeps a text to the form that is asked for. Raises `BadUsage`."""
+    if asked is None or asked.type == "text":
+        return tuple
+    if asked.regex is not None and asked.type == "regex":
+        make = served.grammars.of_regex(asked.regex)
+    else:
+        is_free = asked.json_schema is None or asked.type == "json_object"
+        make = served.grammars.of_schema({"type": "object"} if is_free else asked.json_schema.schema_)  # type: ignore[union-attr]
+    return lambda: (make(),)
 
 
 def _unknown(request: Request, error: Exception) -> Response:

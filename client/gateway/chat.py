@@ -2,17 +2,20 @@
 
 import inspect
 import json
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from client.gateway.engine.served import Served
+from client.gateway.engine.text import Stops
 from client.gateway.refusals import Refused
 from client.gateway.requests import ChatRequest, Message
 from client.tokenizer import fault_of_text, fault_of_tokens
 from protocol.errors import first_line
 
+_CALL, _CALL_END = "<tool_call>", "</tool_call>"
 _NOT_FOR_TEMPLATES = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
     "add_generation_prompt", "continue_final_message",
 }  # fmt: skip
@@ -55,10 +58,43 @@ def encode(served: Served, text: str, add_special_tokens: bool = True) -> list[i
     return ids
 
 
-def check_tokens(served: Served, tokens: Sequence[int], vocabulary: int) -> None:
+def check_tokens(served: Served, tokens: Sequence[int]) -> None:
     """Raises `Refused` for tokens that the model does not have."""
-    if fault := fault_of_tokens(served.tokenizer, tokens, vocabulary):
+    if fault := fault_of_tokens(served.tokenizer, tokens, served.vocabulary):
         raise Refused(400, f"The prompt {fault}.", param="prompt")
+
+
+class ToolCalls:
+    """Takes the calls of tools out of an answer's text, in the form that most templates teach."""
+
+    def __init__(self) -> None:
+        self._shown = Stops([_CALL])
+        self._rest = ""
+
+    def add(self, text: str) -> str:
+        """What of the text can be shown."""
+        if self._shown.found:
+            self._rest += text
+            return ""
+        shown = self._shown.add(text)
+        self._rest = self._shown.rest
+        return shown
+
+    def end(self) -> tuple[str, list[dict[str, Any]]]:
+        """What more can be shown, and the calls, as OpenAI tells them; text that is no call is shown as it is."""
+        if not self._shown.found:
+            return self._shown.end(), []
+        calls = list[dict[str, Any]]()
+        for part in self._rest.split(_CALL):
+            try:
+                call = json.loads(part.partition(_CALL_END)[0])
+                name, arguments = call["name"], call["arguments"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                return _CALL + self._rest, []
+            function = {"name": str(name), "arguments": json.dumps(arguments, ensure_ascii=False)}
+            number = {"index": len(calls), "id": f"call_{uuid.uuid4().hex[:24]}"}
+            calls.append(number | {"type": "function", "function": function})
+        return "", calls
 
 
 def _plain(message: Message) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Who may ask, and how much at once."""
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -19,13 +20,15 @@ _log = logging.getLogger(__name__)
 _SHORTEST = 16
 """Characters of a key."""
 _MINUTE = 60.0
+_PATIENCE = 30.0
+"""Seconds in which a request must have come."""
 
 
 @dataclass(frozen=True)
 class Limits:
     """How much is let in."""
 
-    body_bytes: int = 4 * 2**20
+    body_bytes: int = 2 * 2**20
     requests: int = 256
     """At once, of all clients together."""
     requests_per_key: int = 64
@@ -130,13 +133,16 @@ class Doors:
             raise Refused(415, "The request must be JSON, and say so: Content-Type: application/json.")
         parts, size = [], 0
         try:
-            async for part in request.stream():
-                size += len(part)
-                if size > self.limits.body_bytes:
-                    raise Refused(
-                        413, f"The request is larger than {self.limits.body_bytes:,} bytes; send less at once."
-                    )
-                parts.append(part)
+            async with asyncio.timeout(_PATIENCE):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > self.limits.body_bytes:
+                        raise Refused(
+                            413, f"The request is larger than {self.limits.body_bytes:,} bytes; send less at once."
+                        )
+                    parts.append(part)
+        except TimeoutError as error:
+            raise Refused(408, f"The request was not there within {_PATIENCE:.0f} s; send it again.") from error
         except ClientDisconnect as error:
             raise Refused(400, "The request ended before all of it was there.") from error
         return b"".join(parts)

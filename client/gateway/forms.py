@@ -2,12 +2,14 @@
 
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any, Protocol
 
 from pydantic import BaseModel
 
 from client.gateway import answers
+from client.gateway.chat import ToolCalls
 from client.gateway.engine.growing import Event, Finished, Grown, TokenLogprob
 from client.gateway.engine.served import Served
 from client.gateway.refusals import refused
@@ -112,18 +114,25 @@ class ChatForm(_Form):
 
     def __init__(self, served: Served, asked: ChatRequest):
         super().__init__("chatcmpl", served, asked)
+        self._has_tools = bool(asked.tools) and asked.tool_choice != "none"
+        self._calls = defaultdict[int, ToolCalls](ToolCalls)
 
     def whole(self, texts: Sequence[Text], usage: answers.Usage) -> BaseModel:
         """The answer at once."""
-        choices = [
-            answers.ChatChoice(
-                index=text.index,
-                message={"role": "assistant", "content": text.text},
-                logprobs=answers.chat_logprobs(self.served, text.logprobs) if self.asked.logprobs else None,
-                finish_reason=text.reason,
+        choices = []
+        for text in texts:
+            message: dict[str, Any] = {"role": "assistant", "content": text.text}
+            reason = text.reason
+            if self._has_tools:
+                shown = self._calls[text.index].add(text.text)
+                rest, calls = self._calls[text.index].end()
+                if calls:
+                    message |= {"content": shown + rest or None, "tool_calls": [_without_index(call) for call in calls]}
+                    reason = "tool_calls"
+            logprobs = answers.chat_logprobs(self.served, text.logprobs) if self.asked.logprobs else None
+            choices.append(
+                answers.ChatChoice(index=text.index, message=message, logprobs=logprobs, finish_reason=reason)
             )
-            for text in texts
-        ]
         return answers.Chat(**self._head, choices=choices, usage=usage)
 
     def begin(self, text: Text) -> BaseModel:
@@ -133,11 +142,16 @@ class ChatForm(_Form):
     def piece(self, text: Text, event: Event) -> BaseModel | None:
         """What an answer grew by, or why it ends."""
         if isinstance(event, Finished):
-            return self._one(text, {}, None, event.reason)
-        if not isinstance(event, Grown) or not (event.text or event.logprob):
+            rest, calls = self._calls[text.index].end() if self._has_tools else ("", [])
+            delta = ({"content": rest} if rest else {}) | ({"tool_calls": calls} if calls else {})
+            return self._one(text, delta, None, "tool_calls" if calls else event.reason)
+        if not isinstance(event, Grown):
+            return None
+        shown = self._calls[text.index].add(event.text) if self._has_tools else event.text
+        if not (shown or event.logprob):
             return None
         logprobs = answers.chat_logprobs(self.served, [event.logprob]) if event.logprob else None
-        return self._one(text, {"content": event.text}, logprobs)
+        return self._one(text, {"content": shown}, logprobs)
 
     def end(self, usage: answers.Usage) -> BaseModel:
         """The piece that tells the usage."""
@@ -148,6 +162,10 @@ class ChatForm(_Form):
     ) -> BaseModel:
         choice = answers.ChatDelta(index=text.index, delta=delta, logprobs=logprobs, finish_reason=reason)
         return answers.ChatChunk(**self._head, choices=[choice], usage=None)
+
+
+def _without_index(call: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in call.items() if key != "index"}
 
 
 async def whole(form: Form, events: AsyncIterator[tuple[Text, Event]]) -> BaseModel:

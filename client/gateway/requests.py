@@ -4,7 +4,7 @@ they are by every other server: clients send many.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from client.gateway.engine.sampling import Sampling
 
@@ -36,6 +36,12 @@ class ResponseFormat(_Request):
     type: Literal["text", "json_object", "json_schema", "regex"]
     json_schema: JsonSchema | None = None
     regex: Annotated[str, Field(max_length=10_000)] | None = None
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> "ResponseFormat":
+        if self.type in ("json_schema", "regex") and getattr(self, self.type) is None:
+            raise ValueError(f"the type {self.type} needs the field {self.type}")
+        return self
 
 
 class _Generation(_Request):

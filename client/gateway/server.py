@@ -1,7 +1,9 @@
 """The process of `peer gateway`: the model, the engine, and uvicorn in front of them."""
 
+import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ from client.gateway.engine.engine import Engine
 from client.gateway.engine.served import Shelf
 from client.tokenizer import load_tokenizer
 from protocol.errors import BadUsage, first_line
+
+_LAST_CALL = 300
+"""Seconds for what is being answered when the process is told to stop."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ def serve(
     config = uvicorn.Config(
         gateway.app(), lifespan="off", log_config=None, access_log=False, server_header=False, ws="none",
         proxy_headers=False,
+        timeout_graceful_shutdown=_LAST_CALL,
     )  # fmt: skip
     host = f"[{address.host}]" if ":" in address.host else address.host
     _Server(config, f"ready url=http://{host}:{listening.getsockname()[1]} model={name}").run([listening])
@@ -63,6 +69,17 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, ready: str):
         super().__init__(config)
         self._ready = ready
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but for the end, where that has the signal end this process after all."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self.handle_exit) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""

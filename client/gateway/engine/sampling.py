@@ -51,7 +51,7 @@ class Chooser:
             self._generator.manual_seed(sampling.seed)
 
     def choose(self, tokens: Sequence[int], logits: torch.Tensor) -> int:
-        """The token that follows `tokens`, by logits (1, vocabulary), float32 on the CPU, which are left as they are."""
+        """The token that follows `tokens`, by logits (1, vocabulary), float32 on the CPU, which stay as they are."""
         scores: Any = logits
         if self._processors:
             scores = self._processors(torch.tensor([tokens]), logits.clone())  # type: ignore[arg-type]

@@ -48,14 +48,17 @@ class Stops:
         self._strings = tuple(strings)
         self._held = ""
         self.found = False
+        self.rest = ""
+        """What came with the string that was found, behind it."""
 
     def add(self, text: str) -> str:
         """What can be given away, now that `text` has come: not what may be the beginning of one of the strings."""
         held = self._held + text
-        hits = [at for at in (held.find(string) for string in self._strings) if at >= 0]
+        hits = [(at, string) for string in self._strings if (at := held.find(string)) >= 0]
         if hits:
-            self.found, self._held = True, ""
-            return held[: min(hits)]
+            at, string = min(hits)
+            self.found, self._held, self.rest = True, "", held[at + len(string) :]
+            return held[:at]
         keep = max((_overlap(held, string) for string in self._strings), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
