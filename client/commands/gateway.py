@@ -41,6 +41,7 @@ def gateway(
     max_requests: Annotated[int, typer.Option(min=1, help="Requests at once, of all clients.")] = 256,
     max_requests_per_key: Annotated[int, typer.Option(min=1, help="Requests at once of each key.")] = 64,
     requests_per_minute: Annotated[int, typer.Option(min=0, help="Of each key; 0: any number.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="That compute here; 0: as many as there are cores.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="Of what this machine holds; default: the checkpoint's.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
 ) -> None:
@@ -56,8 +57,12 @@ def gateway(
         raise BadUsage(f"`peer gateway` needs {error.name}: pip install 'hivetune[gateway]'.") from error
     address = Address(host, port, api_key)
     address.check()
+    import torch
+
     from client import AutoDistributedModelForCausalLM
 
+    if threads:
+        torch.set_num_threads(threads)
     swarm_model = AutoDistributedModelForCausalLM.from_pretrained(
         model, initial_peers=addresses, swarm_key=swarm_key, dtype=dtype, revision=revision
     )

@@ -27,10 +27,12 @@ from protocol.errors import BadUsage, PeerFailed, SwarmError
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_QUIET = 0.001
-"""Seconds without a step that comes back, after which those that have are gone on with."""
-_WAIT = 0.01
-"""Seconds to wait for others' steps at most."""
+_QUIET, _WAIT = 0.05, 0.2
+"""When some steps have come back, others are waited for: for these shares of the time that the last of them took, since
+the last one came, and in all. Peers that have computed steps together answer them one after the other.
+"""
+_LEAST, _MOST = 0.001, 0.05
+"""Seconds of that at least, and at most."""
 _ECHO_ROWS = 64
 """Tokens of a prompt whose log-probabilities are computed between two rounds, which wait for that."""
 
@@ -53,6 +55,10 @@ class Engine:
         self._waiting: deque[list[Growing]] = deque()
         self._steps: dict[Growing, Future[torch.Tensor]] = {}
         """What peers are at."""
+        self._decoding: dict[Growing, float] = {}
+        """Those of it that are steps of one token, and when they began."""
+        self._took = 0.0
+        """Seconds of the last one."""
         self._followers: dict[Growing, list[Growing]] = {}
         """Texts with the prompt of one that is being read; they go on from a copy of its session."""
         self._ready: list[tuple[Growing, torch.Tensor]] = []
@@ -146,10 +152,10 @@ class Engine:
             self._take_all()
             return
         self._inbox.get()()
-        until = time.monotonic() + _WAIT
-        while self._ready and self._steps and time.monotonic() < until:
+        until = time.monotonic() + _clamped(_WAIT * self._took)
+        while self._ready and self._decoding and (left := until - time.monotonic()) > 0:
             try:
-                self._inbox.get(timeout=_QUIET)()
+                self._inbox.get(timeout=min(_clamped(_QUIET * self._took), left))()
             except queue.Empty:
                 return
         self._take_all()
@@ -206,6 +212,8 @@ class Engine:
                 text.session.close()  # it was given up meanwhile
             return
         del self._steps[text]
+        if (began := self._decoding.pop(text, None)) is not None:
+            self._took = time.monotonic() - began
         self._guard([text, *self._followers.get(text, ())], lambda: then(future.result()))
 
     def _came_back(self, text: Growing, output: torch.Tensor) -> None:
@@ -237,7 +245,9 @@ class Engine:
         if not going:
             return
         hidden = self._before(served, [text.tokens[-1:] for text in going], [text.cached for text in going])
+        now = time.monotonic()
         for text, row in zip(going, hidden.split(1), strict=True):
+            self._decoding[text] = now
             self._ask(text, self._step(text, row), lambda output, text=text: self._came_back(text, output))  # type: ignore[misc]
 
     async def _step(self, text: Growing, hidden: torch.Tensor) -> torch.Tensor:
@@ -316,6 +326,7 @@ class Engine:
         self._alive.remove(text)
         self._followers.pop(text, None)
         self._echoing.pop(text, None)
+        self._decoding.pop(text, None)
         if (step := self._steps.pop(text, None)) is not None:
             step.cancel()
         session, text.session = text.session, None
@@ -326,6 +337,10 @@ class Engine:
             self.prefixes.keep(served, text.tokens[: text.cached], session)
         else:
             session.close()
+
+
+def _clamped(seconds: float) -> float:
+    return min(max(seconds, _LEAST), _MOST)
 
 
 class _Echo:
