@@ -5,14 +5,17 @@ from typing import Annotated
 
 import typer
 
-from bootstrap.options import InitialPeers, SwarmKeyFile, as_model, as_path, need_initial_peers
+from bootstrap.options import InitialPeers, SwarmName, as_model, as_path, find_swarm
+from client.commands.device import Device, enough_memory
 from protocol.errors import BadUsage
 
 
 def gateway(
-    model: Annotated[str, typer.Argument(parser=as_model, help="A Hugging Face folder or hub name.")],
+    model: Annotated[
+        str, typer.Argument(parser=as_model, help="A Hugging Face folder, a model that the swarm has, or a hub name.")
+    ],
     initial_peers: InitialPeers = None,
-    swarm_key: SwarmKeyFile = None,
+    swarm: SwarmName = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; others than this machine's need --api-key.")
     ] = "127.0.0.1",
@@ -43,10 +46,11 @@ def gateway(
     requests_per_minute: Annotated[int, typer.Option(min=0, help="Of each key; 0: any number.")] = 0,
     threads: Annotated[int, typer.Option(min=0, help="That compute here; 0: as many as there are cores.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="Of what this machine holds; default: the checkpoint's.")] = None,
+    device: Device = "auto",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
 ) -> None:
     """Let programs that speak OpenAI's HTTP use a swarm: chat, completions, adapters as models."""
-    addresses = need_initial_peers(initial_peers)
+    find_swarm(swarm, initial_peers)  # what is wrong with them need not wait
     adapters = dict(_named_folder(each) for each in adapter or ())
     if adapter_folder is not None and not adapter_folder.is_dir():
         raise BadUsage(f"--adapter-folder {adapter_folder} is no folder.")
@@ -60,14 +64,17 @@ def gateway(
     import torch
 
     from client import AutoDistributedModelForCausalLM
+    from client.model.load import local_name
 
     if threads:
         torch.set_num_threads(threads)
-    swarm_model = AutoDistributedModelForCausalLM.from_pretrained(
-        model, initial_peers=addresses, swarm_key=swarm_key, dtype=dtype, revision=revision
-    )
+    found = local_name(model, revision, initial_peers=initial_peers, swarm=swarm)
+    with enough_memory("give --device cpu"):
+        swarm_model = AutoDistributedModelForCausalLM.from_pretrained(
+            found, initial_peers=initial_peers, swarm=swarm, dtype=dtype, device=device, revision=revision
+        )
     serve(
-        swarm_model, name or (Path(model).resolve().name if Path(model).is_dir() else model), model, revision, address,
+        swarm_model, name or (Path(model).resolve().name if Path(model).is_dir() else model), found, revision, address,
         Limits(max_body, max_requests, max_requests_per_key, requests_per_minute),
         adapters=adapters, adapter_folder=adapter_folder, prefix_tokens=prefix_tokens, max_running=max_running,
         max_tokens=max_tokens,

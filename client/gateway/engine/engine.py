@@ -235,7 +235,7 @@ class Engine:
 
     def _advance(self, served: Served | None, group: "list[tuple[Growing, torch.Tensor]]") -> None:
         with self.shelf.on(served):
-            logits = self._halves.behind(torch.cat([last for _, last in group]))[:, -1]
+            logits = self._halves.behind(torch.cat([last for _, last in group]))[:, -1].cpu()
         for (text, _), row in zip(group, logits, strict=True):
             if not text.is_over:
                 self._guard([text], lambda text=text, row=row: text.take(row))  # type: ignore[misc]

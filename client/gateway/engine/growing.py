@@ -89,10 +89,10 @@ class Growing:
         self._left = wanted.max_tokens
 
     def take(self, logits: torch.Tensor) -> None:
-        """Choose the next token by logits (vocabulary,) in float32, and give it away."""
+        """Choose the next token by logits (vocabulary,) in float32 on the CPU, and give it away."""
         if not self._left:
             return self._finish("length")
-        logits = logits[None].cpu()
+        logits = logits[None]
         token = self._chooser.choose(self.tokens, logits)
         self._left -= 1
         self.tokens.append(token)
