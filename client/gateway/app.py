@@ -118,7 +118,7 @@ class Gateway:
     # What clients ask for ------------------------------------------------------------------------------------------
 
     async def _health(self, request: Request) -> Response:
-        return PlainTextResponse("ok\n")
+        return PlainTextResponse("ok\n") if self._engine.is_alive else PlainTextResponse("failed\n", 503)
 
     async def _show_metrics(self, request: Request) -> Response:
         return PlainTextResponse(self._metrics.page())

@@ -75,6 +75,11 @@ class Engine:
         self._thread.start()
 
     @property
+    def is_alive(self) -> bool:
+        """Whether texts are made at all."""
+        return self._thread.is_alive()
+
+    @property
     def running(self) -> int:
         """Texts in the making."""
         return len(self._alive)
@@ -140,11 +145,14 @@ class Engine:
     def _run(self) -> None:
         with torch.no_grad():
             while not self._is_stopped:
-                self._gather()
-                start = time.perf_counter()
-                self._admit()
-                self._round()
-                self.own_seconds += time.perf_counter() - start
+                try:
+                    self._gather()
+                    start = time.perf_counter()
+                    self._admit()
+                    self._round()
+                    self.own_seconds += time.perf_counter() - start
+                except Exception:  # of a fault here one text may suffer, and never all that come after
+                    _log.exception("The engine failed in a round.")
 
     def _gather(self) -> None:
         """What has happened; waits a moment for steps that are about to come back, so that they share a round."""
@@ -174,7 +182,7 @@ class Engine:
     def _read_prompt(self, text: Growing) -> None:
         """Begin with the prompt, behind what a kept session has of it."""
         prompt = text.wanted.prompt
-        found = None if text.wanted.echo_logprobs else self.prefixes.find(text.wanted.served, prompt)
+        found = None if text.wanted.echo_logprobs else self.prefixes.find(text.wanted.served, list(prompt))
         kept, start = found if found else (None, 0)
         self.prefix_hits += start
         hidden = self._before(text.wanted.served, [prompt[start:]], [start])

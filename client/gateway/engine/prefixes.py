@@ -1,8 +1,6 @@
 """The keys and values of finished texts, kept on the peers for those that begin alike."""
 
 import asyncio
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from client.gateway.engine.served import Served
@@ -14,7 +12,7 @@ class Kept:
     """A session that waits to be forked, and the tokens that it holds."""
 
     served: Served
-    tokens: Sequence[int]
+    tokens: list[int]
     session: InferenceSession
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One fork at a time: a session answers one request after the other."""
@@ -28,7 +26,7 @@ class Prefixes:
         self._kept: dict[Kept, None] = {}
         self.tokens = 0
 
-    def find(self, served: Served, prompt: Sequence[int]) -> tuple[Kept, int] | None:
+    def find(self, served: Served, prompt: list[int]) -> tuple[Kept, int] | None:
         """The session that has most of a prompt, and how many of its first tokens; never all of them."""
         best: tuple[Kept, int] | None = None
         for kept in self._kept:
@@ -43,7 +41,7 @@ class Prefixes:
             self._kept[best[0]] = self._kept.pop(best[0])  # type: ignore[func-returns-value]
         return best
 
-    def keep(self, served: Served, tokens: Sequence[int], session: InferenceSession) -> None:
+    def keep(self, served: Served, tokens: list[int], session: InferenceSession) -> None:
         """Keep a session that nobody uses any more; one that it holds all of goes. Closes it where there is no room."""
         if len(tokens) > self._most:
             session.close()
@@ -68,6 +66,13 @@ class Prefixes:
         kept.session.close()
 
 
-def _alike(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences have in common from their beginning on."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+def _alike(one: list[int], other: list[int]) -> int:
+    """How many tokens two sequences have in common from their beginning on; slices are compared without a loop here."""
+    known, most = 0, min(len(one), len(other))
+    while known < most:
+        middle = (known + most + 1) // 2
+        if one[known:middle] == other[known:middle]:
+            known = middle
+        else:
+            most = middle - 1
+    return known
