@@ -20,6 +20,7 @@ _RUNS: list[list[str]] = [
     *(["training", "--model", model, "--peers", str(peers)] for model, peers in product(_MODELS, (1, 2, 3))),
     *(["many", "--model", model, "--peers", "1"] for model in _MODELS),
     ["many", "--peers", "2", "--peer-threads", "1"],
+    ["gateway", "--model", "llama", "--peers", "1"],
     ["methods"],
     ["stall"],
     ["carriers"],

@@ -199,10 +199,10 @@ class Soak:
     def _measure(self) -> dict[str, float]:
         sample: dict[str, float] = {}
         for number, peer in enumerate(self.swarm.peers):
-            sample |= _figures(f"peer {number}", peer)
+            sample |= figures_of(f"peer {number}", peer)
             for child in psutil.Process(peer.pid).children():
-                sample |= _figures(f"p2pd of peer {number}", Peer(child.pid, peer.stdout, peer.stderr))
-        sample |= _figures("clients", Peer(os.getpid(), Path(), Path()))
+                sample |= figures_of(f"p2pd of peer {number}", Peer(child.pid, peer.stdout, peer.stderr))
+        sample |= figures_of("clients", Peer(os.getpid(), Path(), Path()))
         sample["clients: tasks"] = len(asyncio.all_tasks(LOOP._running()))
         sample["clients: objects"] = len(gc.get_objects())
         return sample
@@ -214,7 +214,7 @@ def _own_p2pds() -> set[int]:
     return {one.pid for one in found if one.info["ppid"] == os.getpid() and one.info["name"] == "p2pd"}
 
 
-def _figures(name: str, process: Peer) -> dict[str, float]:
+def figures_of(name: str, process: Peer) -> dict[str, float]:
     folder = Path(f"/proc/{process.pid}")
     threads = re.search(r"^Threads:\s+(\d+)", (folder / "status").read_text(), re.M)
     assert threads

@@ -3,10 +3,11 @@
 import typer
 
 from client.commands.certify import certify
+from client.commands.gateway import gateway
 from client.commands.generate import generate
 from client.commands.merge import merge
 from client.commands.tune import tune
 
 app = typer.Typer(add_completion=False)
-for command in (generate, tune, merge, certify):
+for command in (generate, gateway, tune, merge, certify):
     app.command()(command)

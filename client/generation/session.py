@@ -20,7 +20,7 @@ from protocol.errors import SwarmError
 
 
 class InferenceSession:
-    """The KV caches of one generation. Used from the user's thread; its work is done on the loop."""
+    """The KV caches of one generation. Used from the user's thread; its work is done on the loop, by `run_*`."""
 
     def __init__(self, caller: Caller, blocks: range, rope: DynamicRope):
         self._caller, self.blocks = caller, blocks
@@ -32,36 +32,26 @@ class InferenceSession:
     def step(
         self, work: Work, hidden: torch.Tensor, edits: list[pb.CacheEdit], keep_past: bool, start: int
     ) -> torch.Tensor:
+        """As `run_step`, from the user's thread."""
+        return self._loop.run(self.run_step(work, hidden, edits, keep_past, start))
+
+    def fork(self) -> "InferenceSession":
+        """As `run_fork`, from the user's thread."""
+        return self._loop.run(self.run_fork())
+
+    def close(self) -> None:
+        """End the sessions on the peers."""
+        self._loop.call(close_stages, self._stages)
+
+    async def run_step(
+        self, work: Work, hidden: torch.Tensor, edits: list[pb.CacheEdit], keep_past: bool, start: int
+    ) -> torch.Tensor:
         """Hidden states (batch, tokens, hidden size) after all blocks, for tokens that the cache then holds too.
 
         `edits`: what the cache goes through before them. `start`: the tokens that it holds then, a KV prefix included.
         Raises `NoRoute`, and what the last peer that was tried refused the step with; the caches are then as after
         `edits`.
         """
-        return self._loop.run(self._step(work, hidden, edits, keep_past, start))
-
-    def fork(self) -> "InferenceSession":
-        """A copy of the caches as they are now."""
-        return self._loop.run(self._fork())
-
-    def close(self) -> None:
-        """End the sessions on the peers."""
-        self._loop.call(close_stages, self._stages)
-
-    @contextmanager
-    def _in_use(self) -> Iterator[None]:
-        """Within the block the caches do not give way to others."""
-        for stage in self._stages:
-            stage.is_idle = False
-        try:
-            yield
-        finally:
-            for stage in self._stages:
-                stage.rest()
-
-    async def _step(
-        self, work: Work, hidden: torch.Tensor, edits: list[pb.CacheEdit], keep_past: bool, start: int
-    ) -> torch.Tensor:
         step = self._past.begin(work, edits, keep_past, start, hidden)
         if edits:
             for stage in self._stages:
@@ -78,6 +68,26 @@ class InferenceSession:
         if self._past.is_noted:
             self._past.note(step, len(hidden))
         return output
+
+    async def run_fork(self) -> "InferenceSession":
+        """A copy of the caches as they are now, while no step is under way."""
+        twin = InferenceSession(self._caller, self.blocks, self._past.rope)
+        twin._past = self._past.fork()
+        with self._in_use(), twin._in_use():
+            for stage in self._stages:
+                twin._stages.append(await stage.fork(twin._past))
+        return twin
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Within the block the caches do not give way to others."""
+        for stage in self._stages:
+            stage.is_idle = False
+        try:
+            yield
+        finally:
+            for stage in self._stages:
+                stage.rest()
 
     async def _run(self, step: Step, hidden: torch.Tensor) -> torch.Tensor:
         """A step through all stages: straight on as long as nothing comes up."""
@@ -119,11 +129,3 @@ class InferenceSession:
         if any(stage.channel is None for stage in self._stages):
             return False
         return not any([await stage.should_move() for stage in self._stages])
-
-    async def _fork(self) -> "InferenceSession":
-        twin = InferenceSession(self._caller, self.blocks, self._past.rope)
-        twin._past = self._past.fork()
-        with self._in_use(), twin._in_use():
-            for stage in self._stages:
-                twin._stages.append(await stage.fork(twin._past))
-        return twin

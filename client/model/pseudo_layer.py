@@ -2,10 +2,10 @@
 
 import inspect
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from client.model.remote_cache import RemoteLayer, adopt
 from client.requests.work import Work
 from protocol.errors import BadUsage
 from protocol.tensors import KvPrefix
+
+T = TypeVar("T")
 
 _REFUSED = {
     "output_attentions": "attention weights stay on the peers",
@@ -45,6 +47,10 @@ class _EarlierCache(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         raise BadUsage(_NO_BACKWARD)
+
+
+class _Reached(Exception):
+    """The blocks were reached by a forward that was to come so far only."""
 
 
 class PseudoLayer:
@@ -97,7 +103,12 @@ class PseudoLayer:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, blocks: range, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.probing:
+        caught = vars(self._caught)
+        if "stop" in caught:
+            raise _Reached(hidden_states)
+        if "output" in caught:
+            hidden_states = caught["output"]
+        elif not self.probing:
             cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
             hidden_states = self._run(blocks, hidden_states, cache)
         return (hidden_states, None) if self.returns_tuple else hidden_states
@@ -106,6 +117,11 @@ class PseudoLayer:
     def whole(self) -> BlockRange:
         """All blocks."""
         return self._ghosts[:]  # type: ignore[no-any-return]
+
+    def path_in(self, model: nn.Module) -> str:
+        """The name of the list of blocks in `model`."""
+        names = (name for name, module in model.named_modules() if module is self._ghosts)
+        return str(next(names))
 
     @property
     def active_session(self) -> PetalsSession | None:
@@ -123,6 +139,30 @@ class PseudoLayer:
         """Hidden states after `blocks`, of tokens that come behind those of `cache`."""
         self._caught.mask = self._caught.positions = None
         return self._run(blocks, hidden, cache)
+
+    def before_blocks(self, forward: Callable[[], Any]) -> torch.Tensor:
+        """The hidden states (batch, tokens, hidden size) that `forward`, a run of the model, comes to the blocks with;
+        it goes no further. Other threads are not affected.
+        """
+        self._caught.stop = True
+        try:
+            forward()
+        except _Reached as reached:
+            hidden: torch.Tensor = reached.args[0]
+            return hidden
+        finally:
+            del self._caught.stop
+        raise RuntimeError("The model did not come to its blocks.")
+
+    def behind_blocks(self, hidden: torch.Tensor, forward: Callable[[], T]) -> T:
+        """What `forward`, a run of the model, makes of `hidden` (batch, tokens, hidden size) as what blocks put out.
+        Other threads are not affected.
+        """
+        self._caught.output = hidden
+        try:
+            return forward()
+        finally:
+            del self._caught.output
 
     def inference_session(self, blocks: range) -> AbstractContextManager[PetalsSession]:
         """A session over `blocks`."""

@@ -96,12 +96,20 @@ class ProcessLoop:
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """As `BackgroundLoop.run`. Raises `BadUsage` in a fork."""
-        if self._process != os.getpid():
-            coroutine.close()  # nobody will await it, and Python would say so
-            raise BadUsage("This process was forked from the one that loaded the model; load the model after the fork.")
+        self._check(coroutine)
         return LOOP.run(coroutine)
+
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """As `BackgroundLoop.start`. Raises `BadUsage` in a fork."""
+        self._check(coroutine)
+        return LOOP.start(coroutine)
 
     def call(self, function: Any, *arguments: Any) -> None:
         """As `BackgroundLoop.call`; does nothing in a fork."""
         if self._process == os.getpid():
             LOOP.call(function, *arguments)
+
+    def _check(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        if self._process != os.getpid():
+            coroutine.close()  # nobody will await it, and Python would say so
+            raise BadUsage("This process was forked from the one that loaded the model; load the model after the fork.")

@@ -106,7 +106,7 @@ def _name(field: Field[Any], annotation: Any) -> str:
 class LazyGroup(typer.core.TyperGroup):
     """Also offers the client's commands, and imports the client only when one of them is asked for."""
 
-    lazy = ("generate", "tune", "merge", "certify")
+    lazy = ("generate", "gateway", "tune", "merge", "certify")
 
     def list_commands(self, ctx: Any) -> list[str]:
         """All commands' names."""

@@ -50,8 +50,10 @@ MAY_IMPORT: dict[str, str] = {
     "client/tune/running": "client/tune/description client/tune/data client/tune client protocol/*",
     "client/merge": "protocol/*",
     "client/certify": "client/tune/data client protocol/*",
-    "client/commands": "client/certify client/merge client/tune/* client client/model client/swarm bootstrap/* "
-    "protocol/*",
+    "client/gateway/engine": "client/model client/generation client/requests client protocol/*",
+    "client/gateway": "client/gateway/engine client protocol/*",
+    "client/commands": "client/gateway client/certify client/merge client/tune/* client client/model client/swarm "
+    "bootstrap/* protocol/*",
 }
 """Folder -> the folders, or single files of them, whose code its own may use; `/*` stands for all below as well.
 
@@ -70,7 +72,10 @@ COMMANDS = "peer/commands/"
 MOST_FILES = {"protocol": 14}
 """Folders of more than 12 files, each one concept that has no parts."""
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-SLOW = {"peft", "bitsandbytes", "accelerate", "datasets", "matplotlib"}
+SLOW = {
+    "peft", "bitsandbytes", "accelerate", "datasets", "matplotlib", "starlette", "uvicorn", "llguidance",
+    "prometheus_client",
+}  # fmt: skip
 GENERATED = {"protocol/swarm_pb2.py", "protocol/membership/membership_pb2.py"}
 
 
