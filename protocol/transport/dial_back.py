@@ -108,7 +108,7 @@ class DialBack:
         except BadRequest:
             return b""
         hosts = sorted(map(str, await self._hosts(peer_id)))[:MAX_HOSTS]
-        if not all([self._may_ask(host) for host in hosts]):
+        if not all(map(self._may_ask, hosts)):
             return Answer(too_often=True).to_bytes()
         ways: list[tuple[str, Carrier, Awaitable[Outcome]]] = []
         for host in hosts:
