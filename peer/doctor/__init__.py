@@ -7,7 +7,7 @@ machine         disk, memory, device
 ports           p2pd, the ports to listen at
 network         whether others can dial back, multicast, NAT
 standing        the swarm: whether it answers, clocks, the certificate, versions
-peers           those that serve the model: reachable by which carrier, how far away, how fast
+peers           those that give or serve the model: reachable by which carrier, how far away, how fast
 report          what people and programs are shown
 
 A new check is a function from a `Case` to `Finding`s, and a line in `examination.CHECKS`. What it looks for it does not

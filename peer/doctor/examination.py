@@ -20,6 +20,7 @@ CHECKS: Sequence[Check] = (
     Check("certificate", standing.certificate),
     Check("versions", standing.versions),
     Check("NAT", network.nat),
+    Check("weights", peers.weights),
     Check("peers", peers.peers),
 )
 

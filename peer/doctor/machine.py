@@ -47,8 +47,10 @@ def _memory(case: Case) -> Finding:
     if case.model is None:
         return ok(f"{sentence}; name a model (--model) to see whether its blocks fit.")
     from peer.span.loading import block_bytes
-    from protocol.model.checkpoint import open_checkpoint
+    from protocol.model.checkpoint import is_here, open_checkpoint
 
+    if not is_here(case.model):
+        return ok(f"{sentence}; {case.model} is not on this machine yet, so the size of its blocks is not known.")
     try:
         checkpoint = open_checkpoint(case.model)
         total = checkpoint.model_id.num_blocks

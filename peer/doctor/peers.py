@@ -14,12 +14,34 @@ from protocol.errors import BadRequest, PeerFull, PeerUnreachable, SwarmError, W
 from protocol.records import ModelId, PeerRecord, PeerState, holes
 from protocol.stream import Carrier
 from protocol.tensors import Limits
+from protocol.weights.obtain import offers
 
 _PATIENCE = 6.0
 _AT_ONCE = 8
 _MOST = 64
 """Peers of one model that are tried."""
 _BY = {"direct": "directly", "libp2p": "by libp2p"}
+
+
+async def weights(case: Case) -> Findings:
+    """Where the files of the model that was named would come from."""
+    if case.model is None:
+        return [ok("They are not looked for, as no model was named (--model).")]
+    from protocol.model.checkpoint import is_here, may_be_on_hub
+
+    if await asyncio.to_thread(is_here, case.model):
+        return [ok(f"{case.model} is on this machine.")]
+    member = await case.join()
+    offered = offers(await member.directory.weights()) if member is not None and member.others else []
+    found = [offer for offer in offered if case.model in (offer.model.name, offer.label)]
+    if whole := sum(offer.whole for offer in found):
+        return [ok(f"{whole} member(s) give all files of {case.model}.")]
+    mend = "Let a machine that has the model give it: `peer share FOLDER`, or `peer serve FOLDER`."
+    if found:
+        return [warning(f"Members give parts of {case.model}, and none gives all of it.", mend)]
+    if may_be_on_hub(case.model) and "/" in case.model:
+        return [ok(f"No member gives {case.model}, so it would come from the hub, if that has it.")]
+    return [wrong(f"{case.model} is not on this machine, and no member gives it.", mend)]
 
 
 async def peers(case: Case) -> Findings:
