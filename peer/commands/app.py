@@ -160,6 +160,9 @@ def status(
 
 @app.command()
 def doctor(
+    ticket: Annotated[
+        str | None, typer.Argument(metavar="TICKET", help="Of a swarm that this machine could not join.")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(parser=as_model, metavar="MODEL", help="A folder or hub name, to be served or used."),
@@ -178,12 +181,16 @@ def doctor(
 ) -> None:
     """Find out why this machine cannot join, serve or use a swarm, and what to do. Exit code 1: something is wrong."""
     from bootstrap.member import MemberOptions
-    from bootstrap.membership.folder import choose_swarm
+    from bootstrap.membership.folder import OPEN, choose_swarm
     from peer.doctor import report
     from peer.doctor.case import Case
     from peer.doctor.examination import examine
     from peer.start.options import ServeOptions
 
+    if ticket is not None:
+        from bootstrap.membership.ticket import Ticket
+
+        initial_peers, swarm = list(Ticket.from_text(ticket.removeprefix("ticket=")).addresses), OPEN
     serving = ServeOptions(blocks=blocks, device=device)
     serving.check()
     folder = choose_swarm(swarm, bool(initial_peers))

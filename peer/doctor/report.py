@@ -14,13 +14,14 @@ _WIDTH = 12
 
 def lines(check: Check, found: Findings, is_terminal: bool) -> Iterator[Text]:
     """A check's findings: with marks on a terminal, with words elsewhere."""
+    width = 1 if is_terminal else 7
     for number, finding in enumerate(found):
         mark, style = _MARKS[finding.verdict]
-        text = Text(mark if is_terminal else f"{finding.verdict.value:7}", style=style)
+        text = Text(mark if is_terminal else f"{finding.verdict.value:{width}}", style=style)
         name = check.name if number == 0 or not is_terminal else ""
         yield text.append(f" {name:{_WIDTH}}", style="bold").append(finding.sentence, style="default")
         if finding.mend:
-            yield Text(f"{'' if is_terminal else '       '}  {'':{_WIDTH}}→ {finding.mend}", style="default")
+            yield Text(f"{'':{width + 1 + _WIDTH}}→ {finding.mend}", style="default")
 
 
 def summary(found: Iterable[Finding]) -> str:

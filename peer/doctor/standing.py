@@ -51,7 +51,7 @@ async def clock(case: Case) -> Findings:
 async def swarm(case: Case) -> Findings:
     """Whether it answers."""
     if not case.names_swarm:
-        mend = "Name a swarm (--swarm, or --initial-peers with the address of a member) to have others looked at, too."
+        mend = "Name one to have others looked at, too: --swarm, a TICKET, or --initial-peers with a member's address."
         return [warning("No swarm was named, and this machine has joined none.", mend)]
     await case.join()
     others, folder = await case.others(), case.membership.swarm
@@ -59,7 +59,7 @@ async def swarm(case: Case) -> Findings:
         return [ok(f"{len(others)} other member(s) answer.")]
     problem = case.problem
     if isinstance(problem, NotAMember):
-        mend = "Name the right swarm (--swarm), or join with a new ticket (`peer invite` on an admin's machine)."
+        mend = "Join with a ticket of an admin's (`peer invite`, `peer join TICKET`), or name the right swarm (--swarm)."
         return [wrong(str(problem), mend)]
     if isinstance(problem, ClocksDiffer):
         return [wrong("Members refuse this machine for its clock.", "Set the clock, see above.")]
