@@ -171,7 +171,8 @@ def doctor(
     device: Annotated[str, typer.Option(help="As of `peer serve`.")] = "auto",
     initial_peers: InitialPeers = None,
     swarm: SwarmName = None,
-    host: Host = "0.0.0.0",
+    discovery: Discovery = True,
+    host: Host = ANY,
     port: Port = 0,
     direct_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen on for direct connections; 0: any free one.")
@@ -194,7 +195,9 @@ def doctor(
     serving = ServeOptions(blocks=blocks, device=device)
     serving.check()
     folder = choose_swarm(swarm, bool(initial_peers))
-    membership = MemberOptions(tuple(initial_peers or ()), host, port, direct_port=direct_port, swarm=folder)
+    membership = MemberOptions(
+        tuple(initial_peers or ()), host, port, direct_port=direct_port, swarm=folder, discovery=discovery
+    )
 
     async def work() -> None:
         case, console, found = Case(membership, serving, model), new_console(), []

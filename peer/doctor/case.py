@@ -1,7 +1,10 @@
 """What is examined: this machine, as a member of the swarm that is meant."""
 
+import asyncio
 import socket
+import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -16,6 +19,9 @@ from peer.start.options import ServeOptions
 from protocol.errors import BadUsage, ClocksDiffer, NotAMember, SwarmError
 from protocol.records import MemberRecord, ModelId, PeerRecord
 from protocol.stream import Stream
+
+_FINDING = 3.0
+"""Seconds for members on the same network to be found."""
 
 
 class Case:
@@ -48,6 +54,8 @@ class Case:
             except SwarmError as error:
                 self.problem = error
             else:
+                if self.membership.swarm is not None and self.membership.discovery:
+                    await _wait_for(lambda: bool(member.others))
                 if not member.others:  # in a private swarm that is no failure to join
                     problems = [error for error in await member.find_others() if isinstance(error, SwarmError)]
                     self.problem = min(problems, key=_vagueness, default=None)
@@ -106,6 +114,12 @@ def own_hosts() -> frozenset[IPv4Address | IPv6Address]:
             if entry.family in (socket.AF_INET, socket.AF_INET6):
                 found.add(ip_address(entry.address.partition("%")[0]))
     return frozenset(found)
+
+
+async def _wait_for(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _FINDING
+    while not is_so() and time.monotonic() < deadline:
+        await asyncio.sleep(0.1)
 
 
 def _by_peer(addresses: list[str]) -> dict[str, list[Multiaddr]]:

@@ -1,20 +1,21 @@
 """Checks of the network: whether others can reach this machine, multicast, NAT."""
 
 import asyncio
-import socket
+import os
 from contextlib import suppress
-from ipaddress import ip_address
-from uuid import uuid4
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
+import base58
 from hivemind.utils.multiaddr import Multiaddr
 
 from bootstrap.addresses import ip_of, parts_of, split_peer_address
 from bootstrap.member import Member
+from bootstrap.membership.discovery import Discovery
 from peer.doctor.case import Case, own_hosts
 from peer.doctor.check import Finding, Findings, ok, warning, wrong
 from protocol.errors import SwarmError
 from protocol.membership.certificate import Role
-from protocol.name import NAME
+from protocol.membership.secret import SECRET_BYTES, SwarmSecret
 from protocol.transport.dial_back import Answer, Attempt, Outcome
 
 _HELPERS = 3
@@ -130,41 +131,34 @@ async def nat(case: Case) -> Findings:
 
 
 async def multicast(case: Case) -> Findings:
-    """Whether this machine can multicast and hears itself, by which members find each other on a LAN."""
-    from zeroconf import Error
-
+    """Whether what this machine broadcasts on its networks is heard, by which members find each other."""
+    folder = case.membership.swarm
+    if folder is not None and not (case.membership.discovery and folder.discovery):
+        return [ok("It is switched off: members are found by a ticket or by known addresses only.")]
+    hosts = [ip for ip in own_hosts() if not ip.is_loopback and not ip.is_link_local]
+    if not hosts:
+        return [warning("This machine has no address in any network.", "Connect it to one.")]
     try:
-        heard = await _hears_itself()
-    except (OSError, RuntimeError, Error) as error:
-        return [warning(f"This machine cannot multicast ({error}).", _KNOWN_ADDRESSES)]
-    if not heard:
-        return [warning("This machine does not hear its own multicast.", f"Let UDP port 5353 pass; {_KNOWN_ADDRESSES}")]
-    return [ok("Multicast (DNS-SD) is sent and heard on this machine; a Wi-Fi for guests may still keep it to itself.")]
+        is_heard = await _is_heard(hosts)
+    except OSError as error:
+        return [warning(f"This machine cannot multicast: {error}.", _WITHOUT)]
+    if not is_heard:
+        return [warning("This machine does not hear its own multicast.", f"Let UDP port 5353 pass. {_WITHOUT}")]
+    return [ok("It is sent and heard on this machine; a Wi-Fi for guests may still keep it from others.")]
 
 
-_KNOWN_ADDRESSES = "without it members are found by a ticket or by known addresses only."
+_WITHOUT = "Without it members are found by a ticket or by known addresses only."
 
 
-async def _hears_itself() -> bool:
-    """Whether a service that one responder announces is found by another."""
-    from zeroconf import IPVersion, ServiceInfo, ServiceStateChange, Zeroconf
-    from zeroconf.asyncio import AsyncServiceBrowser, AsyncZeroconf
-
-    service, heard = f"_{NAME}-test._tcp.local.", asyncio.Event()
-    name = f"{uuid4().hex}.{service}"
-
-    def hear(zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
-        if name == announced.name:
-            heard.set()
-
-    announced = ServiceInfo(service, name, port=9, server=f"{uuid4().hex}.local.", addresses=[])
-    version = IPVersion.All if socket.has_dualstack_ipv6() else IPVersion.V4Only
-    speaker, listener = AsyncZeroconf(ip_version=version), AsyncZeroconf(ip_version=version)
-    try:
-        AsyncServiceBrowser(listener.zeroconf, service, [hear])
-        await speaker.async_register_service(announced, cooperating_responders=True)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(heard.wait(), _HEARING)
-        return heard.is_set()
-    finally:
-        await asyncio.gather(speaker.async_close(), listener.async_close())
+async def _is_heard(hosts: list[IPv4Address | IPv6Address]) -> bool:
+    """Whether a member of a swarm that nobody else is in, on this machine, finds another. Raises `OSError`."""
+    secret, heard = SwarmSecret(os.urandom(SECRET_BYTES)), asyncio.Event()
+    spoken, listening = (base58.b58encode(b"\x12\x20" + os.urandom(32)).decode() for _ in range(2))
+    addresses = [f"/ip{ip.version}/{ip}/tcp/9/p2p/{spoken}" for ip in hosts]
+    speaker = Discovery(secret, spoken, lambda found: None)
+    listener = Discovery(secret, listening, lambda found: heard.set())
+    runs = [speaker.run(lambda: addresses, heard.is_set), listener.run(lambda: [], heard.is_set)]
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_HEARING):
+            await asyncio.gather(*runs)
+    return heard.is_set()

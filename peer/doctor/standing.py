@@ -59,7 +59,9 @@ async def swarm(case: Case) -> Findings:
         return [ok(f"{len(others)} other member(s) answer.")]
     problem = case.problem
     if isinstance(problem, NotAMember):
-        mend = "Join with a ticket of an admin's (`peer invite`, `peer join TICKET`), or name the right swarm (--swarm)."
+        mend = (
+            "Join with a ticket of an admin's (`peer invite`, `peer join TICKET`), or name the right swarm (--swarm)."
+        )
         return [wrong(str(problem), mend)]
     if isinstance(problem, ClocksDiffer):
         return [wrong("Members refuse this machine for its clock.", "Set the clock, see above.")]
@@ -68,7 +70,7 @@ async def swarm(case: Case) -> Findings:
     if not case.named:
         return [
             warning(
-                f"No other member of {folder.name if folder else 'the swarm'} has been seen yet.",
+                f"No other member of {folder.name if folder else 'the swarm'} has been seen yet, nor is one found now.",
                 "Let others in (`peer invite`), or give the address of a member (--initial-peers).",
             )
         ]
