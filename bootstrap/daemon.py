@@ -1,9 +1,12 @@
 """The p2pd child process (libp2p itself, in Go): started, watched, and stopped for certain."""
 
 import asyncio
+import errno
 import logging
 import os
+import re
 import secrets
+import signal
 import subprocess
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
@@ -24,6 +27,10 @@ IDLE_TIMEOUT = 10
 """Seconds after which p2pd gives up waiting for our connection. It also ends when that connection closes, so that it
 does not outlive a process that was killed."""
 _READY = b"Peer ID:"
+_STAMP = re.compile(r"^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d ")
+_CRASHES = ("panic: ", "fatal error: ")
+"""What Go begins the line with that says why a program ends; behind it come all of its stacks."""
+_MAX_SAID = 300
 _log = logging.getLogger(__name__)
 R = TypeVar("R")
 
@@ -44,26 +51,32 @@ class Daemon:
         self._process = process
         self._socket = socket
         self._ready = asyncio.get_running_loop().create_future()
+        self._said = b""
+        """The end of what it has printed."""
         self._watcher = asyncio.create_task(self._watch())
 
     @classmethod
     async def start(cls, options: Sequence[str], timeout: float) -> Self:
         """Start p2pd with these command line options.
 
-        Raises `DaemonFailed` when it ends at once, `PeerFailed` when it cannot be run or is silent for `timeout` s.
+        Raises `DaemonFailed` when it ends at once, `PeerFailed` when it cannot be run or is not ready in `timeout` s.
         """
         # Not in TMPDIR, which may be too long for a socket's path. Not in a folder of its own, which would be left
         # behind when this process is killed: p2pd then ends and removes its socket only.
         socket = Path(f"/tmp/{NAME}-{os.getpid()}-{secrets.token_hex(8)}.sock")
+        binary = Path(str(files(hivemind.hivemind_cli) / "p2pd"))
         try:
-            daemon = cls(_spawn(socket, options), socket)
+            daemon = cls(_spawn(binary, socket, options), socket)
         except OSError as error:
-            raise PeerFailed(f"hivemind's p2pd cannot be run ({error}); install hivemind again.") from error
+            raise PeerFailed(_cannot_run(binary, error)) from error
         try:
             await asyncio.wait_for(daemon._ready, timeout)
         except TimeoutError as error:
             await daemon.stop()
-            raise PeerFailed(f"p2pd did not start within {timeout:g} s.") from error
+            said = _in_a_line(daemon._said)
+            raise PeerFailed(
+                f"p2pd did not start within {timeout:g} s" + (f", and said: {said}." if said else " and said nothing.")
+            ) from error
         except BaseException:
             await daemon.stop()
             raise
@@ -87,18 +100,19 @@ class Daemon:
         pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(reader), self._process.stdout
         )
-        said = b""
         try:
             while part := await reader.read(2**16):
                 _log.debug("p2pd: %s", part.decode(errors="replace").rstrip())
-                said = (said + part)[-2000:]
-                if _READY in said and not self._ready.done():
+                self._said = (self._said + part)[-(2**16) :]
+                if _READY in self._said and not self._ready.done():
                     self._ready.set_result(None)
         finally:
             pipe.close()
             self.gone.set()
             if not self._ready.done():
-                self._ready.set_exception(DaemonFailed(said.decode(errors="replace").strip() or "no reason given"))
+                # Its output is closed, so its end is a matter of milliseconds.
+                code = await asyncio.to_thread(self._process.wait)
+                self._ready.set_exception(DaemonFailed(_in_a_line(self._said) or _silent_end(code)))
 
 
 class Connection(P2P):  # type: ignore[misc]
@@ -119,6 +133,17 @@ class Connection(P2P):  # type: ignore[misc]
     async def dial(self, peer_id: PeerID, addresses: Sequence[Multiaddr]) -> None:
         """Connect p2pd to a peer at `addresses` (without /p2p). Raises `P2PDaemonError`."""
         await self._until_broken(self._client.connect(peer_id, addresses))
+
+    async def redial(self, peer_id: PeerID, addresses: Sequence[Multiaddr]) -> None:
+        """As `dial`, by a new connection. Raises `P2PDaemonError`."""
+        with suppress(P2PDaemonError):  # not connected
+            await self._until_broken(self._client.disconnect(peer_id))
+        await self.dial(peer_id, addresses)
+
+    async def connections(self, peer_id: PeerID) -> list[Multiaddr]:
+        """The other ends of the connections to a peer, as p2pd sees them. Raises `P2PDaemonError`."""
+        others = await self._until_broken(self._client.list_peers())
+        return [address for other in others if other.peer_id == peer_id for address in other.addrs]
 
     async def visible_addresses(self) -> Sequence[Multiaddr]:
         """The addresses that p2pd sees for itself now. Raises `OSError` or `EOFError`."""
@@ -165,8 +190,36 @@ def _multiaddr(socket: Path) -> Multiaddr:
     return Multiaddr(f"/unix{socket}")
 
 
-def _spawn(socket: Path, options: Sequence[str]) -> subprocess.Popen[bytes]:
-    binary = files(hivemind.hivemind_cli) / "p2pd"
+def _in_a_line(said: bytes) -> str:
+    """What p2pd gave as the reason why it ended, in one line without a full stop; empty if it said nothing."""
+    lines = [_STAMP.sub("", line).strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
+    crash = next((line for line in lines if line.startswith(_CRASHES)), lines[-1] if lines else "")
+    return "".join(letter if letter.isprintable() else " " for letter in crash[:_MAX_SAID]).rstrip(" .")
+
+
+def _silent_end(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "it was killed without a word, as a system does that has run out of memory"
+    if code < 0:
+        return f"it was ended by {signal.Signals(-code).name} without a word"
+    return f"it ended with exit code {code} without a word"
+
+
+def _cannot_run(binary: Path, error: OSError) -> str:
+    again = "install hivemind again (`pip install --force-reinstall hivemind`)"
+    if error.errno == errno.ENOENT and not binary.exists():
+        return f"hivemind's p2pd is missing, which should be {binary}; {again}."
+    if error.errno == errno.EACCES:
+        return (
+            f"hivemind's p2pd may not be run: {binary} is not executable, or its disk is mounted with noexec; run "
+            f"`chmod +x {binary}`, or install into another folder."
+        )
+    if error.errno == errno.ENOEXEC:
+        return f"hivemind's p2pd ({binary}) is damaged, or for another kind of machine; {again}."
+    return f"hivemind's p2pd ({binary}) cannot be run: {error.strerror or error}."
+
+
+def _spawn(binary: Path, socket: Path, options: Sequence[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [str(binary), f"-listen={_multiaddr(socket)}", f"-idleTimeout={IDLE_TIMEOUT}s", *options],
         stdin=subprocess.DEVNULL,

@@ -8,16 +8,19 @@ import time
 from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any, Self
 
 from hivemind.dht import DHTNode
-from hivemind.p2p import P2PDaemonError
+from hivemind.p2p import P2PContext, P2PDaemonError, PeerID
 from hivemind.utils.logging import use_hivemind_log_handler
+from hivemind.utils.multiaddr import Multiaddr
 
 from bootstrap.addresses import (
     check_announced,
     for_others,
+    ip_of,
     is_loopback,
     listening_addresses,
     own_ports,
@@ -32,24 +35,28 @@ from bootstrap.door import OwnDoor
 from bootstrap.identity import Identity, signer_of
 from bootstrap.membership.desk import Desk
 from bootstrap.membership.folder import Known, SwarmFolder
-from bootstrap.membership.gate import Gate
+from bootstrap.membership.gate import Bytes, Gate
 from bootstrap.membership.own import OwnMembership
 from bootstrap.membership.rounds import Rounds
 from bootstrap.neighbours import Neighbours, create_node
 from bootstrap.ports import ANY, bind
 from bootstrap.validator import SignedRecords
-from protocol.errors import BadUsage, NoSwarm, PeerFailed, SwarmError
+from protocol.errors import BadRequest, BadUsage, NoSwarm, PeerFailed, PeerUnreachable, SwarmError, first_line
 from protocol.membership.certificate import Role
 from protocol.membership.handshake import Handshake
 from protocol.name import installed_version
 from protocol.records import MAX_ADDRESSES, Door, MemberRecord
+from protocol.transport import dial_back
 from protocol.transport.carriers import Carriers
+from protocol.transport.dial_back import DialBack
 from protocol.transport.direct import DirectCaller
 from protocol.transport.introduction import Credentials
 from protocol.transport.libp2p import LibP2PTransport
 
 JOIN_TIMEOUT = 12.0
 """Seconds for the whole of `Member.join`."""
+START_TIMEOUT = 10.0
+"""Seconds of it for p2pd's start."""
 UPKEEP_PERIOD = 10.0
 """Seconds between two looks at our own addresses and at lost initial peers."""
 SEEN_PERIOD = 20.0
@@ -95,6 +102,7 @@ class Member:
         membership: OwnMembership | None,
         daemon: Daemon,
         p2p: Connection,
+        gate: Gate,
         node: DHTNode,
         neighbours: Neighbours,
         own_door: OwnDoor | None,
@@ -112,15 +120,16 @@ class Member:
         self._own_door = own_door
         self._ports: dict[int, int] = {}
         """IP version -> the TCP port that p2pd listens on."""
-        self.transport = Carriers(
-            LibP2PTransport(p2p), DirectCaller(_credentials(identity)), own_door.listener if own_door else None
-        )
+        caller = DirectCaller(_credentials(identity))
+        self.transport = Carriers(LibP2PTransport(p2p), caller, own_door.listener if own_door else None)
         self.directory = Directory(node, neighbours, self.transport.learn)
         self.lost = asyncio.Event()
         """Set when p2pd has died: open direct streams still work, all else fails at once. Not set by `shutdown`."""
         self.daemon_process_id = daemon.process_id
         self._daemon = daemon
         self._p2p = p2p
+        self._gate = gate
+        self._dial_back = DialBack(self._hosts, caller)
         self._node = node
         self._neighbours = neighbours
         self.rounds: Rounds | None = None
@@ -150,7 +159,7 @@ class Member:
                     "where they were seen last or on this network."
                 ) from error
             if not options.initial_peers:
-                raise PeerFailed(f"p2pd did not start within {JOIN_TIMEOUT:g} s.") from error
+                raise PeerFailed(f"p2pd has started, but does not answer within {JOIN_TIMEOUT:g} s.") from error
             peers = ", ".join(options.initial_peers)
             raise NoSwarm(f"None of the initial peers answers within {JOIN_TIMEOUT:g} s: {peers}.") from error
 
@@ -183,7 +192,9 @@ class Member:
         node = await create_node(gate, SignedRecords(identity, membership), options.client_mode)
         may_be_alone, searching = membership is not None and not options.client_mode, _may_search(options)
         neighbours = Neighbours(p2p, node, options.initial_peers, known, may_be_alone, searching)
-        member = cls(identity, membership, daemon, p2p, node, neighbours, own_door)
+        member = cls(identity, membership, daemon, p2p, gate, node, neighbours, own_door)
+        if not options.client_mode:
+            await gate.add_protobuf_handler(dial_back.METHOD, member._answer_dial_back, Bytes)
         if not options.client_mode:
             await member._refresh_addresses()
         if membership is not None and searching:
@@ -197,6 +208,49 @@ class Member:
         for task in tasks:
             resources.callback(asyncio.create_task(task).cancel)
         return member
+
+    @property
+    def others(self) -> list[str]:
+        """The IDs of the members that answered of late."""
+        return sorted(peer_id.to_base58() for peer_id in self._neighbours.known())
+
+    async def find_others(self) -> list[BaseException]:
+        """Try again those that were named or seen before and are not known now; why they cannot be met."""
+        return await self._neighbours.rejoin()
+
+    async def clock_difference(self, peer_id: str) -> float:
+        """See `Neighbours.clock_difference`."""
+        return await self._neighbours.clock_difference(PeerID.from_base58(peer_id))
+
+    async def ask_to_dial_back(self, peer_id: str, addresses: Iterable[Multiaddr]) -> dial_back.Answer:
+        """Connect anew to another member, at `addresses` (without /p2p), and have it dial this machine's ports.
+
+        For a member that listens. Raises `PeerUnreachable` when it cannot be met there, or does not answer, and
+        `NotAMember`.
+        """
+        port = int(parts_of(split_peer_address(self.addresses[0])[1])["tcp"])
+        question = dial_back.Question(port=port)
+        if self._own_door is not None:
+            door = self._own_door.listener
+            question = dial_back.Question(port=port, door=door.port, fingerprint=door.fingerprint)
+        target = PeerID.from_base58(peer_id)
+        try:
+            async with asyncio.timeout(2 * dial_back.TIMEOUT):
+                await self._p2p.redial(target, list(addresses))
+                data = await self._gate.call_protobuf_handler(
+                    target, dial_back.METHOD, Bytes(question.to_bytes()), Bytes
+                )
+            return dial_back.Answer.from_bytes(data)
+        except (P2PDaemonError, OSError, EOFError, TimeoutError, BadRequest) as error:
+            raise PeerUnreachable(f"Peer {peer_id} does not dial back ({first_line(error)}).") from error
+
+    async def _answer_dial_back(self, data: Bytes, context: P2PContext) -> Bytes:
+        return Bytes(await self._dial_back.answer(context.remote_id.to_base58(), data))
+
+    async def _hosts(self, peer_id: str) -> set[IPv4Address | IPv6Address]:
+        """Where a peer's connections to this one come from; a relay is no such place."""
+        ends = await self._p2p.connections(PeerID.from_base58(peer_id))
+        return {ip for end in ends if "p2p-circuit" not in parts_of(end) and (ip := ip_of(end)) is not None}
 
     def describe(self) -> Iterator[str]:
         """How this member stands with its swarm now, a line each: for people."""
@@ -393,7 +447,7 @@ async def start_daemon(options: MemberOptions, identity: Identity) -> Daemon:
         # host ::, p2pd leaves the IPv4 port alone.
         bind(options.host, options.port, v6_only=True).close()
     try:
-        return await Daemon.start(arguments, JOIN_TIMEOUT)
+        return await Daemon.start(arguments, START_TIMEOUT)
     except DaemonFailed as error:
         if "listen" in str(error) and not options.client_mode:
             raise BadUsage(f"Cannot listen on {options.host}, port {options.port}: {error}.") from error

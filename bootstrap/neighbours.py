@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
@@ -19,7 +20,7 @@ from bootstrap.addresses import split_peer_address
 from bootstrap.daemon import Connection
 from bootstrap.membership.gate import Gate
 from bootstrap.storage import RecordStorage
-from protocol.errors import BadUsage, NoSwarm, NotAMember, PeerUnreachable, SwarmError
+from protocol.errors import BadUsage, ClocksDiffer, NoSwarm, NotAMember, PeerUnreachable, SwarmError
 from protocol.membership.refusals import Refusal
 
 GRACE = 0.5
@@ -33,6 +34,7 @@ _SEARCH, _ALONE_SEARCH = 4.0, 1.5
 asks at once, after one second and after three."""
 _SEARCH_TIMEOUT = 3.0
 _REASON_TIMEOUT = 1.0
+_CLOCK_TIMEOUT = 3.0
 _log = logging.getLogger(__name__)
 
 
@@ -153,7 +155,8 @@ class Neighbours:
             if self._may_be_alone:
                 _log.info("No other member answers yet%s", self._explain(failures))
                 return
-            raise NoSwarm(self._nobody(failures))
+            is_clock = any(isinstance(error, ClocksDiffer) for error in failures.values())
+            raise (ClocksDiffer if is_clock else NoSwarm)(self._nobody(failures))
         for peer_id, error in failures.items():
             level = logging.WARNING if peer_id in self._named else logging.DEBUG
             _log.log(level, "Initial peer %s does not answer: %s", peer_id, error)
@@ -184,6 +187,21 @@ class Neighbours:
         results = await asyncio.gather(*map(self._meet, missing), return_exceptions=True)
         return [result for result in results if result is not None]
 
+    async def clock_difference(self, peer_id: PeerID) -> float:
+        """Seconds that a member's clock is ahead of this machine's, known to half a round trip.
+
+        Raises `PeerUnreachable`, and `ClocksDiffer` where a member of a private swarm does not answer for that.
+        """
+        begin = time.time()
+        try:
+            stub = self._node.protocol.get_stub(peer_id)
+            answer = await stub.rpc_ping(dht_pb2.PingRequest(), timeout=_CLOCK_TIMEOUT)
+        except SwarmError:
+            raise
+        except Exception as error:  # a broken connection, a timeout, or whatever the other end says
+            raise PeerUnreachable(f"Peer {peer_id} does not say what time it is.") from error
+        return float(answer.dht_time) - (begin + time.time()) / 2
+
     def describe(self) -> str:
         """How many members are known, and whether the swarm is lost: a line for people."""
         return f"{len(self.known())} other members known" + (", none of which answers" if self.cut_off else "")
@@ -194,7 +212,7 @@ class Neighbours:
             await self._p2p.dial(peer_id, self._initial[peer_id])
             dht_id = await self._node.protocol.call_ping(peer_id, validate=True, strict=True)
         except ValidationError as error:
-            raise PeerUnreachable(_explain_refusal(str(error))) from error
+            raise _refusal(str(error)) from error
         except (P2PDaemonError, OSError, EOFError) as error:
             raise PeerUnreachable(_shorten(str(error))) from error
         if dht_id is None:
@@ -258,10 +276,10 @@ def _raise_not_a_member(failures: Iterable[BaseException]) -> None:
             raise error
 
 
-def _explain_refusal(message: str) -> str:
+def _refusal(message: str) -> SwarmError:
     if "local time" in message:
-        return Refusal.CLOCKS_DIFFER.sentence()
-    return "it cannot reach this machine in return"
+        return Refusal.CLOCKS_DIFFER.error()
+    return PeerUnreachable("it cannot reach this machine in return")
 
 
 def _shorten(message: str) -> str:

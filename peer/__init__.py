@@ -3,6 +3,7 @@
 commands        what people type: `peer serve`, `status`, `demo`, ...
 server          a peer's life, from joining to leaving
 sharer          what any member does about weights: gives, fetches, announces
+doctor          `peer doctor`: checks that find why joining, serving or using fails
 start           once, before anyone is served: which blocks, their loading, what is tried out
 service         speaks the wire: a file per group of messages
 generation      steps of generations, many sessions in one trunk pass

@@ -15,6 +15,14 @@ class SwarmError(Exception):
     """Seconds after which the same peer may be asked again; 0: it would refuse again."""
 
 
+class _Puzzle(SwarmError):
+    """What may have its cause in this machine, the network or the swarm: a note says how to find it."""
+
+    def __init__(self, *args: object):
+        super().__init__(*args)
+        self.add_note("`peer doctor` looks for the cause.")
+
+
 class BadRequest(SwarmError):
     """The request itself is wrong (shape, dtype, name, range); no peer would accept it."""
 
@@ -23,7 +31,7 @@ class WrongModel(SwarmError):
     """The two ends hold different models, or different revisions of one."""
 
 
-class NotAMember(SwarmError):
+class NotAMember(_Puzzle):
     """One end is no member of the private swarm that the other is in: not yet, not any more, or of another one."""
 
 
@@ -77,11 +85,11 @@ class Draining(SwarmError):
     """The peer is leaving and takes no new work."""
 
 
-class PeerFailed(SwarmError):
+class PeerFailed(_Puzzle):
     """The peer failed for a reason of its own."""
 
 
-class PeerUnreachable(SwarmError):
+class PeerUnreachable(_Puzzle):
     """A peer cannot be reached, or its connection broke or fell silent."""
 
 
@@ -93,7 +101,11 @@ class NoSwarm(PeerUnreachable):
     """None of the initial peers answers: an address is wrong, or the swarm is gone."""
 
 
-class NoRoute(SwarmError):
+class ClocksDiffer(NoSwarm):
+    """A member's clock and this machine's differ by more than the directory bears."""
+
+
+class NoRoute(_Puzzle):
     """Some blocks are served by nobody."""
 
 

@@ -159,6 +159,70 @@ def status(
 
 
 @app.command()
+def doctor(
+    ticket: Annotated[
+        str | None, typer.Argument(metavar="TICKET", help="Of a swarm that this machine could not join.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(parser=as_model, metavar="MODEL", help="A folder or hub name, to be served or used."),
+    ] = None,
+    blocks: Annotated[str | None, typer.Option(metavar="START:END", help="The blocks that are to be served.")] = None,
+    device: Annotated[str, typer.Option(help="As of `peer serve`.")] = "auto",
+    initial_peers: InitialPeers = None,
+    swarm: SwarmName = None,
+    discovery: Discovery = True,
+    host: Host = ANY,
+    port: Port = 0,
+    direct_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on for direct connections; 0: any free one.")
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    config: Config = None,
+) -> None:
+    """Find out why this machine cannot join, serve or use a swarm, and what to do. Exit code 1: something is wrong."""
+    from bootstrap.member import MemberOptions
+    from bootstrap.membership.folder import OPEN, choose_swarm
+    from peer.doctor import report
+    from peer.doctor.case import Case
+    from peer.doctor.examination import examine
+    from peer.start.options import ServeOptions
+
+    if ticket is not None:
+        from bootstrap.membership.ticket import Ticket
+
+        initial_peers, swarm = list(Ticket.from_text(ticket.removeprefix("ticket=")).addresses), OPEN
+    serving = ServeOptions(blocks=blocks, device=device)
+    serving.check()
+    folder = choose_swarm(swarm, bool(initial_peers))
+    membership = MemberOptions(
+        tuple(initial_peers or ()), host, port, direct_port=direct_port, swarm=folder, discovery=discovery
+    )
+
+    async def work() -> None:
+        case, console, found = Case(membership, serving, model), new_console(), []
+        logging.disable(logging.ERROR)  # what is logged meanwhile is found, too, and said better
+        try:
+            async for check, findings in examine(case):
+                found += [(check, finding) for finding in findings]
+                if not as_json:
+                    for line in report.lines(check, findings, console.is_terminal):
+                        console.print(line)
+        finally:
+            await case.close()
+            logging.disable(logging.NOTSET)
+        shown = report.as_json(found)
+        if as_json:
+            print(json.dumps(shown, indent=2))
+        else:
+            console.print(report.summary(finding for _, finding in found))
+        if not shown["well"]:
+            raise typer.Exit(1)
+
+    run(work())
+
+
+@app.command()
 def demo(
     model: Annotated[
         str | None, typer.Option(parser=as_model, metavar="MODEL", help="Another model: a folder or hub name.")
@@ -185,7 +249,7 @@ def main() -> None:
     try:
         app()
     except SwarmError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", error, *getattr(error, "__notes__", ()), file=sys.stderr)
         sys.exit(2 if isinstance(error, _USAGE_ERRORS) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

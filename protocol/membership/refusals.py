@@ -2,7 +2,7 @@
 
 from enum import IntEnum
 
-from protocol.errors import NotAMember, PeerUnreachable, SwarmError
+from protocol.errors import ClocksDiffer, NotAMember, PeerUnreachable, SwarmError
 
 
 class Refusal(IntEnum):
@@ -25,7 +25,9 @@ class Refusal(IntEnum):
 
     def error(self, who: str = "this machine") -> SwarmError:
         """The error for it."""
-        if self in (Refusal.CLOCKS_DIFFER, Refusal.REPEATED):
+        if self is Refusal.CLOCKS_DIFFER:
+            return ClocksDiffer(self.sentence())
+        if self is Refusal.REPEATED:
             return PeerUnreachable(self.sentence())
         return NotAMember(self.sentence(who))
 

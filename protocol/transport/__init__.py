@@ -5,6 +5,7 @@ libp2p         streams through p2pd: NAT traversal, relays
 direct         TLS connections to a peer's own port
 certificate    a peer's TLS certificate, known by its hash
 introduction   how the caller of a direct connection shows who it is
+dial_back      asking another member whether it can reach this one
 race           several ways to one connection, the first that is there taken
 socket_stream  the stream itself, for both: reads right into the memory that is wanted
 

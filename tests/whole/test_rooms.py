@@ -33,8 +33,9 @@ MAY_IMPORT: dict[str, str] = {
     "peer/kv_cache peer/compute bootstrap/* protocol/*",
     "peer/start": "peer/service peer/weights peer/generation peer/generation/joined peer/training peer/training/joined "
     "peer/adapters peer/span peer/kv_cache peer/compute bootstrap/* protocol/*",
+    "peer/doctor": "peer/start peer/span bootstrap/* protocol/*",
     "peer": "peer/commands/app peer/start peer/service peer/weights peer/compute bootstrap/* protocol/*",
-    "peer/commands": "peer peer/weights peer/start peer/service bootstrap/* protocol/*",
+    "peer/commands": "peer peer/doctor peer/weights peer/start peer/service bootstrap/* protocol/*",
     "client/swarm": "bootstrap/* protocol/*",
     "client/ghosts": "client/swarm protocol/*",
     "client/adapters": "client/ghosts protocol/*",

@@ -9,6 +9,7 @@ import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from protocol.records import (
     WeightsRecord,
 )
 from protocol.tensors import Limits, nbytes
+from protocol.transport.dial_back import MAX_HOSTS, Answer, Attempt, DialBack, Outcome, Question
 from protocol.transport.introduction import Credentials, identify, introduce
 from protocol.weights.manifest import Manifest as Files
 from tests.tools.fuzzing.carrier import connect
@@ -189,6 +191,10 @@ class _Parsers:
             choices.pick(self._kinds)(choices)
 
 
+async def _nowhere(peer_id: str) -> list[IPv4Address | IPv6Address]:
+    return []
+
+
 class Records(_Parsers):
     """Everything that is read of the directory: records, manifests, signed values, and what members store."""
 
@@ -197,6 +203,8 @@ class Records(_Parsers):
         self._identity = Identity.load_or_create(None)
         self._rules = SignedRecords(self._identity)
         self._storage = RecordStorage()
+        self._loop = asyncio.new_event_loop()
+        self._dial_back = DialBack(_nowhere, None)  # type: ignore[arg-type]
         model = ModelId(name="llama", config_hash=_HASH, num_blocks=5)
         peer = PeerRecord(
             peer_id=self._identity.peer_id, name="it", model=model, start=1, end=4, dtype="float32",
@@ -224,7 +232,7 @@ class Records(_Parsers):
         self._files = json.dumps({"files": files}, sort_keys=True, separators=(",", ":")).encode()
         self._kinds = (
             self._record, self._record, self._try_manifest, self._try_signed, self._store, self._try_content,
-            self._try_files,
+            self._try_files, self._try_dial_back,
         )  # fmt: skip
 
     def check(self) -> None:
@@ -235,6 +243,7 @@ class Records(_Parsers):
     def close(self) -> None:
         """Delete the identity."""
         self._identity.close()
+        self._loop.close()
 
     def _record(self, choices: Choices) -> None:
         seed = choices.pick(self._seeds)
@@ -257,6 +266,16 @@ class Records(_Parsers):
             assert [manifest.covering(piece.file, piece.start, piece.end) for piece in manifest.pieces] == [
                 [number] for number in range(len(manifest.pieces))
             ]
+
+    def _try_dial_back(self, choices: Choices) -> None:
+        """Questions of members that are connected from nowhere, and answers."""
+        question = Question(port=7, door=8, fingerprint="0" * 64).to_bytes()
+        told = self._loop.run_until_complete(self._dial_back.answer(_PEER, _json_bytes(choices, question)))
+        assert told in (b"", Answer().to_bytes())
+        attempt = Attempt(host="192.0.2.1", carrier="direct", outcome=Outcome.SILENT)
+        with suppress(BadRequest):
+            answer = Answer.from_bytes(_json_bytes(choices, Answer(attempts=(attempt,) * 2).to_bytes()))
+            assert len(answer.attempts) <= 2 * MAX_HOSTS
 
     def _try_signed(self, choices: Choices) -> None:
         """A genuine record that has been changed: whatever differs, it is no longer valid."""
