@@ -6,6 +6,5 @@ own            this process's membership: its certificate, and how others stand
 gate, seal     the directory's requests and answers, only between members
 ticket         an invitation as one line of text; packed: the addresses in it
 desk           what members ask each other about membership: letting in, renewing, comparing rosters
-discovery      finding members on the same network, and being found
 rounds         keeping up: spreading news, renewing our own certificate in time
 """
