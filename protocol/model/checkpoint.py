@@ -229,7 +229,8 @@ def open_checkpoint(
                 "adapter by PeftModel.from_pretrained or --adapter."
             )
         raise UnsupportedModel(
-            f"{model!r} has no {_CONFIG}; expected a Hugging Face model folder, or a hub name that can be reached."
+            f"{model!r} has no {_CONFIG}; expected a Hugging Face model folder, the name of a model that the swarm "
+            "has, or a hub name that can be reached."
         )
     raw = _read_json(path)
     try:

@@ -29,7 +29,7 @@ from protocol.errors import NoSwarm, NotAllowed, NotAMember, PeerUnreachable, Sw
 from protocol.membership.certificate import Role
 from protocol.membership.refusals import Refusal
 from protocol.model.checkpoint import open_checkpoint
-from protocol.records import Accusation, Complaint
+from protocol.records import Accusation, Complaint, SharedModel, WeightsRecord
 from protocol.stream import Carrier, Stream
 from protocol.tensors import Limits
 from tests.tools.command import Command
@@ -241,6 +241,10 @@ def test_who_may_only_use_announces_nothing(machines: Machines) -> None:
             assert not await user.directory.announce(record(user), 60)
             assert await server.directory.announce(record(server), 60)
             assert [peer.peer_id for peer in await user.directory.peers(HASH)] == [server.peer_id]
+            shared = SharedModel(model=record(user).model, manifest="0" * 64, held=1, wanted=1)
+            for one in (user, server):
+                await one.directory.announce(WeightsRecord(peer_id=one.peer_id, models=(shared,)), 60)
+            assert [one.peer_id for one in await founder.directory.weights()] == [server.peer_id]
             complaint = Complaint(
                 peer_id=user.peer_id,
                 model=record(user).model,
