@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Sharer:
         self.library = Library(network, cache, Pins(membership.folder.models if membership is not None else cache.root))
         self._announcer = Announcer(member.directory, self.record)
         self._tasks = set[asyncio.Task[None]]()
+        self._stopped = threading.Event()
         self._is_announced = False
 
     async def start(self) -> None:
@@ -110,7 +112,7 @@ class Sharer:
             await fetch.run(range(len(fetch.parts.manifest.pieces)))
             return Shared(checkpoint.model_id, fetch.parts, fetch)
         await asyncio.to_thread(checkpoint.fetch_all)
-        held = await self._uploads.aside(lambda: hold(checkpoint, self.library.cache.kept))
+        held = await self._uploads.aside(lambda: hold(checkpoint, self.library.cache.kept, self._stopped))
         if held is None:
             raise BadUsage(f"Some of the weights of {checkpoint.name} are not on this machine; download all of it.")
         shared = Shared(checkpoint.model_id, held)
@@ -119,6 +121,7 @@ class Sharer:
 
     async def stop(self) -> None:
         """Withdraw the announcement."""
+        self._stopped.set()  # the process waits for its threads
         for task in self._tasks:
             task.cancel()
         await self._announcer.stop()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import groupby
@@ -24,18 +25,19 @@ _MAX_SMALL = 256 * 2**20
 """Bytes of a file that is not of the weights, a tokenizer's above all."""
 
 
-def hold(checkpoint: Checkpoint, kept: Path) -> Held | None:
+def hold(checkpoint: Checkpoint, kept: Path, stopped: threading.Event | None = None) -> Held | None:
     """All files of `checkpoint`, ready to be given to others; `None` where some of its weights are not here.
 
     Reads all of it, unless its manifest lies in the folder `kept` and no file has changed. Takes a second for each
-    gigabyte or so: for a thread of its own. Raises `UnsupportedModel` for files that cannot be read.
+    gigabyte or so: for a thread of its own, which ends soon after `stopped` is set. Raises `UnsupportedModel` then, and
+    for files that cannot be read.
     """
     try:
         paths = _files(checkpoint)
         if paths is None:
             return None
         state = {name: [path.stat().st_size, path.stat().st_mtime_ns] for name, path in sorted(paths.items())}
-        manifest = _read(_place(checkpoint, kept), state) or _make(checkpoint, paths)
+        manifest = _read(_place(checkpoint, kept), state) or _make(checkpoint, paths, stopped)
         now = {name: [path.stat().st_size, path.stat().st_mtime_ns] for name, path in sorted(paths.items())}
     except OSError as error:
         raise UnsupportedModel(f"The files of {checkpoint.name} cannot be read ({first_line(error)}).") from error
@@ -65,11 +67,15 @@ def _files(checkpoint: Checkpoint) -> dict[str, Path] | None:
     return others | {name: path for name, path in weights.items() if path is not None}
 
 
-def _make(checkpoint: Checkpoint, paths: Mapping[str, Path]) -> Manifest:
+def _make(checkpoint: Checkpoint, paths: Mapping[str, Path], stopped: threading.Event | None) -> Manifest:
     files = []
     for name, path in sorted(paths.items()):
+        pieces = []
         with path.open("rb") as file:
-            pieces = [(size, hashlib.sha256(file.read(size)).hexdigest()) for size in _cuts(path)]
+            for size in _cuts(path):
+                if stopped is not None and stopped.is_set():
+                    raise UnsupportedModel(f"{checkpoint.name} was not read to its end, as this process is to end.")
+                pieces.append((size, hashlib.sha256(file.read(size)).hexdigest()))
         files.append(FileEntry(name=name, pieces=tuple(pieces), digest=checkpoint.digests.get(name, "")))
     return Manifest(files=tuple(files))
 

@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import transformers
 
-from protocol.errors import BadRequest, PeerFailed
+from protocol.errors import BadRequest, PeerFailed, UnsupportedModel
 from protocol.model.checkpoint import open_checkpoint, read_layout
 from protocol.weights import making
 from protocol.weights.manifest import MAX_PIECE, Manifest
@@ -74,6 +75,13 @@ def test_a_manifest_is_made_once(folder: Path, tmp_path: Path, monkeypatch: pyte
     assert len(made) == 2
     with pytest.raises(PeerFailed, match="changed"):  # what is given to others is what was promised, or nothing
         first.read(first.manifest.numbers[shard.name][-1])
+
+
+def test_reading_ends_with_the_process(folder: Path, tmp_path: Path) -> None:
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(UnsupportedModel, match="not read to its end"):
+        making.hold(open_checkpoint(str(folder)), tmp_path / "kept", stopped)
 
 
 def test_a_model_in_part_is_not_given(folder: Path, tmp_path: Path) -> None:
