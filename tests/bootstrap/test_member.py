@@ -259,6 +259,30 @@ def test_calls_fail_when_p2pd_dies():
     asyncio.run(main())
 
 
+def test_an_answer_to_a_call_that_has_just_been_cancelled(monkeypatch: pytest.MonkeyPatch):
+    feed = asyncio.StreamReader.feed_data
+
+    async def main() -> None:
+        async with member() as founder, member(*founder.addresses) as peer:
+            control = peer._p2p._client.control
+            ours = control._read_task.get_coro().cr_frame.f_locals["reader"]
+
+            def feed_and_cancel(reader: asyncio.StreamReader, data: bytes) -> None:
+                feed(reader, data)
+                if reader is ours:  # the answer is here, and has not been read
+                    for call in control._pending_calls.values():
+                        call.cancel()
+
+            ping = peer._node.protocol.call_ping
+            monkeypatch.setattr(asyncio.StreamReader, "feed_data", feed_and_cancel)
+            with pytest.raises(asyncio.CancelledError):
+                await ping(founder._p2p.peer_id)
+            monkeypatch.undo()
+            assert await asyncio.wait_for(ping(founder._p2p.peer_id), 5) == founder._node.node_id
+
+    asyncio.run(main())
+
+
 def test_a_stopped_p2pd_is_killed():
     async def main() -> None:
         async with member() as founder:
