@@ -2,8 +2,8 @@
 
 python -m benchmarks.discovery --rounds 20     (Linux, as root: hosts are network namespaces)
 
-Every round is a new member on a host of its own, which shares a bridge (IPv4 and IPv6) with the members that are up.
-Median and worst, in seconds.
+Every round is a new member on a host of its own, which shares a bridge (IPv4 and IPv6) with a member that is up. Median
+and worst, in seconds.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from bootstrap.discovery.discovery import LOOK
 from bootstrap.member import Member, MemberOptions
 from bootstrap.membership.folder import SwarmFolder
 from tests.tools.machines import machines
@@ -42,7 +43,7 @@ def plug_in(networks: Networks, rounds: int) -> Iterator[float]:
         for number in range(rounds):
             host = networks.host(f"new{number}")
             with seekers(host, announce=False) as [seeker]:
-                time.sleep(1 + number / rounds)
+                time.sleep(1 + LOOK * number / rounds)
                 host.connect(lan)
                 begin = time.perf_counter()
                 seeker.wait_for("up")
@@ -64,7 +65,7 @@ def join(host: Host, swarm: SwarmFolder, *addresses: str) -> float:
 
 def measure_joins(networks: Networks, rounds: int) -> dict[str, list[float]]:
     """A client that knows nobody, and one that is told an address, in turn."""
-    lan, figures = networks.lan(), dict[str, list[float]]()
+    lan, told, knowing_nobody = networks.lan(), list[float](), list[float]()
     server = ForkServer()
     with tempfile.TemporaryDirectory() as folder, machines(server, Path(folder), networks.host("up", lan)) as [machine]:
         admin = found(machine.home)
@@ -73,13 +74,14 @@ def measure_joins(networks: Networks, rounds: int) -> dict[str, list[float]]:
         time.sleep(2)
         for number in range(rounds):
             host, swarm = networks.host(f"new{number}", lan), let_in(admin)
-            figures.setdefault("a client that is told an address has joined", []).append(
-                join(host, swarm, node.address)
-            )
+            told.append(join(host, swarm, node.address))
             (swarm.path / "known.json").unlink()
-            figures.setdefault("a client that knows no address has joined", []).append(join(host, swarm))
+            knowing_nobody.append(join(host, swarm))
     server.close()
-    return figures
+    return {
+        "a client that is told an address has joined": told,
+        "a client that knows no address has joined": knowing_nobody,
+    }
 
 
 def main() -> None:

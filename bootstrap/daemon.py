@@ -13,6 +13,7 @@ from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self, TypeVar
+from uuid import UUID
 
 import hivemind.hivemind_cli
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
@@ -128,6 +129,7 @@ class Connection(P2P):  # type: ignore[misc]
         p2p: Self = await cls.replicate(control)
         # Nobody awaits hivemind's writer, and asyncio would print its traceback when p2pd dies.
         p2p._client.control._write_task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        p2p._client.control._pending_calls = _Calls(p2p._client.control._pending_calls)
         return p2p
 
     async def dial(self, peer_id: PeerID, addresses: Sequence[Multiaddr]) -> None:
@@ -184,6 +186,17 @@ class Connection(P2P):  # type: ignore[misc]
         finally:
             task.cancel()
             broken.cancel()
+
+
+class _Calls(dict[UUID, asyncio.Future[Any]]):
+    """hivemind's calls that wait for an answer: one that was cancelled a moment ago is none of them any more.
+
+    hivemind 1.1.12 gives such a call its answer all the same, which ends the task that reads all other answers.
+    """
+
+    def __contains__(self, call_id: object) -> bool:
+        future = self.get(call_id)  # type: ignore[call-overload]
+        return future is not None and not future.done()
 
 
 def _multiaddr(socket: Path) -> Multiaddr:

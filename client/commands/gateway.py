@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bootstrap.options import InitialPeers, SwarmName, as_model, as_path, find_swarm
+from bootstrap.options import Discovery, InitialPeers, SwarmName, as_model, as_path, find_swarm
 from client.commands.device import Device, enough_memory
 from protocol.errors import BadUsage
 
@@ -16,6 +16,7 @@ def gateway(
     ],
     initial_peers: InitialPeers = None,
     swarm: SwarmName = None,
+    discovery: Discovery = True,
     host: Annotated[
         str, typer.Option(help="Address to listen on; others than this machine's need --api-key.")
     ] = "127.0.0.1",
@@ -50,7 +51,7 @@ def gateway(
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
 ) -> None:
     """Let programs that speak OpenAI's HTTP use a swarm: chat, completions, adapters as models."""
-    find_swarm(swarm, initial_peers)  # what is wrong with them need not wait
+    find_swarm(swarm, initial_peers, discovery)  # what is wrong with them need not wait
     adapters = dict(_named_folder(each) for each in adapter or ())
     if adapter_folder is not None and not adapter_folder.is_dir():
         raise BadUsage(f"--adapter-folder {adapter_folder} is no folder.")
@@ -68,10 +69,11 @@ def gateway(
 
     if threads:
         torch.set_num_threads(threads)
-    found = local_name(model, revision, initial_peers=initial_peers, swarm=swarm)
+    network = {"initial_peers": initial_peers, "swarm": swarm, "discovery": discovery}
+    found = local_name(model, revision, **network)
     with enough_memory("give --device cpu"):
         swarm_model = AutoDistributedModelForCausalLM.from_pretrained(
-            found, initial_peers=initial_peers, swarm=swarm, dtype=dtype, device=device, revision=revision
+            found, **network, dtype=dtype, device=device, revision=revision
         )
     serve(
         swarm_model, name or (Path(model).resolve().name if Path(model).is_dir() else model), found, revision, address,

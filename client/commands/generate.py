@@ -41,7 +41,7 @@ def generate(
     from client.tokenizer import encode_prompt, load_adapted_tokenizer, load_tokenizer, vocabulary_size
     from protocol.model.checkpoint import open_checkpoint
 
-    model = local_name(model, revision, initial_peers=initial_peers, swarm=swarm)
+    model = local_name(model, revision, initial_peers=initial_peers, swarm=swarm, discovery=discovery)
     if adapter is None:
         tokenizer = load_tokenizer(model, revision)
     else:

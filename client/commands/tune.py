@@ -83,7 +83,13 @@ def run_tune(path: Path | None, overrides: Sequence[str], resume: bool, plan_onl
     check_output(config, resume)
     if config.device != "auto":
         choose_device(config.device)  # before the data is read, which may take long
-    place = local_name(config.model, config.revision, initial_peers=config.initial_peers, swarm=config.swarm)
+    place = local_name(
+        config.model,
+        config.revision,
+        initial_peers=config.initial_peers,
+        swarm=config.swarm,
+        discovery=config.discovery,
+    )
     tokenizer = load_tokenizer(place, config.revision)
     described = open_checkpoint(place, config.revision).config
     prepared = prepare(config, tokenizer, context_length(described), vocabulary_size(described))

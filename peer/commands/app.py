@@ -194,10 +194,8 @@ def doctor(
         initial_peers, swarm = list(Ticket.from_text(ticket.removeprefix("ticket=")).addresses), OPEN
     serving = ServeOptions(blocks=blocks, device=device)
     serving.check()
-    folder = choose_swarm(swarm, bool(initial_peers))
-    membership = MemberOptions(
-        tuple(initial_peers or ()), host, port, direct_port=direct_port, swarm=folder, discovery=discovery
-    )
+    folder = choose_swarm(swarm, bool(initial_peers), discovery)
+    membership = MemberOptions(tuple(initial_peers or ()), host, port, direct_port=direct_port, swarm=folder)
 
     async def work() -> None:
         case, console, found = Case(membership, serving, model), new_console(), []

@@ -54,7 +54,7 @@ class Case:
             except SwarmError as error:
                 self.problem = error
             else:
-                if self.membership.swarm is not None and self.membership.discovery:
+                if self.membership.swarm is not None and self.membership.swarm.discovery:
                     await _wait_for(lambda: bool(member.others))
                 if not member.others:  # in a private swarm that is no failure to join
                     problems = [error for error in await member.find_others() if isinstance(error, SwarmError)]

@@ -2,15 +2,16 @@
 
 import asyncio
 import os
-from contextlib import suppress
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from collections.abc import Iterable
+from ipaddress import ip_address
 
 import base58
 from hivemind.utils.multiaddr import Multiaddr
 
 from bootstrap.addresses import ip_of, parts_of, split_peer_address
+from bootstrap.discovery.discovery import Discovery
+from bootstrap.discovery.networks import Interface, own_interfaces
 from bootstrap.member import Member
-from bootstrap.membership.discovery import Discovery
 from peer.doctor.case import Case, own_hosts
 from peer.doctor.check import Finding, Findings, ok, warning, wrong
 from protocol.errors import SwarmError
@@ -133,16 +134,11 @@ async def nat(case: Case) -> Findings:
 async def multicast(case: Case) -> Findings:
     """Whether what this machine broadcasts on its networks is heard, by which members find each other."""
     folder = case.membership.swarm
-    if folder is not None and not (case.membership.discovery and folder.discovery):
+    if folder is not None and not folder.discovery:
         return [ok("It is switched off: members are found by a ticket or by known addresses only.")]
-    hosts = [ip for ip in own_hosts() if not ip.is_loopback and not ip.is_link_local]
-    if not hosts:
+    if not own_interfaces():
         return [warning("This machine has no address in any network.", "Connect it to one.")]
-    try:
-        is_heard = await _is_heard(hosts)
-    except OSError as error:
-        return [warning(f"This machine cannot multicast: {error}.", _WITHOUT)]
-    if not is_heard:
+    if not await _is_heard():
         return [warning("This machine does not hear its own multicast.", f"Let UDP port 5353 pass. {_WITHOUT}")]
     return [ok("It is sent and heard on this machine; a Wi-Fi for guests may still keep it from others.")]
 
@@ -150,15 +146,22 @@ async def multicast(case: Case) -> Findings:
 _WITHOUT = "Without it members are found by a ticket or by known addresses only."
 
 
-async def _is_heard(hosts: list[IPv4Address | IPv6Address]) -> bool:
-    """Whether a member of a swarm that nobody else is in, on this machine, finds another. Raises `OSError`."""
+async def _is_heard() -> bool:
+    """Whether a member of a swarm that nobody else is in, on this machine, finds another."""
     secret, heard = SwarmSecret(os.urandom(SECRET_BYTES)), asyncio.Event()
-    spoken, listening = (base58.b58encode(b"\x12\x20" + os.urandom(32)).decode() for _ in range(2))
-    addresses = [f"/ip{ip.version}/{ip}/tcp/9/p2p/{spoken}" for ip in hosts]
-    speaker = Discovery(secret, spoken, lambda found: None)
-    listener = Discovery(secret, listening, lambda found: heard.set())
-    runs = [speaker.run(lambda: addresses, heard.is_set), listener.run(lambda: [], heard.is_set)]
-    with suppress(TimeoutError):
-        async with asyncio.timeout(_HEARING):
-            await asyncio.gather(*runs)
-    return heard.is_set()
+    speaker = base58.b58encode(b"\x12\x20" + os.urandom(32)).decode()
+
+    def say(interfaces: Iterable[Interface]) -> list[str]:
+        return [f"/ip{one.version}/{one.ip}/tcp/9/p2p/{speaker}" for one in interfaces]
+
+    both = (Discovery(secret, say, lambda found: None), Discovery(secret, lambda _: [], lambda found: heard.set()))
+    runs = [asyncio.create_task(one.run()) for one in both]
+    try:
+        await asyncio.wait_for(heard.wait(), _HEARING)
+    except TimeoutError:
+        return False
+    finally:
+        for run in runs:
+            run.cancel()
+        await asyncio.wait(runs)
+    return True

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import base58
 import psutil
 import pytest
 import uvloop
@@ -255,6 +256,50 @@ def test_calls_fail_when_p2pd_dies():
             await peer.shutdown()
             assert time.monotonic() - begin < 1
             os.kill(founder.daemon_process_id, signal.SIGCONT)
+
+    asyncio.run(main())
+
+
+def test_what_is_discovered_is_kept_within_bounds():
+    """Whoever knows a swarm's secret may announce anything: members that answer and those that were named stay."""
+
+    def address(number: int) -> str:
+        return f"/ip4/127.0.0.1/tcp/1/p2p/{base58.b58encode(bytes([0x12, 0x20]) + number.to_bytes(32, 'big')).decode()}"
+
+    async def main() -> None:
+        async with member() as founder, member(*founder.addresses) as peer, member(*peer.addresses) as third:
+            neighbours = third._neighbours
+            neighbours.add(founder.addresses)
+            for number in range(200):
+                neighbours.add([address(number)])
+            kept = set(map(str, neighbours._initial))
+            assert len(kept) == 64
+            assert {founder.peer_id, peer.peer_id} < kept
+            assert address(199).endswith(tuple(kept)), "what does not answer gives way to what is heard later"
+
+    asyncio.run(main())
+
+
+def test_an_answer_to_a_call_that_has_just_been_cancelled(monkeypatch: pytest.MonkeyPatch):
+    feed = asyncio.StreamReader.feed_data
+
+    async def main() -> None:
+        async with member() as founder, member(*founder.addresses) as peer:
+            control = peer._p2p._client.control
+            ours = control._read_task.get_coro().cr_frame.f_locals["reader"]
+
+            def feed_and_cancel(reader: asyncio.StreamReader, data: bytes) -> None:
+                feed(reader, data)
+                if reader is ours:  # the answer is here, and has not been read
+                    for call in control._pending_calls.values():
+                        call.cancel()
+
+            ping = peer._node.protocol.call_ping
+            monkeypatch.setattr(asyncio.StreamReader, "feed_data", feed_and_cancel)
+            with pytest.raises(asyncio.CancelledError):
+                await ping(founder._p2p.peer_id)
+            monkeypatch.undo()
+            assert await asyncio.wait_for(ping(founder._p2p.peer_id), 5) == founder._node.node_id
 
     asyncio.run(main())
 

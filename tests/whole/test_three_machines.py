@@ -2,13 +2,14 @@
 
 import re
 import shutil
+import time
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tools.machines import machines
 from tests.tools.namespaces import Networks
-from tests.tools.swarm import ForkServer
+from tests.tools.swarm import ForkServer, Peer
 
 PROMPT = "w1 w2 w3"
 LORA_STEP = """
@@ -35,6 +36,15 @@ for _ in range(2):
 """
 
 
+def read_offer(serving: Peer) -> list[str]:
+    """The command for other machines that `peer serve` shows when it is ready."""
+    deadline = time.monotonic() + 10
+    while (offer := re.search(r"^ +peer (join \S+)$", serving.stderr.read_text(), re.M)) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return offer[1].split()
+
+
 def test_three_commands(networks: Networks, fork_server: ForkServer, llama: Path, tmp_path: Path):
     lan = networks.lan()
     hosts = [networks.host(name, lan) for name in ("one", "two", "laptop")]
@@ -44,13 +54,12 @@ def test_three_commands(networks: Networks, fork_server: ForkServer, llama: Path
         one.run("swarm", "create", "lab")
         serving = one.start("serve", "./our-model")
         serving.wait_ready()
-        command = re.search(r"^ +peer (join \S+)$", serving.stderr.read_text(), re.M)
-        assert command
+        join = read_offer(serving)
 
-        assert two.run(*command[1].split()) == "joined swarm=lab role=serve\n"
+        assert two.run(*join) == "joined swarm=lab role=serve\n"
         two.start("serve").wait_ready()
 
-        laptop.run(*command[1].split())
+        laptop.run(*join)
         said = laptop.run("generate", "our-model", PROMPT, "--max-new-tokens", "8")
         model, tokenizer = AutoModelForCausalLM.from_pretrained(llama), AutoTokenizer.from_pretrained(llama)
         tokens = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=8, do_sample=False)
