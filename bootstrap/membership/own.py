@@ -55,6 +55,25 @@ class OwnMembership:
                 f"takes {role.name.lower()}: join again with a ticket of `peer invite --role {role.name.lower()}`."
             )
 
+    def put_out(self, member: Certificate) -> list[Certificate]:
+        """Revoke a member's certificate. Returns those whom it had let in, who stay: they get certificates of ours.
+
+        Raises `NotAllowed`, `NotAMember` as `signer`.
+        """
+        signer, stay, now = self.signer(), self.roster.certified_by(member.key), int(time.time())
+        said = [signer.revoke(member.key, now)]
+        # What the one who is out has said before counts for nothing with those who did not hear it in time.
+        said += [
+            signer.revoke(one.key, max(now, one.time + 1))
+            for one in self.roster.revoked.values()
+            if member.key in one.issuers
+        ]
+        for one in stay:
+            issued, lifetime = max(now, one.issued + 1), one.expires - one.issued
+            said.append(signer.certify(one.key, one.role, one.name, issued, lifetime, one.invitation, one.admitted))
+        self.learn(said)
+        return stay
+
     def certificate(self) -> bytes:
         """That of this process's peer ID."""
         return self._process
