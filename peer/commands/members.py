@@ -134,6 +134,7 @@ def _rows(ours: "OwnMembership", known: "dict[str, Known]") -> list[dict[str, An
                 "id": one.id,
                 "role": one.role.name.lower(),
                 "state": state,
+                "let_in_by": _name(ours, ours.roster.host_of(one)),
                 "expires": one.expires,
                 "seen": latest.seen if latest else None,
                 "version": latest.version if latest else "",
@@ -145,7 +146,7 @@ def _rows(ours: "OwnMembership", known: "dict[str, Known]") -> list[dict[str, An
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for column in ("name", "ID", "role", "state", "expires", "last seen", "version"):
+    for column in ("name", "ID", "role", "state", "let in by", "expires", "last seen", "version"):
         table.add_column(column, overflow="fold")
     now = time.time()
     for row in rows:
@@ -154,12 +155,20 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             row["id"],
             row["role"],
             row["state"],
+            row["let_in_by"],
             time.strftime("%Y-%m-%d", time.localtime(row["expires"])),
             _ago(now - row["seen"]) if row["seen"] is not None else "",
             row["version"],
         )
         table.add_row(*map(Text, cells))  # others' text: no markup
     return table
+
+
+def _name(ours: "OwnMembership", key: bytes) -> str:
+    from protocol.membership.certificate import name_of
+
+    known = {ours.member.key: ours.member, **ours.roster.members}.get(key)
+    return known.name if known else name_of(key) if key else "root"
 
 
 def _ago(seconds: float) -> str:

@@ -105,6 +105,7 @@ def test_three_commands(lab: Swarm, llama: Path, command: Command, fork_server: 
         assert {name: row["role"] for name, row in rows.items()} == {"one": "admin", "two": "serve", "laptop": "serve"}
         assert all(row["state"] == "member" and row["seen"] > time.time() - 30 for row in rows.values())
         assert [row["name"] for row in rows.values() if row["this"]] == ["laptop"]
+        assert [row["let_in_by"] for row in rows.values()] == ["root", "one", "one"]
         assert command("status").code == 0
     lab.peers[0].kill()  # the founder is gone for good, as far as the others know
     generate()
