@@ -55,6 +55,33 @@ class OwnMembership:
                 f"takes {role.name.lower()}: join again with a ticket of `peer invite --role {role.name.lower()}`."
             )
 
+    def put_out(self, member: Certificate) -> list[Certificate]:
+        """Revoke a member's certificate. Returns those whom it had let in, who stay: they get certificates of ours.
+
+        Raises `NotAllowed`, also when it is among those who vouch for this machine, and `NotAMember` as `signer`.
+        """
+        signer, orphans, now = self.signer(), self.roster.certified_by(member.key), int(time.time())
+        if member.key in self._member.issuers:
+            raise NotAllowed(
+                f"{member.name} has let this machine in, which would be out with it: another admin must put it out, or "
+                "one that the root key makes (`peer swarm recover`)."
+            )
+        said = [signer.revoke(member.key, now)]
+        # What the one who is out has said before counts for nothing with those who did not hear it in time.
+        said += [
+            signer.revoke(one.key, max(now, one.time + 1))
+            for one in self.roster.revoked.values()
+            if member.key in one.issuers
+        ]
+        for one in orphans:
+            issued, lifetime = max(now, one.issued + 1), one.expires - one.issued
+            said.append(signer.certify(one.key, one.role, one.name, issued, lifetime, one.invitation, one.admitted))
+        guests = [one for one in self.roster.members.values() if self.roster.host_of(one) == member.key]
+        self.learn(said)
+        return [
+            one for one in {one.key: one for one in (*orphans, *guests)}.values() if one.key not in self.roster.revoked
+        ]
+
     def certificate(self) -> bytes:
         """That of this process's peer ID."""
         return self._process

@@ -111,6 +111,11 @@ class Roster:
         """The members whose certificates would be worth nothing without the admin with the key `admin`."""
         return [one for key, one in self.members.items() if admin in one.issuers and key not in self.revoked]
 
+    def host_of(self, member: Certificate) -> bytes:
+        """The key of the admin by whose invitation a member came, as far as that is known; empty: the root's."""
+        invitation = self.invitations.get(member.invitation)
+        return (*(invitation or member).issuers, b"")[0]
+
     def _take(self, statement: Statement) -> bool:
         """Whether it is news. What a revoked admin says is not heard; what was heard of him before stands."""
         if isinstance(statement, Process) or self._has_revoked(statement.issuers):

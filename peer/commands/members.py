@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,13 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from bootstrap.options import SwarmName
-from peer.commands.invite import tell_others
 from peer.commands.process import run
 from peer.commands.swarm import Json, MemberName, own_name, private_swarm
 from protocol.errors import BadUsage, SwarmError
 from protocol.machine.terminal import new_console
 
 if TYPE_CHECKING:
+    from bootstrap.member import Member
     from bootstrap.membership.folder import Known, SwarmFolder
     from bootstrap.membership.own import OwnMembership
     from protocol.membership.certificate import Certificate
@@ -47,11 +49,13 @@ def join(
 
 def members(swarm: SwarmName = None, as_json: Json = False) -> None:
     """Who is in a private swarm, in which role, and when he was seen last."""
+    from bootstrap.membership.own import OwnMembership
+
     folder = private_swarm(swarm)
 
     async def work() -> None:
-        ours = await _look(folder)
-        rows = _rows(ours, folder.known)
+        async with _visit(folder):
+            rows = _rows(OwnMembership(folder, ""), folder.known)
         if as_json:
             print(json.dumps(rows, indent=2))
         else:
@@ -66,61 +70,49 @@ def revoke(
 ) -> None:
     """Put a member out of a private swarm: everywhere within a minute."""
     from bootstrap.membership.own import OwnMembership
+    from protocol.membership.certificate import Role
 
     folder = private_swarm(swarm)
     ours = OwnMembership(folder, "")
-    signer = ours.signer()
+    ours.check_own(Role.ADMIN)
 
     async def work() -> None:
-        await _look(folder)  # the newest roster: who is to be put out may be new
-        ours.refresh()
-        out = _find(ours, member)
-        if out.key == ours.member.key:
-            raise BadUsage("That is this machine: another admin must put it out, or use `peer swarm forget` here.")
-        orphans, now = ours.roster.certified_by(out.key), int(time.time())
-        statements = [signer.revoke(out.key, now)]
-        # What the one who is out has said before is worth nothing from now on to who did not hear it in time.
-        for revocation in ours.roster.revoked.values():
-            if out.key in revocation.issuers:
-                statements.append(signer.revoke(revocation.key, max(now, revocation.time + 1)))
-        for one in orphans:
-            issued = max(now, one.issued + 1)
-            statements.append(
-                signer.certify(
-                    one.key, one.role, one.name, issued, one.expires - one.issued, one.invitation, one.admitted
-                )
-            )
-        ours.learn(statements)
-        told = await tell_others(folder)
+        async with _visit(folder) as visitor:  # the newest roster: who is to be put out may be new
+            ours.refresh()
+            out = _find(ours, member)
+            if out.key == ours.member.key:
+                raise BadUsage("That is this machine: another admin must put it out, or use `peer swarm forget` here.")
+            stay, told = ours.put_out(out), 0
+            if visitor is not None and visitor.membership is not None and visitor.rounds is not None:
+                visitor.membership.refresh()
+                told = await visitor.rounds.tell_all()
         print(f"revoked member={out.id} told={told}")
         typer.echo(f"{out.name} is out: {told} process(es) know already, all others within a minute.", err=True)
-        if orphans:
-            typer.echo(
-                f"It had let in {', '.join(one.name for one in orphans)}, who stay; put out whom you do not know.",
-                err=True,
-            )
+        if stay:
+            names = ", ".join(one.name for one in stay)
+            typer.echo(f"It had let in {names}, who stay; put out whom you do not know.", err=True)
 
     run(work())
 
 
-async def _look(folder: "SwarmFolder") -> "OwnMembership":
-    """Who is up now, as far as anybody is; written down in the folder."""
+@asynccontextmanager
+async def _visit(folder: "SwarmFolder") -> "AsyncIterator[Member | None]":
+    """The swarm for a moment: who is up is written down in the folder. None where nobody answers, which is said."""
     from bootstrap.member import Member, MemberOptions
-    from bootstrap.membership.own import OwnMembership
 
     try:
-        member = await Member.join(MemberOptions(client_mode=True, swarm=folder))
+        visitor = await Member.join(MemberOptions(client_mode=True, swarm=folder))
     except SwarmError as error:
-        typer.echo(f"What is shown is what this machine knew before: {error}", err=True)
-        return OwnMembership(folder, "")
+        typer.echo(f"What is known here is from before: {error}", err=True)
+        yield None
+        return
     try:
-        if member.rounds is not None:
-            await member.rounds.spread()
-        await member.look_around()
-        assert member.membership is not None
-        return member.membership
+        if visitor.rounds is not None:
+            await visitor.rounds.spread()
+        await visitor.look_around()
+        yield visitor
     finally:
-        await member.shutdown()
+        await visitor.shutdown()
 
 
 def _rows(ours: "OwnMembership", known: "dict[str, Known]") -> list[dict[str, Any]]:
@@ -142,6 +134,7 @@ def _rows(ours: "OwnMembership", known: "dict[str, Known]") -> list[dict[str, An
                 "id": one.id,
                 "role": one.role.name.lower(),
                 "state": state,
+                "let_in_by": _name(ours, ours.roster.host_of(one)),
                 "expires": one.expires,
                 "seen": latest.seen if latest else None,
                 "version": latest.version if latest else "",
@@ -153,7 +146,7 @@ def _rows(ours: "OwnMembership", known: "dict[str, Known]") -> list[dict[str, An
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for column in ("name", "ID", "role", "state", "expires", "last seen", "version"):
+    for column in ("name", "ID", "role", "state", "let in by", "expires", "last seen", "version"):
         table.add_column(column, overflow="fold")
     now = time.time()
     for row in rows:
@@ -162,12 +155,20 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             row["id"],
             row["role"],
             row["state"],
+            row["let_in_by"],
             time.strftime("%Y-%m-%d", time.localtime(row["expires"])),
             _ago(now - row["seen"]) if row["seen"] is not None else "",
             row["version"],
         )
         table.add_row(*map(Text, cells))  # others' text: no markup
     return table
+
+
+def _name(ours: "OwnMembership", key: bytes) -> str:
+    from protocol.membership.certificate import name_of
+
+    known = {ours.member.key: ours.member, **ours.roster.members}.get(key)
+    return known.name if known else name_of(key) if key else "root"
 
 
 def _ago(seconds: float) -> str:

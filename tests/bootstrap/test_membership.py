@@ -299,6 +299,15 @@ def test_the_root_key_makes_an_admin(tmp_path: Path) -> None:
         ours.signer()
 
 
+def test_nobody_puts_out_who_vouches_for_him(tmp_path: Path) -> None:
+    founder = found(tmp_path / "a")
+    second = let_in(founder, role=Role.ADMIN)
+    ours = OwnMembership(second, "x")
+    with pytest.raises(NotAllowed, match=r"founder has let this machine in.*peer swarm recover"):
+        ours.put_out(founder.certificate())
+    assert not ours.roster.revoked
+
+
 # Tickets
 
 

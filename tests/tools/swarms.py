@@ -58,8 +58,7 @@ def let_in(
 
 def revoke(admin: SwarmFolder, member: SwarmFolder) -> None:
     """Put a member out, as far as the admin's machine knows."""
-    ours = OwnMembership(admin, "")
-    ours.learn([ours.signer().revoke(member.key.public, int(time.time()))])
+    OwnMembership(admin, "").put_out(member.certificate())
 
 
 class Machines:

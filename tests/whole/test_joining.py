@@ -13,14 +13,17 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bootstrap.addresses import split_peer_address
 from bootstrap.joining import Redeemed, redeem
 from bootstrap.member import Member
 from bootstrap.membership import desk, rounds
 from bootstrap.membership.folder import SwarmFolder
+from bootstrap.membership.gate import Bytes
 from bootstrap.membership.own import OwnMembership
 from bootstrap.membership.ticket import Ticket
 from peer.commands.invite import make_ticket
 from protocol.errors import NoSwarm, NotAMember
+from protocol.membership import membership_pb2 as pb
 from protocol.membership.certificate import LIFETIME, Role
 from protocol.membership.refusals import Refusal, Refused
 from tests.tools.command import Command
@@ -102,6 +105,7 @@ def test_three_commands(lab: Swarm, llama: Path, command: Command, fork_server: 
         assert {name: row["role"] for name, row in rows.items()} == {"one": "admin", "two": "serve", "laptop": "serve"}
         assert all(row["state"] == "member" and row["seen"] > time.time() - 30 for row in rows.values())
         assert [row["name"] for row in rows.values() if row["this"]] == ["laptop"]
+        assert [row["let_in_by"] for row in rows.values()] == ["root", "one", "one"]
         assert command("status").code == 0
     lab.peers[0].kill()  # the founder is gone for good, as far as the others know
     generate()
@@ -230,7 +234,14 @@ def test_nobody_but_an_admin_of_the_root_is_told_the_secret(tmp_path: Path, monk
             with home(tmp_path / "new"):
                 folder = (await redeem(ticket, "new")).keep("mine")
             assert (folder.name, folder.root, folder.certificate().name) == ("mine", ours.root, "new")
-            assert sum(ticket.secret in data for data in heard) == 1
+            [told] = [data for data in heard if ticket.secret in data]
+            async with member(theirs) as thief:  # who has recorded it, and says it again
+                peer_id, place = split_peer_address(admin.addresses[0])
+                await thief._p2p.dial(peer_id, [place])
+                said = await thief._p2p.call_protobuf_handler(peer_id, desk.JOIN, Bytes(told), Bytes)
+                answer = pb.Joined.FromString(said)
+                assert not answer.HasField("grant")
+                assert "The ticket's secret is wrong" in answer.refusal
         with pytest.raises(NoSwarm, match=r"No admin of the ticket's swarm answers at /ip4/127\.0\.0\.1/"):
             await redeem(ticket, "new")
 
