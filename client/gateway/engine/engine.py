@@ -243,7 +243,7 @@ class Engine:
 
     def _advance(self, served: Served | None, group: "list[tuple[Growing, torch.Tensor]]") -> None:
         with self.shelf.on(served):
-            logits = self._halves.behind(torch.cat([last for _, last in group]))[:, -1].cpu()
+            logits = self._halves.behind(torch.cat([last for _, last in group]))[:, -1]
         for (text, _), row in zip(group, logits, strict=True):
             if not text.is_over:
                 self._guard([text], lambda text=text, row=row: text.take(row))  # type: ignore[misc]
@@ -273,7 +273,7 @@ class Engine:
             with self.shelf.on(self._parts(text)):
                 logits = self._halves.behind(echo.hidden[:, echo.done : end])[0]
             tokens = prompt[echo.done + 1 : end + 1]
-            echo.logprobs += token_logprobs(logits.cpu(), tokens, text.wanted.logprobs or 0)
+            echo.logprobs += token_logprobs(logits, tokens, text.wanted.logprobs or 0)
             echo.done = end
         if echo.done == len(prompt) - 1:
             del self._echoing[text]

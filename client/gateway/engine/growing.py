@@ -122,9 +122,9 @@ class Growing:
 
 
 def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
-    """Of each of `tokens`, by logits (tokens, vocabulary) in float32: its own, and the `top` likeliest."""
+    """Of each of `tokens`, by logits (tokens, vocabulary) in float32 on the CPU: its own, and the `top` likeliest."""
     logprobs = logits.log_softmax(-1)
-    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    own = logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
     best = logprobs.topk(min(top, logits.shape[1]), dim=-1)
     return [
         TokenLogprob(token, value, dict(zip(ids, values, strict=True)))

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 
+from client.model.crossing import leave, to_host_memory
 from client.model.handle import swarm_of
+from client.requests.work import Work
 
 
 class Halves:
@@ -18,18 +20,21 @@ class Halves:
 
     @torch.no_grad()
     def before(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Hidden states (rows, tokens, hidden size) that go into the blocks, of ids and positions (rows, tokens)."""
-        return self._layer.before_blocks(lambda: self._run(ids, positions))
+        """What goes into the blocks, (rows, tokens, hidden size) in host memory; `ids`, `positions`: (rows, tokens)."""
+        hidden = self._layer.before_blocks(lambda: self._run(ids, positions))
+        return to_host_memory(Work(), hidden)[1]
 
     @torch.no_grad()
     def behind(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (rows, tokens, vocabulary) in float32, of hidden states (rows, tokens, hidden size) from the blocks.
+        """Logits (rows, tokens, vocabulary), float32 in host memory; `hidden` (rows, tokens, hidden size) is what comes
+        from the blocks.
 
         Rows may be of any sequences and positions: what comes behind the blocks looks at each token by itself.
         """
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long)
+        hidden = leave(hidden, self._model.device)
         logits: torch.Tensor = self._layer.behind_blocks(hidden, lambda: self._run(ids, ids)).logits
-        return logits.float()
+        return logits.float().cpu()
 
     def _run(self, ids: torch.Tensor, positions: torch.Tensor) -> Any:
         device = self._model.device

@@ -8,10 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedModel
 
 from client.gateway.engine.grammar import Grammars
 from client.gateway.engine.text import Pieces
+from client.model.crossing import to_host_memory
 from client.model.handle import swarm_of
 from client.requests.work import Work
 from client.tokenizer import load_adapted_tokenizer, vocabulary_size
@@ -142,4 +144,5 @@ class Shelf:
             self._peft.delete_adapter(alias)
 
     def _describe(self) -> Work:
-        return self._swarm.blocks.describe(None, None)
+        work = self._swarm.blocks.describe(None, None)
+        return to_host_memory(work, torch.empty(0))[0]
