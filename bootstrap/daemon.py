@@ -136,12 +136,6 @@ class Connection(P2P):  # type: ignore[misc]
         """Connect p2pd to a peer at `addresses` (without /p2p). Raises `P2PDaemonError`."""
         await self._until_broken(self._client.connect(peer_id, addresses))
 
-    async def redial(self, peer_id: PeerID, addresses: Sequence[Multiaddr]) -> None:
-        """As `dial`, by a new connection. Raises `P2PDaemonError`."""
-        with suppress(P2PDaemonError):  # not connected
-            await self._until_broken(self._client.disconnect(peer_id))
-        await self.dial(peer_id, addresses)
-
     async def connections(self, peer_id: PeerID) -> list[Multiaddr]:
         """The other ends of the connections to a peer, as p2pd sees them. Raises `P2PDaemonError`."""
         others = await self._until_broken(self._client.list_peers())

@@ -61,6 +61,7 @@ UPKEEP_PERIOD = 10.0
 """Seconds between two looks at our own addresses and at lost initial peers."""
 SEEN_PERIOD = 20.0
 """Seconds between two times that a member says in a private swarm that it is up, and looks who else is."""
+_DIAL_BACK_TIMEOUT = 15.0
 _LEAVE_TIMEOUT = 0.5
 _MAX_KNOWN = 20
 _log = logging.getLogger(__name__)
@@ -102,7 +103,6 @@ class Member:
         membership: OwnMembership | None,
         daemon: Daemon,
         p2p: Connection,
-        gate: Gate,
         node: DHTNode,
         neighbours: Neighbours,
         own_door: OwnDoor | None,
@@ -118,7 +118,7 @@ class Member:
         self.door: Door | None = None
         """Where others can connect directly; kept up to date."""
         self._own_door = own_door
-        self._ports: dict[int, int] = {}
+        self.ports: dict[int, int] = {}
         """IP version -> the TCP port that p2pd listens on."""
         caller = DirectCaller(_credentials(identity))
         self.transport = Carriers(LibP2PTransport(p2p), caller, own_door.listener if own_door else None)
@@ -128,7 +128,6 @@ class Member:
         self.daemon_process_id = daemon.process_id
         self._daemon = daemon
         self._p2p = p2p
-        self._gate = gate
         self._dial_back = DialBack(self._hosts, caller)
         self._node = node
         self._neighbours = neighbours
@@ -192,10 +191,9 @@ class Member:
         node = await create_node(gate, SignedRecords(identity, membership), options.client_mode)
         may_be_alone, searching = membership is not None and not options.client_mode, _may_search(options)
         neighbours = Neighbours(p2p, node, options.initial_peers, known, may_be_alone, searching)
-        member = cls(identity, membership, daemon, p2p, gate, node, neighbours, own_door)
+        member = cls(identity, membership, daemon, p2p, node, neighbours, own_door)
         if not options.client_mode:
             await gate.add_protobuf_handler(dial_back.METHOD, member._answer_dial_back, Bytes)
-        if not options.client_mode:
             await member._refresh_addresses()
         if membership is not None and searching:
             own = functools.partial(member._reached_at, options.host)
@@ -223,24 +221,31 @@ class Member:
         return await self._neighbours.clock_difference(PeerID.from_base58(peer_id))
 
     async def ask_to_dial_back(self, peer_id: str, addresses: Iterable[Multiaddr]) -> dial_back.Answer:
-        """Connect anew to another member, at `addresses` (without /p2p), and have it dial this machine's ports.
+        """Have another member dial this machine's ports, for one IP version.
 
-        For a member that listens. Raises `PeerUnreachable` when it cannot be met there, or does not answer, and
-        `NotAMember`.
+        It is asked by a p2pd of its own, which knows no other way to it than `addresses` (without /p2p), all of one IP
+        version. For a member that listens and has an identity file. Raises `PeerUnreachable` when the other cannot be
+        met there or does not answer, `NotAMember`, `PeerFailed`.
         """
-        port = int(parts_of(split_peer_address(self.addresses[0])[1])["tcp"])
-        question = dial_back.Question(port=port)
-        if self._own_door is not None:
-            door = self._own_door.listener
-            question = dial_back.Question(port=port, door=door.port, fingerprint=door.fingerprint)
-        target = PeerID.from_base58(peer_id)
+        places, target = list(addresses), PeerID.from_base58(peer_id)
+        door = self._own_door.listener if self._own_door is not None else None
+        question = dial_back.Question(
+            port=self.ports[6 if "ip6" in parts_of(places[0]) else 4],
+            door=door.port if door else None,
+            fingerprint=door.fingerprint if door else None,
+        )
         try:
-            async with asyncio.timeout(2 * dial_back.TIMEOUT):
-                await self._p2p.redial(target, list(addresses))
-                data = await self._gate.call_protobuf_handler(
-                    target, dial_back.METHOD, Bytes(question.to_bytes()), Bytes
+            async with asyncio.timeout(_DIAL_BACK_TIMEOUT), AsyncExitStack() as resources:
+                daemon = await start_daemon(MemberOptions(client_mode=True), self._identity)
+                resources.push_async_callback(daemon.stop)
+                p2p = await Connection.open(daemon.control)
+                resources.push_async_callback(p2p.shutdown)
+                await p2p.dial(target, places)
+                gate = Gate(p2p, self.membership)
+                asked = Bytes(question.to_bytes())
+                return dial_back.Answer.from_bytes(
+                    await gate.call_protobuf_handler(target, dial_back.METHOD, asked, Bytes)
                 )
-            return dial_back.Answer.from_bytes(data)
         except (P2PDaemonError, OSError, EOFError, TimeoutError, BadRequest) as error:
             raise PeerUnreachable(f"Peer {peer_id} does not dial back ({first_line(error)}).") from error
 
@@ -357,15 +362,15 @@ class Member:
         """Where others in this machine's networks reach this member: full multiaddrs, IPv4 first."""
         everywhere = host == ANY or ipaddress.ip_address(host).is_unspecified
         return [
-            f"/ip{one.version}/{one.ip}/tcp/{self._ports[one.version]}/p2p/{self.peer_id}"
+            f"/ip{one.version}/{one.ip}/tcp/{self.ports[one.version]}/p2p/{self.peer_id}"
             for one in sorted(interfaces, key=lambda one: (one.version, one.ip))
-            if one.version in self._ports and (everywhere or str(one.ip) == host)
+            if one.version in self.ports and (everywhere or str(one.ip) == host)
         ]
 
     async def _refresh_addresses(self) -> None:
         visible = await self._p2p.visible_addresses()
         self.addresses = for_others(visible, self.peer_id)
-        self._ports |= own_ports(visible)
+        self.ports |= own_ports(visible)
         if self.membership is not None and self.addresses:
             self._save_port(self.membership.folder)
         if self._own_door is not None:

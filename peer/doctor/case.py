@@ -6,8 +6,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 from hivemind.p2p import PeerID
@@ -35,6 +38,8 @@ class Case:
         self.seen_as = set[str]()
         """This machine's IP addresses, as other members see them."""
         self._member: Member | None = None
+        self._folder: TemporaryDirectory[str] | None = None
+        """For an identity of its own: the peer of this machine may be running."""
         self._is_tried = False
         self._models: dict[ModelId, list[PeerRecord]] | None = None
         self._members: list[MemberRecord] | None = None
@@ -48,8 +53,10 @@ class Case:
         """This machine as a member that listens; None: see `problem`."""
         if not self._is_tried:
             self._is_tried = True
+            self._folder = TemporaryDirectory()
+            options = replace(self.membership, identity_path=Path(self._folder.name, "identity"))
             try:
-                self._member = member = await Member.join(self.membership)
+                self._member = member = await Member.join(options)
                 await member.transport.serve(_hang_up)
             except SwarmError as error:
                 self.problem = error
@@ -103,6 +110,8 @@ class Case:
         """Leave the swarm."""
         if self._member is not None:
             await self._member.shutdown()
+        if self._folder is not None:
+            self._folder.cleanup()
 
 
 @cache

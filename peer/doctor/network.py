@@ -8,7 +8,7 @@ from ipaddress import ip_address
 import base58
 from hivemind.utils.multiaddr import Multiaddr
 
-from bootstrap.addresses import ip_of, parts_of, split_peer_address
+from bootstrap.addresses import ip_of, parts_of
 from bootstrap.discovery.discovery import Discovery
 from bootstrap.discovery.networks import Interface, own_interfaces
 from bootstrap.member import Member
@@ -17,7 +17,7 @@ from peer.doctor.check import Finding, Findings, ok, warning, wrong
 from protocol.errors import SwarmError
 from protocol.membership.certificate import Role
 from protocol.membership.secret import SECRET_BYTES, SwarmSecret
-from protocol.transport.dial_back import Answer, Attempt, Outcome
+from protocol.transport.dial_back import Attempt, Outcome
 
 _HELPERS = 3
 """Members that are asked to dial back over one address family, until one does."""
@@ -44,28 +44,33 @@ async def dial_back(case: Case) -> Findings:
     except SwarmError as error:
         return [warning(f"The members' addresses could not be looked up: {error}")]
     found: list[Finding] = []
-    for family, name in _FAMILIES.items():
+    for family in member.ports:
         helpers = _helpers(places, family)
         if helpers:
-            found += await _dialled_by_one(case, member, name, helpers)
+            found += await _dialled_by_one(case, member, family, helpers)
     return found or [warning("No member has an address by which this machine could meet it anew.")]
 
 
 def _helpers(places: dict[str, list[Multiaddr]], family: int) -> dict[str, list[Multiaddr]]:
     """Whom to ask over an address family, those of other machines first."""
-    usable = {peer_id: [one for one in known if _is_of(one, family)] for peer_id, known in places.items()}
+    usable = {peer_id: [one for one in known if _leads(one, family)] for peer_id, known in places.items()}
     is_here = {peer_id: any(ip_of(one) in own_hosts() for one in known) for peer_id, known in usable.items()}
     asked = sorted((peer_id for peer_id, known in usable.items() if known), key=lambda peer_id: is_here[peer_id])
     return {peer_id: usable[peer_id] for peer_id in asked[:_HELPERS]}
 
 
-def _is_of(place: Multiaddr, family: int) -> bool:
+def _leads(place: Multiaddr, family: int) -> bool:
+    """Whether a place can be reached over an address family, by what this machine has of that."""
     ip = ip_of(place)
-    return ip is not None and ip.version == family and "p2p-circuit" not in parts_of(place)
+    if ip is None or ip.version != family or "p2p-circuit" in parts_of(place):
+        return False
+    return ip.is_loopback or any(
+        own.version == family and not own.is_loopback and not own.is_link_local for own in own_hosts()
+    )
 
 
 async def _dialled_by_one(
-    case: Case, member: Member, family: str, helpers: dict[str, list[Multiaddr]]
+    case: Case, member: Member, family: int, helpers: dict[str, list[Multiaddr]]
 ) -> list[Finding]:
     problem, mend = "", "See whether this machine has an address of that family, and whether theirs is right."
     for peer_id, known in helpers.items():
@@ -76,19 +81,19 @@ async def _dialled_by_one(
             continue
         if answer.too_often:
             problem, mend = f"Peer {peer_id} was asked too often.", "Run this again in a minute."
-        elif answer.attempts:
-            return _said(case, member, family, answer, any(ip_of(one) in own_hosts() for one in known))
+        elif attempts := [one for one in answer.attempts if ip_address(one.host).version == family]:
+            return _said(case, member, _FAMILIES[family], attempts, any(ip_of(one) in own_hosts() for one in known))
         else:
             problem = f"Peer {peer_id} sees this machine through a relay only."
-    return [warning(f"Over {family} nobody has dialled back: {problem}", mend)]
+    return [warning(f"Over {_FAMILIES[family]} nobody has dialled back: {problem}", mend)]
 
 
-def _said(case: Case, member: Member, family: str, answer: Answer, is_near: bool) -> list[Finding]:
+def _said(case: Case, member: Member, family: str, attempts: list[Attempt], is_near: bool) -> list[Finding]:
     """`is_near`: by a member on this machine."""
-    case.seen_as |= {attempt.host for attempt in answer.attempts}
+    case.seen_as |= {attempt.host for attempt in attempts}
     certificate = member.membership.member if member.membership is not None else None
     serves = certificate is None or certificate.role >= Role.SERVE
-    return [_judged(family, one, serves, _port(member, one.carrier), is_near) for one in answer.attempts]
+    return [_judged(family, one, serves, _port(member, one.carrier, one.host), is_near) for one in attempts]
 
 
 def _judged(family: str, attempt: Attempt, serves: bool, port: int, is_near: bool) -> Finding:
@@ -107,10 +112,10 @@ def _judged(family: str, attempt: Attempt, serves: bool, port: int, is_near: boo
     return wrong(sentence, mend)
 
 
-def _port(member: Member, carrier: str) -> int:
+def _port(member: Member, carrier: str, host: str) -> int:
     if carrier == "direct":
         return member.door.addresses[0][1] if member.door is not None else 0
-    return int(parts_of(split_peer_address(member.addresses[0])[1])["tcp"])
+    return member.ports[ip_address(host).version]
 
 
 async def nat(case: Case) -> Findings:

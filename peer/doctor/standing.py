@@ -59,9 +59,7 @@ async def swarm(case: Case) -> Findings:
         return [ok(f"{len(others)} other member(s) answer.")]
     problem = case.problem
     if isinstance(problem, NotAMember):
-        mend = (
-            "Join with a ticket of an admin's (`peer invite`, `peer join TICKET`), or name the right swarm (--swarm)."
-        )
+        mend = "Join with an admin's ticket (`peer invite`, `peer join TICKET`), or name the right swarm (--swarm)."
         return [wrong(str(problem), mend)]
     if isinstance(problem, ClocksDiffer):
         return [wrong("Members refuse this machine for its clock.", "Set the clock, see above.")]

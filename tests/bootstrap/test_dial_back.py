@@ -5,6 +5,8 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hivemind.p2p import PeerID
@@ -25,9 +27,11 @@ HOST = "127.0.0.1"
 
 @asynccontextmanager
 async def two(host: str = HOST) -> AsyncIterator[tuple[Member, Member]]:
-    async with member(host=host) as helper, member(*helper.addresses, host=host, direct_port=0) as asker:
-        await asker.transport.serve(hang_up)
-        yield helper, asker
+    with TemporaryDirectory() as folder:
+        own = {"host": host, "direct_port": 0, "identity_path": Path(folder, "identity")}
+        async with member(host=host) as helper, member(*helper.addresses, **own) as asker:
+            await asker.transport.serve(hang_up)
+            yield helper, asker
 
 
 async def hang_up(stream: Stream) -> None:
@@ -45,13 +49,13 @@ def test_both_carriers_are_dialled_and_what_comes_of_it_is_told() -> None:
             assert await ask(asker, helper) == [(HOST, c, Outcome.REACHED) for c in ("libp2p", "direct")]
             with socket.socket() as closed:
                 closed.bind((HOST, 0))
-                asker.addresses = [f"/ip4/{HOST}/tcp/{closed.getsockname()[1]}/p2p/{asker.peer_id}"]
+                asker.ports = {4: closed.getsockname()[1]}
                 assert (await ask(asker, helper))[0] == (HOST, "libp2p", Outcome.REFUSED)
             # Not libp2p, but the asker's own door, which waits for TLS.
             monkeypatch = pytest.MonkeyPatch()
             monkeypatch.setattr(dial_back, "TIMEOUT", 0.5)
             assert asker.door
-            asker.addresses = [f"/ip4/{HOST}/tcp/{asker.door.addresses[0][1]}/p2p/{asker.peer_id}"]
+            asker.ports = {4: asker.door.addresses[0][1]}
             assert (await ask(asker, helper))[0] == (HOST, "libp2p", Outcome.SILENT)
             monkeypatch.undo()
 
@@ -82,9 +86,9 @@ def test_another_door_is_told_from_ones_own() -> None:
     asyncio.run(main())
 
 
-def test_a_stranger_has_nobody_dialled(tmp_path: object) -> None:
+def test_a_stranger_has_nobody_dialled(tmp_path: Path) -> None:
     async def main() -> None:
-        async with member(swarm=found(tmp_path)) as helper, member() as stranger:  # type: ignore[arg-type]
+        async with member(swarm=found(tmp_path)) as helper, member() as stranger:
             target, place = split_peer_address(helper.addresses[0])
             await stranger._p2p.dial(target, [place])
             data = Bytes(Question(port=1).to_bytes())

@@ -327,13 +327,13 @@ class _Closed:
 
 
 def test_members_are_found_by_multicast_if_that_is_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def fails() -> bool:
+    async def deaf() -> bool:
         return False
 
     folder = found(tmp_path)
     ((heard,),) = examined(MemberOptions(), network.multicast)
     assert heard.verdict in ("ok", "warning"), "as this machine's networks are"
-    monkeypatch.setattr(network, "_is_heard", fails)
+    monkeypatch.setattr(network, "_is_heard", deaf)
     ((failed,),) = examined(MemberOptions(swarm=folder), network.multicast)
     assert (failed.verdict, failed.sentence) == ("warning", "This machine does not hear its own multicast.")
     folder.discovery = False

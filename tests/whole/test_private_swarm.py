@@ -38,6 +38,7 @@ from tests.tools.members import member as any_member
 from tests.tools.swarm import ForkServer, Swarm, new_swarm
 from tests.tools.swarms import WRONG, Machines, home, intruder, let_in, revoke
 
+HINT = "`peer doctor` looks for the cause."
 CARRIERS = pytest.mark.parametrize("carrier", ["libp2p", "direct"])
 
 
@@ -339,10 +340,10 @@ def test_commands_need_a_membership(served: Swarm, llama: Path, machines: Machin
     address = ("--initial-peers", served.initial_peers[0])
     for name in (("status",), ("generate", llama, "w5 w6", "--max-new-tokens", 4)):
         begin = time.monotonic()
-        assert command(*name, *address).refusal() == f"error: {Refusal.STRANGER.sentence()}"
+        assert command(*name, *address).refusal() == f"error: {Refusal.STRANGER.sentence()} {HINT}"
         with home(machines.root / "other"):
             refused = command(*name, *address, "--swarm", "lab").refusal()
-            assert refused == f"error: {Refusal.OTHER_SWARM.sentence()}"
+            assert refused == f"error: {Refusal.OTHER_SWARM.sentence()} {HINT}"
         assert time.monotonic() - begin < 8
         with home(machines.root / "USE"):
             outcome = command(*name, *address, "--swarm", "lab")
@@ -357,7 +358,7 @@ def test_tune_and_serve_need_a_role(
     (tmp_path / "data.txt").write_text("w5 w6 w7 w8\n\nw9 w10 w11\n")
     run = [f"model={llama}", f"data.path={tmp_path / 'data.txt'}", f"output={tmp_path / 'out'}", "trainer.steps=1"]
     tune = ("tune", *run, f"initial_peers={served.initial_peers[0]}", "--plan")
-    assert command(*tune).refusal() == f"error: {Refusal.STRANGER.sentence()}"
+    assert command(*tune).refusal() == f"error: {Refusal.STRANGER.sentence()} {HINT}"
     with home(machines.root / "USE"):
         outcome = command(*tune, "swarm=lab")
         assert outcome.code == 0, outcome.stderr
