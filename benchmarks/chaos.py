@@ -9,13 +9,19 @@ killed and comes back under its identity and port, all holders of a block are ki
 together with their p2pd.
 
 With --scarce-memory the peers compute on the pretended GPU, which has next to no memory for one call in ten.
+
+With --private each of them is a machine of its own on one network, and so are the clients: members of a private swarm
+that find each other. One has the model's folder, and the others fetch what they need from each other. Strangers are
+machines that have just been let in, and have nothing. Linux only, as root.
 """
 
 import argparse
 import contextlib
 import faulthandler
 import itertools
+import os
 import random
+import shutil
 import signal
 import socket
 import tempfile
@@ -26,16 +32,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import torch
 import transformers
 
 from benchmarks.loads import KINDS, Talk, train, with_lora
+from bootstrap.membership.folder import SwarmFolder
 from client import AutoDistributedModelForCausalLM
+from client.swarm.loop import LOOP
+from protocol.membership.certificate import Role
 from protocol.model.loading import LOADING
+from protocol.name import CACHE_VARIABLE
 from tests.tools.families import build_family
+from tests.tools.namespaces import Host, Networks, enter, open_networks, why_not
 from tests.tools.swarm import ForkServer, Peer
+from tests.tools.swarms import found, home, let_in
 
 SPANS = ("0:2", "0:3", "2:5", "3:5", "0:5")
 BLOCKS = range(5)
@@ -43,6 +56,7 @@ PERIOD = 2.0
 """Seconds between two blows."""
 LOSS_TOLERANCE = 1e-5
 STEPS = 12
+_OPTIONS = ("--threads", "1", "--cache-tokens", "20000")
 _LOCALHOST = ("--host", "127.0.0.1")
 _NOBODY = ("None of the initial peers answers", "No member of the swarm answers any more")
 _DEADLINE = 120.0
@@ -81,13 +95,19 @@ class Post:
 
     def start(self, initial_peers: list[str], as_stranger: bool = False) -> None:
         """Run the command, with a new identity if it comes as a stranger; `tend` notices when it is ready."""
-        number, identity = next(self._numbers), self._folder / "identity"
+        identity = self._folder / "identity"
         if as_stranger:
             identity.unlink(missing_ok=True)
         join = [part for address in initial_peers for part in ("--initial-peers", address)]
+        self._run(*_LOCALHOST, "--identity", str(identity), *join)
+
+    def _run(self, *options: str, **machine: Path) -> None:
+        """`machine`: as for `ForkServer.start`."""
+        number = next(self._numbers)
         out, err = self._folder / f"{number}.out", self._folder / f"{number}.err"
-        argv = [*self._command, *_LOCALHOST, "--identity", str(identity), *join]
-        self._peer = Peer(self._server.start(argv, out, err, lie=self._lie), out, err)
+        self._peer = Peer(
+            self._server.start([*self._command, *options], out, err, lie=self._lie, **machine), out, err
+        )
 
     def kill(self) -> None:
         """kill -9."""
@@ -151,6 +171,24 @@ class Post:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.resume()
         self._frozen = []
+
+
+class Machine(Post):
+    """A post on a machine of its own: a member of a private swarm, which is told nothing of the others."""
+
+    def __init__(self, server: ForkServer, folder: Path, admin: SwarmFolder, host: Host, *command: str):
+        super().__init__(server, folder, *command, "--swarm", admin.name)
+        self._admin, self._host = admin, host
+        self._home, self._cache = folder / "home", folder / "cache"
+
+    def start(self, initial_peers: list[str], as_stranger: bool = False) -> None:
+        """See `Post.start`; a stranger is a new member, and has nothing of the model."""
+        if as_stranger:
+            shutil.rmtree(self._home)
+            shutil.rmtree(self._cache, ignore_errors=True)
+        if not self._home.exists():
+            let_in(self._admin, self._home, Role.SERVE)
+        self._run(home=self._home, cache=self._cache, network=self._host.space.path)
 
 
 @dataclass
@@ -266,8 +304,9 @@ class Chaos:
 class Clients:
     """Two that generate and one that trains, each in a thread; all they see goes into the report."""
 
-    def __init__(self, model: Path, initial_peers: list[str], report: Report):
-        self._model, self._initial_peers, self._report = model, initial_peers, report
+    def __init__(self, model: Path, remote: str, options: dict[str, Any], report: Report):
+        """`remote`, `options`: what the swarm calls `model`, and how to join, as for `from_pretrained`."""
+        self._model, self._remote, self._options, self._report = model, remote, options, report
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
 
@@ -302,8 +341,8 @@ class Clients:
                     self._report.problems.append(f"{type(error).__name__}: {error}")
 
     def _connect(self) -> Any:
-        options: dict[str, Any] = {"initial_peers": self._initial_peers, "silence_timeout": 3.0}
-        return AutoDistributedModelForCausalLM.from_pretrained(str(self._model), micro_batch_tokens=14, **options)
+        options = self._options | {"silence_timeout": 3.0, "micro_batch_tokens": 14}
+        return AutoDistributedModelForCausalLM.from_pretrained(self._remote, **options)
 
     def _local(self) -> Any:
         with LOADING:
@@ -349,34 +388,86 @@ class Clients:
                 self._report.problems.append(f"losses of run {seed}: {found} instead of {expected}")
 
 
-@contextlib.contextmanager
-def running_posts(server: ForkServer, model: Path, scarce_memory: bool) -> Iterator[tuple[Post, list[Post]]]:
-    """A bootstrap node and a peer for each of `SPANS`; all processes end with the block."""
-    with tempfile.TemporaryDirectory() as folder:
+@dataclass(frozen=True)
+class Stage:
+    """Where it happens, before anything runs."""
 
-        def make(name: str, *command: str, lie: str | None = None) -> Post:
-            Path(folder, name).mkdir()
-            return Post(server, Path(folder, name), *command, lie=lie)
+    bootstrap: Post
+    posts: list[Post]
+    """One for each of `SPANS`. The first has the model's folder."""
+    remote: str
+    """What clients call the model."""
 
-        bootstrap = make("bootstrap", "bootstrap", "--port", str(_free_port()))
-        options, lie = ["--threads", "1", "--cache-tokens", "20000"], None
-        if scarce_memory:
-            options, lie = [*options, "--device", "cuda:0"], "lacks memory"
-        posts = [
-            make(f"p{i}", "serve", str(model), "--blocks", span, *options, lie=lie) for i, span in enumerate(SPANS)
-        ]
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """All processes end with the block."""
+        first, *others = self.posts
         try:
-            bootstrap.start([])
-            bootstrap.wait_ready()
-            for post in posts:
-                post.start([bootstrap.address])
-            for post in posts:
+            self.bootstrap.start([])
+            self.bootstrap.wait_ready()
+            first.start([self.bootstrap.address])
+            first.wait_ready()
+            for post in others:
+                post.start([self.bootstrap.address])
+            for post in others:
                 post.wait_ready()
-            yield bootstrap, posts
+            yield
         finally:
-            for post in (bootstrap, *posts):
+            for post in (self.bootstrap, *self.posts):
                 if not post.is_down:
                     post.kill()
+
+
+def open_stage(server: ForkServer, folder: Path, model: Path, scarce_memory: bool) -> Stage:
+    """An open swarm on loopback."""
+
+    def make(name: str, *command: str, lie: str | None = None) -> Post:
+        (folder / name).mkdir()
+        return Post(server, folder / name, *command, lie=lie)
+
+    bootstrap = make("bootstrap", "bootstrap", "--port", str(_free_port()))
+    options, lie = list(_OPTIONS), None
+    if scarce_memory:
+        options, lie = [*options, "--device", "cuda:0"], "lacks memory"
+    posts = [make(f"p{i}", "serve", str(model), "--blocks", span, *options, lie=lie) for i, span in enumerate(SPANS)]
+    return Stage(bootstrap, posts, str(model))
+
+
+@contextlib.contextmanager
+def private_stage(server: ForkServer, folder: Path, model: Path, networks: Networks) -> Iterator[Stage]:
+    """A private swarm on a network, in which this process's clients are within the block."""
+    lan, admin = networks.lan(), found(folder / "founder")
+
+    def make(name: str, *command: str) -> Post:
+        (folder / name).mkdir()
+        return Machine(server, folder / name, admin, networks.host(name, lan), *command)
+
+    places = [str(model), *[model.name] * (len(SPANS) - 1)]
+    posts = [
+        make(f"p{i}", "serve", place, "--blocks", span, *_OPTIONS)
+        for i, (place, span) in enumerate(zip(places, SPANS, strict=True))
+    ]
+    let_in(admin, folder / "client")
+    with (
+        home(folder / "client"),
+        patch.dict(os.environ, {CACHE_VARIABLE: str(folder / "client" / "cache")}),
+        _clients_within(networks.host("client", lan)),
+    ):
+        yield Stage(make("bootstrap", "bootstrap"), posts, model.name)
+
+
+@contextlib.contextmanager
+def _clients_within(host: Host) -> Iterator[None]:
+    """Within the block the thread that opens the clients' connections, and starts their p2pd, is on `host`."""
+
+    async def move(network: str | Path) -> None:
+        enter(network)
+
+    LOOP.run(move(host.space.path))
+    try:
+        yield
+    finally:
+        LOOP.run(move("/proc/self/ns/net"))
 
 
 def run_chaos(
@@ -387,11 +478,20 @@ def run_chaos(
     hard: bool,
     length: int = 40,
     scarce_memory: bool = False,
+    networks: Networks | None = None,
 ) -> Report:
-    """So many seconds of chaos on the 5 blocks of `model`."""
+    """So many seconds of chaos on the 5 blocks of `model`; with `networks` in a private swarm on one of them."""
     report, over, done = Report(), threading.Event(), threading.Event()
-    with running_posts(server, model, scarce_memory) as (bootstrap, posts):
-        clients = Clients(model, [bootstrap.address], report)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if networks is None:
+            stage = open_stage(server, folder, model, scarce_memory)
+        else:
+            stage = stack.enter_context(private_stage(server, folder, model, networks))
+        stack.enter_context(stage.running())
+        bootstrap, posts = stage.bootstrap, stage.posts
+        way_in = {"initial_peers": [bootstrap.address]} if networks is None else {"swarm": "lab"}
+        clients = Clients(model, stage.remote, way_in, report)
         chaos = Chaos(bootstrap, posts, seed, hard, report)
         striker = threading.Thread(target=chaos.run, args=(over,))
         clients.start(done, seed * 1_000_000, length)
@@ -422,17 +522,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--scarce-memory", action="store_true")
+    swarm = parser.add_mutually_exclusive_group()
+    swarm.add_argument("--scarce-memory", action="store_true")
+    swarm.add_argument("--private", action="store_true")
     options = parser.parse_args()
+    if options.private and (reason := why_not()):
+        parser.error(reason)
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, open_networks() as networks:
         server = ForkServer(pretended_gpu=options.scarce_memory)
         try:
             model = build_family("llama", Path(folder))
             seconds, is_long = 60 * options.minutes, options.minutes > 1
-            report = run_chaos(server, model, seconds, options.seed, is_long, scarce_memory=options.scarce_memory)
+            report = run_chaos(
+                server, model, seconds, options.seed, is_long,
+                scarce_memory=options.scarce_memory, networks=networks if options.private else None,
+            )  # fmt: skip
         finally:
             server.close()
     print(f"### Chaos, {options.minutes:g} minutes, seed {options.seed}\n")

@@ -8,9 +8,11 @@ import torch
 
 from benchmarks.chaos import STEPS, Clients, Report, run_chaos
 from benchmarks.loads import Talk
+from tests.tools.namespaces import Networks
 from tests.tools.swarm import ForkServer
 
 SECONDS = 35
+SECONDS_PRIVATE = 6
 
 
 def test_every_token_and_every_loss_survives(fork_server: ForkServer, models: Callable[[str], Path]) -> None:
@@ -23,10 +25,20 @@ def test_every_token_and_every_loss_survives(fork_server: ForkServer, models: Ca
     assert report.losses >= STEPS
 
 
+def test_also_on_machines_that_find_each_other_and_fetch_the_weights(
+    fork_server: ForkServer, models: Callable[[str], Path], networks: Networks
+) -> None:
+    report = run_chaos(fork_server, models("llama"), SECONDS_PRIVATE, 1, hard=False, length=12, networks=networks)
+    assert not report.problems
+    assert report.blows["killed"] > 0
+    assert report.tokens > 20
+    assert report.losses >= STEPS
+
+
 @pytest.mark.parametrize("differs", [False, True])
 def test_what_differs_is_reported(differs: bool, tmp_path: Path) -> None:
     report = Report()
-    clients = Clients(tmp_path, [], report)
+    clients = Clients(tmp_path, "", {}, report)
     said = torch.tensor([[3, 4, 5]])
     clients._compare_tokens(Talk("greedy", 1, 3), False, said, said + torch.tensor([0, 0, int(differs)]))
     clients._compare_losses(1, [2.0, 1.0], [2.0, 1.0 + 2e-5 * differs])
