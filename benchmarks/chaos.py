@@ -105,9 +105,7 @@ class Post:
         """`machine`: as for `ForkServer.start`."""
         number = next(self._numbers)
         out, err = self._folder / f"{number}.out", self._folder / f"{number}.err"
-        self._peer = Peer(
-            self._server.start([*self._command, *options], out, err, lie=self._lie, **machine), out, err
-        )
+        self._peer = Peer(self._server.start([*self._command, *options], out, err, lie=self._lie, **machine), out, err)
 
     def kill(self) -> None:
         """kill -9."""
