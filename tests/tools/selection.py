@@ -28,6 +28,8 @@ LONGEST = (
     "peer/test_quotas.py",
     "client/test_factors.py",
     "client/test_dynamic_rope.py",
+    "whole/test_lan.py",
+    "whole/test_three_machines.py",
     "whole/test_private_swarm.py",
     "whole/test_joining.py",
     "whole/test_tutorial.py",
