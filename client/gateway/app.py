@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TypeVar
 
@@ -139,6 +140,7 @@ class Gateway:
             raise Refused(
                 404, f"lora_path {asked.lora_path!r} is no folder in the gateway's --adapter-folder.", param="lora_path"
             )
+        await asyncio.to_thread(import_module, "peft")  # which takes seconds, in which the engine goes on
         await asyncio.wrap_future(self._engine.load(asked.lora_name, folder))
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
@@ -202,7 +204,9 @@ class Gateway:
         served = self._served(asked.model)
         _check_bias(served, asked.logit_bias)
         prompt = await asyncio.to_thread(chat_prompt, served, asked)
-        most = self._room(prompt, asked.max_completion_tokens or asked.max_tokens, None)
+        most = self._room(
+            prompt, asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens, None
+        )
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         keeps_to = await asyncio.to_thread(_form, served, asked.response_format)
         wanted = [

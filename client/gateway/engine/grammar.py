@@ -67,7 +67,7 @@ class KeepsTo(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         tokens = input_ids[0].tolist()
-        if self._seen is not None:
+        if self._seen is not None and not self._matcher.is_stopped():
             self._matcher.consume_tokens(tokens[self._seen :])
         self._seen = len(tokens)
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")

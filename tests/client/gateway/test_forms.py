@@ -81,6 +81,8 @@ def test_a_regular_expression(bytewise: RunningGateway) -> None:
     for seed in range(3):
         choice = ask(bytewise, response_format={"type": "regex", "regex": "(ab|c){2,4}-[0-9]{3}"}, seed=seed)
         assert re.fullmatch("(ab|c){2,4}-[0-9]{3}", choice.message.content)
+    endless = {"ignore_eos": True, "response_format": {"type": "regex", "regex": "abc"}}
+    assert ask(bytewise, max_tokens=9, extra_body=endless).message.content == "abc"
 
 
 @pytest.mark.parametrize(
