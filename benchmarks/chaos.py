@@ -338,7 +338,8 @@ class Clients:
                 with self._lock:
                     self._report.problems.append(f"{type(error).__name__}: {error}")
 
-    def _connect(self) -> Any:
+    def connect(self) -> Any:
+        """The swarm's model, made anew."""
         options = self._options | {"silence_timeout": 3.0, "micro_batch_tokens": 14}
         return AutoDistributedModelForCausalLM.from_pretrained(self._remote, **options)
 
@@ -347,7 +348,7 @@ class Clients:
             return transformers.AutoModelForCausalLM.from_pretrained(self._model).eval()
 
     def _generate(self, first: int, length: int, adapted: bool) -> Iterator[None]:
-        ours, theirs, assistant = self._connect(), self._local(), self._local()
+        ours, theirs, assistant = self.connect(), self._local(), self._local()
         if adapted:
             ours, theirs = with_lora(ours).eval(), with_lora(theirs).eval()
         for seed, kind in enumerate(itertools.cycle(KINDS), first):
@@ -369,7 +370,7 @@ class Clients:
     def _train(self, first: int) -> Iterator[None]:
         for seed in itertools.count(first):
             expected = train(with_lora(self._local(), seed), seed, STEPS)
-            found = train(with_lora(self._connect(), seed), seed, STEPS, self._note_step)
+            found = train(with_lora(self.connect(), seed), seed, STEPS, self._note_step)
             self._compare_losses(seed, found, expected)
             yield
 
@@ -492,6 +493,8 @@ def run_chaos(
         clients = Clients(model, stage.remote, way_in, report)
         chaos = Chaos(bootstrap, posts, seed, hard, report)
         striker = threading.Thread(target=chaos.run, args=(over,))
+        if not hard:
+            clients.connect()  # a first look-up and fetch among stopped members is more than a short run has time for
         clients.start(done, seed * 1_000_000, length)
         striker.start()
         try:
