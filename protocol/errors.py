@@ -13,14 +13,19 @@ class SwarmError(Exception):
 
     retry_after: float = 0.0
     """Seconds after which the same peer may be asked again; 0: it would refuse again."""
-
-
-class _Puzzle(SwarmError):
-    """What may have its cause in this machine, the network or the swarm: a note says how to find it."""
+    advice: str = ""
+    """How to find out more: a sentence, which also stands below a traceback."""
 
     def __init__(self, *args: object):
         super().__init__(*args)
-        self.add_note("`peer doctor` looks for the cause.")
+        if self.advice:
+            self.add_note(self.advice)
+
+
+class _Puzzle(SwarmError):
+    """What may have its cause in this machine, the network or the swarm."""
+
+    advice = "`peer doctor` looks for the cause."
 
 
 class BadRequest(SwarmError):

@@ -247,7 +247,7 @@ def main() -> None:
     try:
         app()
     except SwarmError as error:
-        print("error:", error, *getattr(error, "__notes__", ()), file=sys.stderr)
+        print("error:", *filter(None, (str(error), error.advice)), file=sys.stderr)
         sys.exit(2 if isinstance(error, _USAGE_ERRORS) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
