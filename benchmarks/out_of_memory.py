@@ -193,6 +193,7 @@ async def run(model: Path, calls: int, seed: int, sizes: Sequence[tuple[int, int
     )
     async with Table(model, options) as table:
         expected = {wish: await table.ask(*wish) for wish in wishes}
+        gc.collect()  # of what was in this process before
         report.before = await table.settle()
         device.reset()
         await table.ask("backward", *max(sizes))

@@ -11,7 +11,7 @@ from benchmarks.loads import Talk
 from tests.tools.namespaces import Networks
 from tests.tools.swarm import ForkServer
 
-SECONDS = 35
+SECONDS = 20
 SECONDS_PRIVATE = 6
 
 

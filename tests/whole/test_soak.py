@@ -17,7 +17,7 @@ from client.swarm.loop import LOOP
 from tests.tools.swarm import ForkServer, Swarm
 
 SECONDS = 5
-RESTS = (1.5, REST, 1.5, REST)
+RESTS = (1.5, REST, REST)
 """Of each round; those of the rounds that are compared are full ones."""
 FEW = 2
 """Threads and tasks that come and go by themselves; what leaks, leaks with every session or call."""
