@@ -193,7 +193,8 @@ async def run(model: Path, calls: int, seed: int, sizes: Sequence[tuple[int, int
     )
     async with Table(model, options) as table:
         expected = {wish: await table.ask(*wish) for wish in wishes}
-        gc.collect()  # of what was in this process before
+        await table.settle()
+        gc.collect()  # also of what was in this process before
         report.before = await table.settle()
         device.reset()
         await table.ask("backward", *max(sizes))
