@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import os
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from bootstrap.membership.folder import SwarmFolder
 from client.swarm.loop import LOOP
 from protocol.membership.certificate import Role
 from protocol.name import CACHE_VARIABLE
+from tests.tools.delay import free_ports
 from tests.tools.namespaces import Host, Networks, enter
 from tests.tools.swarm import ForkServer, Peer
 from tests.tools.swarms import found, home, let_in
@@ -191,7 +191,7 @@ def open_stage(server: ForkServer, folder: Path, model: Path, scarce_memory: boo
         (folder / name).mkdir()
         return Post(server, folder / name, *command, lie=lie)
 
-    bootstrap = make("bootstrap", "bootstrap", "--port", str(_free_port()))
+    bootstrap = make("bootstrap", "bootstrap", "--port", str(*free_ports(1)))
     options, lie = list(_OPTIONS), None
     if scarce_memory:
         options, lie = [*options, "--device", "cuda:0"], "lacks memory"
@@ -234,9 +234,3 @@ def _clients_within(host: Host) -> Iterator[None]:
         yield
     finally:
         LOOP.run(move("/proc/self/ns/net"))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

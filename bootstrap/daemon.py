@@ -125,8 +125,11 @@ class Connection(P2P):  # type: ignore[misc]
 
     @classmethod
     async def open(cls, control: Multiaddr) -> Self:
-        """Connect to the p2pd that takes commands at `control`. Raises `OSError`, `EOFError`."""
-        p2p: Self = await cls.replicate(control)
+        """Connect to the p2pd that takes commands at `control`. Raises `PeerFailed` when it has ended."""
+        try:
+            p2p: Self = await cls.replicate(control)
+        except (OSError, EOFError) as error:
+            raise PeerFailed("p2pd ended right after its start.") from error
         # Nobody awaits hivemind's writer, and asyncio would print its traceback when p2pd dies.
         p2p._client.control._write_task.add_done_callback(lambda task: task.cancelled() or task.exception())
         p2p._client.control._pending_calls = _Calls(p2p._client.control._pending_calls)

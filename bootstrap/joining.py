@@ -19,7 +19,7 @@ from bootstrap.membership.desk import JOIN, VERSION, process_in, redeem_signatur
 from bootstrap.membership.folder import Known, SwarmFolder, open_swarm, swarm_names
 from bootstrap.membership.gate import Bytes
 from bootstrap.membership.ticket import Ticket
-from protocol.errors import BadUsage, NoSwarm, NotAMember, PeerFailed, PeerUnreachable
+from protocol.errors import BadUsage, NoSwarm, NotAMember, PeerUnreachable
 from protocol.membership import membership_pb2 as pb
 from protocol.membership.certificate import BadStatement, Certificate, Role, SigningKey, read_statement
 
@@ -40,10 +40,7 @@ async def redeem(ticket: Ticket, member_name: str) -> "Redeemed":
         resources.callback(identity.close)
         daemon = await start_daemon(MemberOptions(client_mode=True), identity)
         resources.push_async_callback(daemon.stop)
-        try:
-            p2p = await Connection.open(daemon.control)
-        except (OSError, EOFError) as error:
-            raise PeerFailed("p2pd ended right after its start.") from error
+        p2p = await Connection.open(daemon.control)
         resources.push_async_callback(p2p.shutdown)
         try:
             async with asyncio.timeout(JOIN_TIMEOUT):

@@ -182,10 +182,7 @@ class Member:
         if identity.is_temporary:
             # p2pd has read the key; nothing may be left of it if this process is killed.
             identity.close()
-        try:
-            p2p = await Connection.open(daemon.control)
-        except (OSError, EOFError) as error:
-            raise PeerFailed("p2pd ended right after its start.") from error
+        p2p = await Connection.open(daemon.control)
         resources.push_async_callback(p2p.shutdown)
         gate = Gate(p2p, membership)
         node = await create_node(gate, SignedRecords(identity, membership), options.client_mode)
@@ -246,7 +243,7 @@ class Member:
                 return dial_back.Answer.from_bytes(
                     await gate.call_protobuf_handler(target, dial_back.METHOD, asked, Bytes)
                 )
-        except (P2PDaemonError, OSError, EOFError, TimeoutError, BadRequest) as error:
+        except (P2PDaemonError, OSError, EOFError, TimeoutError, BadRequest, PeerFailed) as error:
             raise PeerUnreachable(f"Peer {peer_id} does not dial back ({first_line(error)}).") from error
 
     async def _answer_dial_back(self, data: Bytes, context: P2PContext) -> Bytes:

@@ -51,6 +51,9 @@ Discovery = Annotated[
 ]
 Host = Annotated[str, typer.Option(help="Address to listen on; any: all of this machine's, IPv4 and IPv6.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")]
+DirectPort = Annotated[
+    int, typer.Option(min=0, max=65535, help="Port to listen on for direct connections; 0: any free one.")
+]
 Identity = Annotated[
     Path | None, typer.Option(parser=as_path, metavar="FILE", help="Key file of this member; made if missing.")
 ]

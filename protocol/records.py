@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -49,7 +49,10 @@ Port = Annotated[int, Field(gt=0, lt=2**16)]
 PeerIdText = Annotated[str, Field(pattern=r"^[1-9A-HJ-NP-Za-km-z]{20,80}$")]
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """What members tell each other as JSON: of no use unless all of it is as declared."""
+
+    MAX_BYTES: ClassVar[int] = MAX_RECORD_BYTES
     model_config = ConfigDict(frozen=True, extra="ignore", strict=False, allow_inf_nan=False)
 
     def to_bytes(self) -> bytes:
@@ -59,15 +62,15 @@ class _Record(BaseModel):
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """The record in `data`. Raises `BadRequest` for anything that is not one, over-long data included."""
-        if len(data) > MAX_RECORD_BYTES:
-            raise BadRequest(f"A record of {len(data)} bytes is over the limit of {MAX_RECORD_BYTES}.")
+        if len(data) > cls.MAX_BYTES:
+            raise BadRequest(f"A record of {len(data)} bytes is over the limit of {cls.MAX_BYTES}.")
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
             raise BadRequest(f"Not a {cls.__name__}: {first_problem(error)[1]}.") from error
 
 
-class ModelId(_Record):
+class ModelId(Record):
     """What identifies a model in a swarm. Peers and clients meet under `config_hash`; `name` is for people."""
 
     name: Text = Field(max_length=200)
@@ -99,7 +102,7 @@ class PeerState(StrEnum):
     OFFLINE = "offline"
 
 
-class Speed(_Record):
+class Speed(Record):
     """How fast a peer ran its own blocks when it measured itself."""
 
     decode: float = Field(gt=0)
@@ -108,7 +111,7 @@ class Speed(_Record):
     """Blocks x tokens per second, a batch of a few hundred tokens."""
 
 
-class Share(_Record):
+class Share(Record):
     """A part of a peer's memory, in bytes."""
 
     used: int = Field(ge=0, lt=2**60)
@@ -119,7 +122,7 @@ class Share(_Record):
         return f"{self.used / max(1, self.total):.1%} of {self.total / 1e9:,.2f} GB"
 
 
-class MemoryShares(_Record):
+class MemoryShares(Record):
     """What a peer's memory is for, besides weights and the call that runs, and how much of that is used."""
 
     cache: Share
@@ -134,7 +137,7 @@ class MemoryShares(_Record):
         return ", ".join(f"{name} {share.describe()}" for name, share in parts)
 
 
-class Door(_Record):
+class Door(Record):
     """Where a peer answers direct connections, and how it is known there."""
 
     fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -143,7 +146,7 @@ class Door(_Record):
     """IP addresses or host names, with TCP ports."""
 
 
-class Trainable(_Record):
+class Trainable(Record):
     """What a peer can train, as far as it foresees that. Adapters take memory, too: with large ones it may be less."""
 
     row: int = Field(ge=0, lt=2**40)
@@ -152,7 +155,7 @@ class Trainable(_Record):
     """Of all rows that a client has in flight: more than these at once are refused, or not kept for the backward."""
 
 
-class PeerRecord(_Record):
+class PeerRecord(Record):
     """One peer's announcement for one model."""
 
     peer_id: PeerIdText
@@ -190,7 +193,7 @@ class PeerRecord(_Record):
         return self.trainable is None or row <= self.trainable.row
 
 
-class MemberRecord(_Record):
+class MemberRecord(Record):
     """One process of a private swarm's member, as it announces itself."""
 
     peer_id: PeerIdText
@@ -204,7 +207,7 @@ class MemberRecord(_Record):
 MAX_SHARED = 8
 
 
-class SharedModel(_Record):
+class SharedModel(Record):
     """A model of which a member gives pieces to others; it may be fetching the rest itself."""
 
     model: ModelId
@@ -218,7 +221,7 @@ class SharedModel(_Record):
     """Bytes per second that come at present."""
 
 
-class WeightsRecord(_Record):
+class WeightsRecord(Record):
     """One member's announcement of the models' files that it gives to others."""
 
     peer_id: PeerIdText
@@ -245,7 +248,7 @@ def holes(peers: Iterable[PeerRecord], start: int, end: int) -> list[range]:
 MAX_ACCUSED = 32
 
 
-class Accusation(_Record):
+class Accusation(Record):
     """One peer that answered wrongly."""
 
     peer_id: PeerIdText
@@ -253,7 +256,7 @@ class Accusation(_Record):
     """The kind of request that it answered wrongly: forward, backward or step."""
 
 
-class Complaint(_Record):
+class Complaint(Record):
     """A client's complaint about peers whose answers differed when others computed them again.
 
     Mere advice: any client can claim anything.

@@ -8,6 +8,7 @@ import typer
 from bootstrap.options import Discovery, InitialPeers, SwarmName, as_model, as_path, find_swarm
 from client.commands.device import Device, enough_memory
 from protocol.errors import BadUsage
+from protocol.machine.paths import model_name
 
 
 def gateway(
@@ -76,7 +77,7 @@ def gateway(
             found, **network, dtype=dtype, device=device, revision=revision
         )
     serve(
-        swarm_model, name or (Path(model).resolve().name if Path(model).is_dir() else model), found, revision, address,
+        swarm_model, name or model_name(model), found, revision, address,
         Limits(max_body, max_requests, max_requests_per_key, requests_per_minute),
         adapters=adapters, adapter_folder=adapter_folder, prefix_tokens=prefix_tokens, max_running=max_running,
         max_tokens=max_tokens,

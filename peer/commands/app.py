@@ -13,6 +13,7 @@ from rich.live import Live
 
 from bootstrap.options import (
     Announce,
+    DirectPort,
     Discovery,
     Host,
     Identity,
@@ -45,6 +46,7 @@ from protocol.errors import (
     WrongModel,
 )
 from protocol.machine.inspection import describe_on_signal, show_stacks_on_signal
+from protocol.machine.paths import model_name
 from protocol.machine.terminal import escape_what_cannot_be_written, new_console
 
 if TYPE_CHECKING:
@@ -174,9 +176,7 @@ def doctor(
     discovery: Discovery = True,
     host: Host = ANY,
     port: Port = 0,
-    direct_port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen on for direct connections; 0: any free one.")
-    ] = 0,
+    direct_port: DirectPort = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     config: Config = None,
 ) -> None:
@@ -257,7 +257,7 @@ def _only(models: "view.Models", weights: "view.Weights", wanted: str | None) ->
     """What there is of one model; `wanted` None: of all."""
     if wanted is None:
         return models, weights
-    name = Path(wanted).resolve().name if Path(wanted).is_dir() else wanted
+    name = model_name(wanted)
     chosen = {model: peers for model, peers in models.items() if model.name == name}
     parts = [[one for one in record.models if one.model.name == name] for record in weights]
     given = [record.model_copy(update={"models": part}) for record, part in zip(weights, parts, strict=True) if part]

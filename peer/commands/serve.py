@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bootstrap.options import Announce, Discovery, Host, Identity, InitialPeers, Port, SwarmName, as_model
+from bootstrap.options import Announce, DirectPort, Discovery, Host, Identity, InitialPeers, Port, SwarmName, as_model
 from bootstrap.ports import ANY
 from peer.commands.invite import offer_invitation
 from peer.commands.options import Config, with_fields
@@ -52,9 +52,7 @@ def serve(
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     host: Host = ANY,
     port: Port = 0,
-    direct_port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen on for direct connections; 0: any free one.")
-    ] = 0,
+    direct_port: DirectPort = 0,
     announce: Announce = None,
     announce_direct: Annotated[
         list[str] | None,
@@ -78,7 +76,7 @@ def serve(
 
     Should one fail the others serve on, as clients need them the more; the exit code will be 1.
     """
-    from bootstrap.membership.folder import OPEN, choose_swarm
+    from bootstrap.membership.folder import choose_swarm
 
     each = options.for_each_device()
     for one in each:
@@ -89,12 +87,7 @@ def serve(
     if restart or len(each) > 1:
         if len(each) > 1 and (announce or announce_direct):
             raise BadUsage("--announce and --announce-direct are of one peer; give a command for each device.")
-        with TemporaryDirectory() as temporary:  # a peer that is started again is the same one to others
-            named, name = identity or Path(temporary, "identity"), folder.name if folder else OPEN
-            first = identity if folder else named  # a private swarm's folder has one
-            kept = [first, *(Path(f"{named}.{index}") for index in range(1, len(each)))]
-            own = [_Own(one, index, port, direct_port, kept[index], name) for index, one in enumerate(each)]
-            run(_supervise(own, founds=not initial_peers, restarts=restart))
+        _serve_each(each, port, direct_port, identity, folder, founds=not initial_peers, restarts=restart)
     with without_collection():
         import torch
 
@@ -115,6 +108,21 @@ def serve(
         role=Role.SERVE,
     )
     run(_serve(options, membership, model, revision))
+
+
+def _serve_each(
+    each: Sequence[ServeOptions], port: int, direct_port: int, identity: Path | None, folder: "SwarmFolder | None", *,
+    founds: bool, restarts: bool,
+) -> None:  # fmt: skip
+    """A peer for each of the options, as a process of its own. Raises `typer.Exit` when they have ended."""
+    from bootstrap.membership.folder import OPEN
+
+    with TemporaryDirectory() as temporary:  # a peer that is started again is the same one to others
+        named, name = identity or Path(temporary, "identity"), folder.name if folder else OPEN
+        first = identity if folder else named  # a private swarm's folder has one
+        kept = [first, *(Path(f"{named}.{index}") for index in range(1, len(each)))]
+        own = [_Own(one, index, port, direct_port, kept[index], name) for index, one in enumerate(each)]
+        run(_supervise(own, founds, restarts))
 
 
 @dataclass(frozen=True)

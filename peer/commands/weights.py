@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from bootstrap.options import Announce, Discovery, Host, Identity, InitialPeers, Port, SwarmName, as_model
+from bootstrap.options import Announce, DirectPort, Discovery, Host, Identity, InitialPeers, Port, SwarmName, as_model
 from bootstrap.ports import ANY
 from peer.commands.options import Config, with_fields
 from peer.commands.process import leave_at_once, run, say_ready, stop_on_signals, unless_stopped
@@ -30,9 +30,7 @@ def share(
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     host: Host = ANY,
     port: Port = 0,
-    direct_port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen on for direct connections; 0: any free one.")
-    ] = 0,
+    direct_port: DirectPort = 0,
     announce: Announce = None,
     identity: Identity = None,
     swarm: SwarmName = None,

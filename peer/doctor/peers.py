@@ -3,17 +3,17 @@
 import asyncio
 import time
 from contextlib import suppress
-from pathlib import Path
 
 from bootstrap.member import Member
 from peer.doctor.case import Case
 from peer.doctor.check import Finding, Findings, ok, warning, wrong
 from protocol import swarm_pb2 as pb
-from protocol.channel import VERSION, Channel, Message
-from protocol.errors import BadRequest, PeerFull, PeerUnreachable, SwarmError, WrongModel
+from protocol.channel import VERSION, Message
+from protocol.connections import dial
+from protocol.errors import BadRequest, PeerFull, SwarmError, WrongModel
+from protocol.machine.paths import model_name
 from protocol.records import ModelId, PeerRecord, PeerState, holes
 from protocol.stream import Carrier
-from protocol.tensors import Limits
 from protocol.weights.obtain import offers
 
 _PATIENCE = 6.0
@@ -67,7 +67,7 @@ async def peers(case: Case) -> Findings:
 def _only(models: dict[ModelId, list[PeerRecord]], wanted: str | None) -> dict[ModelId, list[PeerRecord]]:
     if wanted is None:
         return models
-    name = Path(wanted).resolve().name if Path(wanted).is_dir() else wanted
+    name = model_name(wanted)
     return {model: records for model, records in models.items() if model.name == name}
 
 
@@ -122,14 +122,8 @@ async def _peer(member: Member, record: PeerRecord) -> tuple[bool, Finding]:
 
 async def _greet(member: Member, record: PeerRecord, carrier: Carrier) -> float:
     """Seconds of a greeting's round trip. Raises `PeerUnreachable`, `NotAMember`, `BadRequest` for another protocol."""
+    channel = await dial(member, record.peer_id, _PATIENCE, carrier)
     try:
-        async with asyncio.timeout(_PATIENCE):
-            stream = await member.transport.connect(record.peer_id, carrier)
-    except TimeoutError as error:
-        raise PeerUnreachable(f"no connection within {_PATIENCE:g} s.") from error
-    channel = Channel(stream, Limits(), _PATIENCE)
-    try:
-        await member.handshake.initiate(channel)
         begin = time.perf_counter()
         with suppress(WrongModel, PeerFull):  # no weights are named: that is the answer of a peer that is well
             await channel.call(Message(pb.Hello(version=VERSION, config_hash=record.model.config_hash)))

@@ -1,9 +1,9 @@
 """The stream of one client: its channel and account, its session, and waiting for work that is done for it."""
 
 import asyncio
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from peer.compute.scheduler import Priority, Scheduler
 from peer.kv_cache.session import Session
@@ -51,16 +51,21 @@ class Connection:
             self.scheduler.submit_batched(priority, run, item, self.client, group, size)
         )
 
-    async def with_signs_of_life(self, future: "asyncio.Future[T]", sign: pb.Working | None = None) -> T:
-        """The result of a future that may take a while. Meanwhile the client gets a sign of life now and then."""
-        try:
-            while True:
-                await asyncio.wait({future}, timeout=HEARTBEAT)
-                if future.done():
-                    return future.result()
-                await self.channel.send(Message(sign or pb.Working()))
-        except BaseException:
-            future.cancel()
-            raise
-        finally:
-            del future  # it has the error, whose traceback has this frame: a circle that would hold the call's memory
+    def with_signs_of_life(self, future: "asyncio.Future[T]", sign: pb.Working | None = None) -> Coroutine[Any, Any, T]:
+        """See the function."""
+        return with_signs_of_life(self.channel, future, sign)
+
+
+async def with_signs_of_life(channel: Channel, future: "asyncio.Future[T]", sign: pb.Working | None = None) -> T:
+    """The result of a future that may take a while. Meanwhile the client gets a sign of life now and then."""
+    try:
+        while True:
+            await asyncio.wait({future}, timeout=HEARTBEAT)
+            if future.done():
+                return future.result()
+            await channel.send(Message(sign or pb.Working()))
+    except BaseException:
+        future.cancel()
+        raise
+    finally:
+        del future  # it has the error, whose traceback has this frame: a circle that would hold the call's memory

@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from peer.service.connection import HEARTBEAT
+from peer.service.connection import with_signs_of_life
 from peer.weights.sharing import Sharing
 from peer.weights.uploads import Uploads
 from protocol import swarm_pb2 as pb
@@ -91,19 +91,8 @@ class Weights:
         with giving:
             async with self._uploads.room:
                 reading = asyncio.ensure_future(self._uploads.read(held, body.number))
-                data = await _with_signs_of_life(channel, reading)
+                data = await with_signs_of_life(channel, reading)
                 await channel.send(_bytes("piece", data))
-
-
-async def _with_signs_of_life(channel: Channel, future: "asyncio.Future[T]") -> T:
-    try:
-        while True:
-            await asyncio.wait({future}, timeout=HEARTBEAT)
-            if future.done():
-                return future.result()
-            await channel.send(Message(pb.Working()))
-    finally:
-        future.cancel()
 
 
 def _bytes(name: str, data: bytes) -> Message:

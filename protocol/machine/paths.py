@@ -22,6 +22,11 @@ def local_path(text: str) -> Path:
     return Path(expand(text))
 
 
+def model_name(name: str) -> str:
+    """What a folder, or a hub's model, is called: the folder's own name, whatever way leads to it."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
 def _read(value: object) -> object:
     return local_path(str(value)) if isinstance(value, str | Path) else value
 

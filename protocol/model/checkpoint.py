@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from protocol.errors import UnsupportedModel, first_line
-from protocol.machine.paths import expand
+from protocol.machine.paths import expand, model_name
 from protocol.model.anatomy import num_blocks
 from protocol.records import MAX_BLOCKS, ModelId
 
@@ -124,9 +124,7 @@ class Checkpoint:
         """What identifies the model in a swarm."""
         essential = {k: v for k, v in self.raw_config.items() if k not in _VOLATILE}
         digest = hashlib.sha256(json.dumps(essential, sort_keys=True).encode()).hexdigest()[:32]
-        folder = Path(self.name)
-        name = folder.resolve().name if folder.is_dir() else self.name
-        name = self.called or (self.source.name if self.source is not None else name)
+        name = self.called or (self.source.name if self.source is not None else model_name(self.name))
         name = "".join(letter if letter.isprintable() else "?" for letter in name[:200])
         return ModelId(name=name, config_hash=digest, num_blocks=num_blocks(self.config))
 

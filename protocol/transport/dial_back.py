@@ -13,13 +13,13 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection
 from enum import StrEnum
-from typing import Annotated, Self
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from protocol.errors import BadRequest, PeerUnreachable, first_problem
+from protocol.errors import BadRequest, PeerUnreachable
 from protocol.name import NAME
-from protocol.records import Door, HostText, Port
+from protocol.records import Door, HostText, Port, Record
 from protocol.stream import Carrier
 from protocol.transport.direct import DirectCaller
 
@@ -30,7 +30,6 @@ PER_HOST, PER_MEMBER = 12, 60
 """Questions a minute that one member answers, of one host and of all."""
 MAX_HOSTS = 2
 _MINUTE = 60.0
-_MAX_BYTES = 4096
 _GREETING = b"\x13/multistream/1.0.0\n"
 """With which p2pd greets whoever connects."""
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -47,22 +46,8 @@ class Outcome(StrEnum):
     """Somebody else answers there."""
 
 
-class _Said(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    def to_bytes(self) -> bytes:
-        """As it crosses the wire: JSON, UTF-8."""
-        return self.model_dump_json().encode()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        """Raises `BadRequest` for anything else, over-long data included."""
-        if len(data) > _MAX_BYTES:
-            raise BadRequest(f"{len(data)} bytes are too many; expected {_MAX_BYTES} at most.")
-        try:
-            return cls.model_validate_json(data)
-        except ValidationError as error:
-            raise BadRequest(f"Not a {cls.__name__}: {first_problem(error)[1]}.") from error
+class _Said(Record):
+    MAX_BYTES = 4096
 
 
 class Question(_Said):

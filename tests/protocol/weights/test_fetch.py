@@ -221,7 +221,7 @@ def test_a_full_disk(held: Held, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_slow_member_gives_signs_of_life(held: Held, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose rate allows a piece every second only, where a silence of half a second is the end."""
-    monkeypatch.setattr("peer.service.weights.HEARTBEAT", 0.1)
+    monkeypatch.setattr("peer.service.connection.HEARTBEAT", 0.1)
     size = max(piece.size for piece in held.manifest.pieces)
 
     async def script() -> None:
