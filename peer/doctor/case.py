@@ -19,7 +19,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from bootstrap.addresses import split_peer_address
 from bootstrap.member import Member, MemberOptions
 from peer.start.options import ServeOptions
-from protocol.errors import BadUsage, ClocksDiffer, NotAMember, SwarmError
+from protocol.errors import BadUsage, ClocksDiffer, NotAMember, PeerUnreachable, SwarmError
 from protocol.records import MemberRecord, ModelId, PeerRecord
 from protocol.stream import Stream
 
@@ -71,6 +71,8 @@ class Case:
     async def others(self) -> list[str]:
         """The IDs of the members that answer."""
         member = await self.join()
+        with suppress(PeerUnreachable):
+            await self.models()  # to look them up is to meet more members than the join, which is brief, has time for
         return member.others if member is not None else []
 
     async def models(self) -> dict[ModelId, list[PeerRecord]]:
